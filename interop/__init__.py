@@ -1,0 +1,1 @@
+"""Files and random numbers shared with PyTorch, without PyTorch."""
