@@ -1,5 +1,8 @@
 """Every error this library raises on purpose: one family, so that a caller can catch it whole."""
 
+import difflib
+from collections.abc import Sequence
+
 
 class RandLoraError(ValueError):
     """Something about an adapter, its configuration or its files is wrong."""
@@ -15,3 +18,9 @@ class TargetError(RandLoraError):
 
 class AdapterFileError(RandLoraError):
     """An adapter's files are missing, damaged, incomplete or not what they say."""
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Names in `known` closest to `name`, for a message."""
+    near = difflib.get_close_matches(name, known, 3, 0) or list(known)[:3]
+    return ", ".join(map(repr, near)) + (f" and {len(known) - len(near)} more" if len(known) > 3 else "")

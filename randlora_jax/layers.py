@@ -1,0 +1,205 @@
+"""One adapted layer, whatever framework it lives in.
+
+A front end hands over `run`, which is the untouched layer as a function of its kernel; this module
+decides how the adapters join in and does it. Two ways are exact:
+
+- *merged*: run the layer once with kernel W + delta. Works for every layer type.
+- *beside*: add dropout(x) @ delta to the layer's output, in float32, with delta formed or left in
+  its factors, whichever is cheaper. Needs the layer to be a plain contraction of its input. It is
+  the way for adapter dropout (the base layer must see x as it is) and for a low-precision layer,
+  where a small delta would drown in the rounding of W.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from randlora_jax.bases import BasisIdentity, Box
+from randlora_jax.delta import Apply, Term, cheaper, delta, rebuilt, through_delta, through_factors
+from randlora_jax.errors import ConfigError
+from randlora_jax.views import View
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer an adapter can take.
+
+    Args:
+      name: canonical name, the PyTorch module path.
+      path: where the layer lives in the JAX model.
+      view: how its kernel forms matrices.
+      shape: of the kernel.
+      fan_in_fan_out: its PyTorch twin is a Conv1D, which holds (in, out).
+      stated: the user gave the view; else the layer's type did.
+    """
+
+    name: str
+    path: tuple[Any, ...]
+    view: View
+    shape: tuple[int, ...]
+    fan_in_fan_out: bool = False
+    stated: bool = False
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return self.view.sizes(self.shape)[0]
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(in, out) of one layer."""
+        return self.view.sizes(self.shape)[1:]
+
+
+@dataclass(frozen=True)
+class LayerType:
+    """What a front end knows of a type of layer.
+
+    Args:
+      view: of its kernel, without stack axes.
+      contracts: it computes x @ W (+ bias) over the last axis of its input.
+      fan_in_fan_out: as in `Layer`.
+    """
+
+    view: View
+    contracts: bool = True
+    fan_in_fan_out: bool = False
+
+
+def check_call(layer: Layer, kernel: jax.Array, known: LayerType | None, kind: str) -> View:
+    """The view of `kernel` as a running layer of type `kind` holds it.
+
+    Raises:
+      ConfigError: the type is unknown and the user stated no view, or the two disagree.
+    """
+    view = layer.view if kernel.ndim == len(layer.view.axes) else layer.view.within_stack()
+    if known is None and not layer.stated:
+        raise ConfigError(
+            f"layer {layer.name!r} is a {kind}, whose kernel layout is unknown: state it, such as "
+            f"views={{{layer.name.replace('.', '/')!r}: 'i o'}}, or leave it out of target_modules"
+        )
+    if known is not None and known.view != view:
+        raise ConfigError(
+            f"layer {layer.name!r} was taken for {view.axes!r}, but a {kind} holds its kernel as "
+            f"{known.view.axes!r}; state views={{...}} accordingly"
+        )
+    return view
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What a layer must know of an adapter and cannot train: all static under ``jit``."""
+
+    name: str
+    scaling: float
+    dropout: float
+    identity: BasisIdentity
+    box: Box  # extents of PEFT's pair for this adapter's own targets
+
+
+@dataclass(frozen=True)
+class Part:
+    """One active adapter's contribution to one call."""
+
+    term: Term
+    drop: Callable[[jax.Array], jax.Array] | None = None
+
+
+def dropout(rate: float, key: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """Inverted dropout, as ``torch.nn.Dropout``: zero with probability `rate`, else x / (1 - rate)."""
+
+    def drop(x: jax.Array) -> jax.Array:
+        keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+        return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
+
+    return drop
+
+
+def adapted(
+    run: Callable[[jax.Array, jax.Array], jax.Array],
+    kernel: jax.Array,
+    x: jax.Array,
+    parts: Sequence[Part],
+    view: View,
+    *,
+    contracts: bool,
+    low_precision: bool,
+    apply: Apply,
+    where: str,
+) -> jax.Array:
+    """The layer's output with all `parts` joined in.
+
+    Args:
+      run: (kernel, x) -> output of the untouched layer, bias and dtype rules included.
+      kernel: as the layer holds it, in the layout of `view`.
+      x: the layer's input; (..., in) where `contracts`.
+      parts: the active adapters' shares.
+      low_precision: the layer multiplies in less than float32.
+      apply: "auto" chooses the cheaper exact way; the others insist.
+      where: the layer's name, for errors.
+
+    Raises:
+      ConfigError: the way asked for is impossible for this layer.
+    """
+    stack, n_in, n_out = view.sizes(kernel.shape)
+    dropped = any(part.drop for part in parts)
+    if not contracts and (dropped or apply == "factored"):
+        raise ConfigError(
+            f"layer {where!r} is not a plain contraction of its last input axis, so it can only run "
+            f"merged; {'adapter dropout' if dropped else 'apply=factored'} is impossible there: "
+            "leave it out of target_modules or set randlora_dropout=0 and apply='auto'"
+        )
+    lossless = not low_precision or apply == "merged"
+    if not contracts or (not dropped and lossless and apply != "factored"):
+        flat = max(part.term.lam.shape[-2] * part.term.lam.shape[-1] for part in parts)
+        tokens = math.prod(x.shape[:-1])
+        if not contracts or apply == "merged" or cheaper(tokens, n_in, n_out, flat) == "merged":
+            return _merged(run, kernel, x, parts, view)
+    return _beside(run, kernel, x, parts, n_in, n_out, apply)
+
+
+def kernel_delta(parts: Sequence[Part], view: View, shape: tuple[int, ...]) -> jax.Array:
+    """The summed deltas of `parts` in the kernel's layout, float32; stacks one layer at a time."""
+    stack, n_in, n_out = view.sizes(shape)
+    total = jnp.zeros((), jnp.float32)
+    for part in parts:
+        lam, gamma, bases, scaling = part.term
+
+        def one(lam: jax.Array, gamma: jax.Array, bases=bases, scaling=scaling) -> jax.Array:
+            return delta(Term(lam, gamma, bases, scaling), n_in, n_out)
+
+        for _ in stack:
+            one = jax.vmap(one)
+        total = total + one(lam, gamma)
+    return view.to_kernel(total, shape)
+
+
+def _merged(run, kernel, x, parts, view):  # type: ignore[no-untyped-def]
+    terms = [part.term for part in parts]
+
+    def product(kernel: jax.Array, x: jax.Array, terms: list[Term]) -> jax.Array:
+        joined = kernel.astype(jnp.float32) + kernel_delta(
+            [Part(t) for t in terms], view, kernel.shape
+        )
+        # formed in float32 and rounded once to what the layer holds
+        return run(joined.astype(kernel.dtype), x)
+
+    return rebuilt(product)(kernel, x, terms)
+
+
+def _beside(run, kernel, x, parts, n_in, n_out, apply):  # type: ignore[no-untyped-def]
+    out = run(kernel, x)
+    total = out.astype(jnp.float32)
+    for part in parts:
+        r, n = part.term.lam.shape
+        tokens = math.prod(x.shape[:-1])
+        merge = apply == "merged" or (
+            apply == "auto" and cheaper(tokens, n_in, n_out, r * n) == "merged"
+        )
+        seen = part.drop(x) if part.drop else x
+        through = through_delta if merge else through_factors
+        total = total + through(seen, part.term, n_in, n_out)
+    return total.astype(out.dtype)

@@ -1,0 +1,316 @@
+"""The front end for ``flax.linen`` modules and Hugging Face Flax models.
+
+Where the arrays live. Linen keeps state in collections, so trained and frozen numbers get one each:
+
+    {"params": ...,                       the base model, frozen, untouched
+     "randlora": {adapter: tree},         what an optimizer trains
+     "randlora_frozen": {adapter: tree},  adapters that are applied but not trained
+     "randlora_bases": {identity: pair}}  the shared bases, once
+
+For a call the adapters' leaves are laid *beside the kernels they adapt* inside ``params``: there,
+and only there, ``nn.scan``, ``nn.vmap`` and ``nn.remat`` slice and carry them as they do the kernel.
+An interceptor then finds a layer's own leaves in its own scope, under whatever transformation it
+runs. The bases do not vary along a scan and enter by closure, as tracers of the caller's ``jit``.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from randlora_jax.bases import BasisIdentity, Bases
+from randlora_jax.book import AdapterState, Book, Origin
+from randlora_jax.delta import Apply, Term
+from randlora_jax.errors import ConfigError
+from randlora_jax.layers import (
+    AdapterSpec,
+    Layer,
+    LayerType,
+    Part,
+    adapted,
+    check_call,
+    dropout,
+)
+from randlora_jax.model import RandLoraModel
+from randlora_jax.names import Path, dotted
+from randlora_jax.views import View, Views
+
+LAMBDA, GAMMA = "randlora_lambda", "randlora_gamma"
+TRAINED, FROZEN, BASES = "randlora", "randlora_frozen", "randlora_bases"
+
+
+def layer_type(module: nn.Module) -> LayerType | None:
+    """What is known of a linen module's type; None for one that holds no kernel we understand."""
+    if isinstance(module, nn.Dense):
+        return LayerType(View("io"))
+    if type(module).__name__ == "FlaxConv1D":  # Hugging Face's; Conv1D in PyTorch
+        return LayerType(View("oi"), fan_in_fan_out=True)
+    return None
+
+
+class LinenRandLora(RandLoraModel):
+    """A linen module with adapters: ``model.apply(variables, ...)`` as linen's own.
+
+    ``variables = model.variables`` holds the collections above; train ``variables["randlora"]``.
+    Adapter dropout is on exactly when a ``dropout`` rng is passed.
+    """
+
+    def __init__(self, model: nn.Module, apply: Apply, views: Views) -> None:
+        if model.scope is None:
+            raise ConfigError(
+                f"the linen module {type(model).__name__} carries no variables: pass "
+                "module.bind(variables)"
+            )
+        module, variables = model.unbind()
+        self._start(module, unfreeze(variables), apply, views, {}, Origin())
+
+    def _start(
+        self, module: nn.Module, collections: dict[str, Any], apply: Apply, views: Views,
+        found: Mapping[Path, nn.Module], origin: Origin,
+    ) -> None:
+        """`found`: the linen module at each path, where a trace of the model told."""
+        self.module = module
+        self._collections = collections
+        self._trees: dict[str, dict[str, Any]] = {}
+        self._frozen_adapters: set[str] = set()
+        self._bases: dict[str, Bases] = {}
+        leaves = flatten_dict(collections["params"])
+        layers = {}
+        for (*parts, leaf), value in leaves.items():
+            path = tuple(parts)
+            if leaf != "kernel":
+                continue
+            stated = views.find(path)
+            if stated:
+                known: LayerType | None = LayerType(stated)
+            elif found:
+                known = layer_type(found[path])
+            else:  # a plain module is not traced: its matrices are taken for Dense's until called
+                known = LayerType(View("io")) if value.ndim == 2 else None
+            if known:
+                layers[dotted(path)] = Layer(
+                    dotted(path), path, known.view, value.shape, known.fan_in_fan_out, bool(stated)
+                )
+        parents = {path[:i] for path in leaves for i in range(1, len(path))}
+        self._book = Book(layers, tuple(sorted(map(dotted, parents))), origin, apply)
+
+    # Running.
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Every collection that `apply` takes; assign it back after training."""
+        trained = {n: t for n, t in self._trees.items() if n not in self._frozen_adapters}
+        frozen = {n: t for n, t in self._trees.items() if n in self._frozen_adapters}
+        return {**self._collections, TRAINED: trained, FROZEN: frozen, BASES: dict(self._bases)}
+
+    @variables.setter
+    def variables(self, variables: Mapping[str, Any]) -> None:
+        unknown = set(variables.get(TRAINED, {})) - set(self._trees)
+        if unknown:
+            raise ConfigError(f"no adapter named {sorted(unknown)}; add it before assigning its leaves")
+        self._trees |= variables.get(TRAINED, {})
+        kept = {k: v for k, v in variables.items() if k not in (TRAINED, FROZEN, BASES)}
+        self._collections = unfreeze(kept)
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Linen's ``Module.apply`` with the adapters in `variables` joined in."""
+        with self._running(variables):
+            return self.module.apply(self._joined(variables), *args, **kwargs)
+
+    def _joined(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """The collections of the base model, adapter leaves beside the kernels they adapt."""
+        params = flatten_dict(unfreeze(variables["params"]))
+        for name, tree in {**variables.get(FROZEN, {}), **variables.get(TRAINED, {})}.items():
+            for path, leaf in flatten_dict(unfreeze(tree)).items():
+                if path[-1] in (LAMBDA, GAMMA):
+                    params[(*path, name)] = leaf
+                else:
+                    params[path] = leaf.astype(params[path].dtype)
+        kept = {k: v for k, v in variables.items() if k not in (TRAINED, FROZEN, BASES)}
+        return {**kept, "params": unflatten_dict(params)}
+
+    @contextmanager
+    def _running(self, variables: Mapping[str, Any]) -> Iterator[None]:
+        """Within, every layer that has adapter leaves beside its kernel joins them in."""
+        bases = variables.get(BASES, {})
+
+        def intercept(
+            next_fun: Callable[..., Any],
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            context: nn.module.InterceptorContext,
+        ) -> Any:
+            module = context.module
+            if context.method_name != "__call__" or module.scope is None:
+                return next_fun(*args, **kwargs)
+            own = module.variables.get("params", {})
+            if LAMBDA not in own:
+                return next_fun(*args, **kwargs)
+            return self._call(module, own, bases, *args, **kwargs)
+
+        with nn.intercept_methods(intercept):
+            yield
+
+    def _call(
+        self,
+        module: nn.Module,
+        own: Mapping[str, Any],
+        bases: Mapping[str, Bases],
+        x: jax.Array,
+        *args: Any,
+        **kwargs: Any,
+    ) -> jax.Array:
+        layer = self._book.layers[dotted(module.path)]
+        known = layer_type(module)
+        kernel = own["kernel"]
+        alone = module.clone(parent=None)
+        rest = {k: v for k, v in own.items() if k not in ("kernel", LAMBDA, GAMMA)}
+
+        def run(kernel: jax.Array, x: jax.Array) -> jax.Array:
+            out = alone.apply({"params": {**rest, "kernel": kernel}}, x, *args, **kwargs)
+            return cast(jax.Array, out)
+
+        parts = []
+        for name in own[LAMBDA]:
+            spec = self._book.specs[name]
+            term = Term(own[LAMBDA][name], own[GAMMA][name], bases[str(spec.identity)], spec.scaling)
+            drops = spec.dropout > 0 and module.has_rng("dropout")
+            drop = dropout(spec.dropout, module.make_rng("dropout")) if drops else None
+            parts.append(Part(term, drop))
+        dtype = getattr(module, "dtype", None) or jnp.result_type(x, kernel)
+        return adapted(
+            run,
+            kernel,
+            x,
+            parts,
+            check_call(layer, kernel, known, type(module).__name__),
+            contracts=known is not None and known.contracts,
+            low_precision=jnp.finfo(dtype).bits < 32,
+            apply=self._book.apply,
+            where=layer.name,
+        )
+
+    # What RandLoraModel asks of a front end.
+
+    def _base_leaves(self) -> Mapping[Path, jax.Array]:
+        return cast(Mapping[Path, jax.Array], flatten_dict(self._collections["params"]))
+
+    def _install(self, spec: AdapterSpec, state: AdapterState, trainable: bool) -> None:
+        leaves = dict(state.saved)
+        for name, (lam, gamma) in state.layers.items():
+            path = self._book.layers[name].path
+            leaves[(*path, LAMBDA)], leaves[(*path, GAMMA)] = lam, gamma
+        self._trees[spec.name] = unflatten_dict(leaves)
+        if not trainable:
+            self._frozen_adapters.add(spec.name)
+
+    def _state(self, adapter_name: str) -> AdapterState:
+        leaves = flatten_dict(unfreeze(self._trees[adapter_name]))
+        layers = {
+            dotted(path[:-1]): (lam, leaves[(*path[:-1], GAMMA)])
+            for path, lam in leaves.items()
+            if path[-1] == LAMBDA
+        }
+        saved = {path: x for path, x in leaves.items() if path[-1] not in (LAMBDA, GAMMA)}
+        return AdapterState(layers, saved)
+
+    def _trainable_leaves(self) -> list[jax.Array]:
+        return jax.tree.leaves(self.variables[TRAINED])
+
+    def _set_bases(self, bases: Mapping[BasisIdentity, Bases]) -> None:
+        self._bases = {str(identity): pair for identity, pair in bases.items()}
+
+
+class HuggingFaceRandLora(LinenRandLora):
+    """A Hugging Face Flax model with adapters: call it, or ``.generate``, as the model itself.
+
+    ``model.params`` holds the collections above, and is what ``params=`` takes everywhere; every
+    other attribute is the model's own.
+    """
+
+    def __init__(self, model: Any, apply: Apply, views: Views) -> None:
+        self.model = model
+        params = unfreeze(model.params)
+        # models with batch statistics keep whole collections in .params
+        self._nested = "params" in params
+        found = _trace(model)
+        self._start(
+            model.module, params if self._nested else {"params": params}, apply, views, found,
+            _origin(model),
+        )
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Every collection; assign it back after training."""
+        return self.variables
+
+    @params.setter
+    def params(self, params: Mapping[str, Any]) -> None:
+        self.variables = params  # type: ignore[assignment]
+
+    def __call__(self, *args: Any, params: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+        return self._scoped(self.model.__call__)(*args, params=params, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("model", "_trees"):  # not there yet: __init__ has not run, as under copy
+            raise AttributeError(name)
+        found = getattr(self.model, name)
+        if callable(found) and "params" in _parameters(found):
+            return self._scoped(found)
+        return found
+
+    def _scoped(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def scoped(*args: Any, params: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+            variables = self.params if params is None else params
+            joined = self._joined(variables)
+            with self._running(variables):
+                return method(*args, params=joined if self._nested else joined["params"], **kwargs)
+
+        return scoped
+
+
+def _parameters(method: Callable[..., Any]) -> Mapping[str, Any]:
+    try:
+        return inspect.signature(method).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
+def _trace(model: Any) -> dict[Path, nn.Module]:
+    """The linen module at each path of a Hugging Face model, by an abstract run of its init."""
+    found: dict[Path, nn.Module] = {}
+
+    def note(
+        next_fun: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        found[context.module.path] = context.module.clone(parent=None)
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(functools.partial(model.init_weights, input_shape=model.input_shape), model.key)
+    return found
+
+
+def _origin(model: Any) -> Origin:
+    """What PEFT records of a base model, from the names of a Hugging Face Flax class."""
+    name = type(model).__name__
+    return Origin(
+        model_type=model.config.model_type,
+        name_or_path=model.config._name_or_path or None,
+        auto_mapping=(
+            ("base_model_class", name.removeprefix("Flax")),
+            ("parent_library", type(model).__module__.replace("modeling_flax_", "modeling_")),
+        ),
+        output_embedding="lm_head",
+    )

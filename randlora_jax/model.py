@@ -1,0 +1,334 @@
+"""RandLoraModel: what an adapted model can do, whichever framework holds its arrays.
+
+The story: choose layers (`targets`), size and draw the bases (`bases`), give each chosen layer its
+lambda and gamma, and hand them to a front end, which puts them where its framework finds them. The
+front ends (`linen`, `nnx`) only store arrays and run layers; every decision is made here.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from randlora_jax import files, names, targets
+from randlora_jax.bases import BasisIdentity, Bases, Box, draw, jax_identity, peft_box, used_box
+from randlora_jax.book import AdapterState, Book
+from randlora_jax.config import RandLoraConfig
+from randlora_jax.delta import Apply, Term, delta
+from randlora_jax.errors import ConfigError, TargetError
+from randlora_jax.layers import AdapterSpec
+from randlora_jax.names import Path
+from randlora_jax.views import Views
+
+
+class RandLoraModel:
+    """A base model with RandLoRA adapters; made by `get_peft_model` or `from_pretrained`.
+
+    Names and meaning follow PEFT's ``RandLoraModel`` and ``PeftModel``.
+    """
+
+    _book: Book
+
+    # What a front end provides.
+
+    def _base_leaves(self) -> Mapping[Path, jax.Array]:
+        """Every frozen leaf of the base model by path."""
+        raise NotImplementedError
+
+    def _install(self, spec: AdapterSpec, state: AdapterState, trainable: bool) -> None:
+        """Stores an adapter's arrays; `_book` already lists it."""
+        raise NotImplementedError
+
+    def _state(self, adapter_name: str) -> AdapterState:
+        """The arrays of an adapter as they are now."""
+        raise NotImplementedError
+
+    def _trainable_leaves(self) -> list[jax.Array]:
+        """What an optimizer sees."""
+        raise NotImplementedError
+
+    def _set_bases(self, bases: Mapping[BasisIdentity, Bases]) -> None:
+        """Replaces the shared pairs on the device."""
+        raise NotImplementedError
+
+    # Adapters.
+
+    @property
+    def peft_config(self) -> dict[str, RandLoraConfig]:
+        """Configuration of each adapter by name."""
+        return dict(self._book.configs)
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Canonical names of every layer some adapter takes."""
+        return [n for n in self._book.layers if any(n in self._state(a).layers for a in self._book.specs)]
+
+    def add_adapter(
+        self, adapter_name: str, config: RandLoraConfig, *, rngs: Any = None, trainable: bool = True
+    ) -> None:
+        """Adds a fresh adapter: lambda zero, gamma 1 / max(n, min), as PEFT initialises them.
+
+        Args:
+          rngs: an ``nnx.Rngs`` or a ``jax.random.key``; needed only for ``init_weights=False``.
+
+        Raises:
+          ConfigError: the name is taken or the configuration contradicts another adapter's.
+          TargetError: the configuration selects no layer.
+        """
+        if config.projection_source == "file":
+            raise ConfigError(
+                "projection_source='file' describes an adapter that was loaded; a new one draws its "
+                "bases: use projection_source='jax'"
+            )
+        chosen = targets.select(
+            config,
+            list(self._book.layers),
+            [m for m in self._book.modules if m not in self._book.layers],
+            model_type=self._book.origin.model_type,
+            output_embedding=self._book.origin.output_embedding,
+        )
+        box = peft_box([self._book.layers[name].matrix for name in chosen], config.r)
+        spec = AdapterSpec(
+            adapter_name, config.scaling, config.randlora_dropout, jax_identity(config, box), box
+        )
+        state = AdapterState(
+            {name: self._fresh(name, config, rngs, i) for i, name in enumerate(chosen)},
+            self._trained_besides(config, chosen),
+        )
+        self._register(spec, config, state, trainable)
+
+    def _register(
+        self, spec: AdapterSpec, config: RandLoraConfig, state: AdapterState, trainable: bool,
+        stored: Mapping[BasisIdentity, tuple[np.ndarray, np.ndarray]] | None = None,
+    ) -> None:
+        if spec.name in self._book.specs:
+            raise ConfigError(
+                f"an adapter named {spec.name!r} is already here; choose another name or delete it"
+            )
+        self._check_against_others(config)
+        self._book = dataclasses.replace(
+            self._book,
+            configs={**self._book.configs, spec.name: config},
+            specs={**self._book.specs, spec.name: spec},
+            stored={**self._book.stored, **(stored or {})},
+        )
+        self._install(spec, state, trainable)
+        self._refresh_bases()
+
+    def _check_against_others(self, config: RandLoraConfig) -> None:
+        """PEFT's rule: all adapters of a model share key and save_projection."""
+        for name, other in self._book.configs.items():
+            for key in ("projection_prng_key", "save_projection"):
+                ours, theirs = getattr(config, key), getattr(other, key)
+                if ours != theirs:
+                    raise ConfigError(
+                        f"{key}={ours} differs from adapter {name!r}, which has {theirs}: all "
+                        f"adapters of one model must share it, as in PEFT"
+                    )
+
+    def _fresh(
+        self, name: str, config: RandLoraConfig, rngs: Any, index: int
+    ) -> tuple[jax.Array, jax.Array]:
+        layer = self._book.layers[name]
+        _, n, smallest = used_box(layer.matrix, config.r)
+        largest = max(n, smallest) if config.init_weights else max(layer.matrix)
+        # PEFT makes gamma in the base layer's dtype and keeps it in float32 afterwards
+        dtype = self._base_leaves()[(*layer.path, "kernel")].dtype
+        gamma = jnp.full((*layer.stack, n, smallest), 1 / largest, dtype).astype(jnp.float32)
+        shape = (*layer.stack, config.r, n)
+        if config.init_weights:
+            return jnp.zeros(shape, jnp.float32), gamma
+        if rngs is None:
+            raise ConfigError(
+                "init_weights=False draws lambda at random: pass rngs=nnx.Rngs(seed) or a jax key"
+            )
+        key = jax.random.fold_in(rngs if isinstance(rngs, jax.Array) else rngs.params(), index)
+        return jax.random.normal(key, shape, jnp.float32), gamma
+
+    def _trained_besides(
+        self, config: RandLoraConfig, chosen: list[str]
+    ) -> dict[Path, jax.Array]:
+        """Copies of the base leaves that this adapter trains whole: modules_to_save and biases."""
+        patterns = targets.saved_modules(config)
+        saved = {}
+        for path, leaf in self._base_leaves().items():
+            module = names.dotted(path[:-1])
+            parents = [names.dotted(path[:i]) for i in range(1, len(path))]
+            bias = path[-1] == "bias" and (
+                config.bias == "all" or (config.bias == "randlora_only" and module in chosen)
+            )
+            if bias or any(targets.matches_saved(parent, patterns) for parent in parents):
+                saved[path] = jnp.asarray(leaf, jnp.float32)
+        return saved
+
+    # Bases.
+
+    def _refresh_bases(self) -> None:
+        """One pair for each identity in use, of just the extents the layers slice."""
+        boxes: dict[BasisIdentity, Box] = {}
+        for name, spec in self._book.specs.items():
+            for layer in self._state(name).layers:
+                box = used_box(self._book.layers[layer].matrix, spec.identity.r)
+                boxes[spec.identity] = box.union(boxes.get(spec.identity, box))
+        self._set_bases({i: self._pair(i, box) for i, box in boxes.items()})
+
+    def _pair(self, identity: BasisIdentity, box: Box) -> Bases:
+        if identity not in self._book.stored:
+            return draw(identity, box)
+        a, b = self._book.stored[identity]  # (r, 1, MIN), (MAX, N, r)
+        return Bases(jnp.asarray(a[:, 0, : box.min]), jnp.asarray(b[: box.max, : box.n]))
+
+    # Looking and counting.
+
+    def delta_weights(self, adapter_name: str = "default") -> dict[str, np.ndarray]:
+        """delta_W of every adapted layer, (*stack, out, in) float32, scaling included."""
+        spec = self._spec(adapter_name)
+        state = self._state(adapter_name)
+        box = Box(0, 0, 0)
+        for name in state.layers:
+            box = box.union(used_box(self._book.layers[name].matrix, spec.identity.r))
+        bases = self._pair(spec.identity, box)
+        found = {}
+        for name, (lam, gamma) in state.layers.items():
+            n_in, n_out = self._book.layers[name].matrix
+            form = lambda l, g, i=n_in, o=n_out: delta(Term(l, g, bases, spec.scaling), i, o).T  # noqa: E731
+            for _ in self._book.layers[name].stack:
+                form = jax.vmap(form)
+            found[name] = np.asarray(form(lam, gamma))
+        return found
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trained numbers, all numbers), bases excluded as they are in PEFT's count."""
+        trained = sum(x.size for x in self._trainable_leaves())
+        adapters = sum(self._state(name).size() for name in self._book.specs)
+        return trained, adapters + sum(x.size for x in self._base_leaves().values())
+
+    def print_trainable_parameters(self) -> None:
+        """Prints the count in PEFT's words."""
+        trained, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trained:,d} || all params: {total:,d} || "
+            f"trainable%: {100 * trained / total:.4f}"
+        )
+
+    def _spec(self, adapter_name: str) -> AdapterSpec:
+        if adapter_name not in self._book.specs:
+            raise ConfigError(
+                f"no adapter named {adapter_name!r}; this model has {sorted(self._book.specs)}"
+            )
+        return self._book.specs[adapter_name]
+
+    # Files.
+
+    def save_pretrained(self, directory: str | FilePath) -> None:
+        """Writes PEFT adapter directories: "default" at the root, others in folders of their name.
+
+        Each is written atomically and holds one copy of its bases, of the extents PEFT expects.
+
+        Raises:
+          RandLoraError: something cannot be written as PEFT reads it; nothing was written.
+        """
+        for name, adapter in [(n, files.export(self._book, n, self._state(n))) for n in self._book.specs]:
+            write_adapter(FilePath(directory) / ("" if name == "default" else name), adapter)
+
+    def load_adapter(
+        self, directory: str | FilePath, adapter_name: str, is_trainable: bool = False
+    ) -> None:
+        """Adds the adapter stored in a PEFT directory, in our or in PEFT's own variants.
+
+        Raises:
+          AdapterFileError: the files are damaged, incomplete or hold non-finite numbers.
+          TargetError: the adapter's layers and this model's do not fit together.
+        """
+        spec, config, state, stored = files.restore(
+            self._book, self._base_leaves(), directory, adapter_name
+        )
+        if not is_trainable:
+            config = dataclasses.replace(config, inference_mode=True)
+        self._register(spec, config, state, is_trainable, stored)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: Any,
+        directory: str | FilePath,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        *,
+        apply: Apply = "auto",
+        rngs: Any = None,
+        views: Mapping[str, str] | None = None,
+    ) -> Self:
+        """Wraps `model` with the adapter stored in `directory`.
+
+        Args:
+          model: as for `get_peft_model`.
+          is_trainable: the adapter's numbers are trained on; else they are frozen like the base.
+          apply, rngs, views: as for `get_peft_model`.
+        """
+        wrapped = wrap(model, apply, rngs, views)
+        wrapped.load_adapter(directory, adapter_name, is_trainable)
+        return wrapped  # type: ignore[return-value]
+
+
+def wrap(
+    model: Any, apply: Apply, rngs: Any = None, views: Mapping[str, str] | None = None
+) -> RandLoraModel:
+    """The front end for `model`, with no adapter yet.
+
+    Raises:
+      ConfigError: `model` is of no kind that a front end knows, or `apply` no way to apply.
+    """
+    import flax.linen
+    import flax.nnx
+
+    from randlora_jax.linen import HuggingFaceRandLora, LinenRandLora
+    from randlora_jax.nnx import NnxRandLora
+
+    if apply not in ("auto", "factored", "merged"):
+        raise ConfigError(f"apply={apply!r}: expected 'auto', 'factored' or 'merged'")
+    stated = Views(views or {})
+    if isinstance(model, flax.nnx.Module):
+        return NnxRandLora(model, apply, stated, rngs)
+    if isinstance(model, flax.linen.Module):
+        return LinenRandLora(model, apply, stated)
+    if isinstance(getattr(model, "module", None), flax.linen.Module):
+        return HuggingFaceRandLora(model, apply, stated)
+    raise ConfigError(
+        f"cannot wrap a {type(model).__name__}: expected a flax.nnx.Module, a flax.linen module "
+        "bound to its variables (module.bind(variables)) or a Hugging Face Flax model"
+    )
+
+
+def get_peft_model(
+    model: Any,
+    config: RandLoraConfig,
+    adapter_name: str = "default",
+    *,
+    apply: Apply = "auto",
+    rngs: Any = None,
+    views: Mapping[str, str] | None = None,
+) -> RandLoraModel:
+    """Wraps `model` with a fresh RandLoRA adapter; before training it computes what `model` does.
+
+    Args:
+      model: a ``flax.nnx.Module`` (its layers are replaced in place, as PEFT does), a
+        ``flax.linen`` module bound to its variables, or a Hugging Face ``FlaxPreTrainedModel``.
+      config: what to adapt and how.
+      apply: how layers apply the adapter: "auto" takes the cheaper exact way per layer, "factored"
+        and "merged" insist on one. Belongs to the run and is never saved.
+      rngs: an ``nnx.Rngs`` or a jax key, for ``init_weights=False`` and, in nnx, adapter dropout.
+      views: kernel layouts that types do not tell, by regular expressions on layer paths, such as
+        ``{"layers/mlp/.*": "s i o"}`` for scanned Dense layers (`randlora_jax.views`).
+
+    Raises:
+      ConfigError: `model` or `config` cannot be used.
+      TargetError: `config` selects no layer of `model`.
+    """
+    wrapped = wrap(model, apply, rngs, views)
+    wrapped.add_adapter(adapter_name, config, rngs=rngs)
+    return wrapped

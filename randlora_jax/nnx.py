@@ -1,0 +1,289 @@
+"""The front end for ``flax.nnx`` modules.
+
+Where the arrays live. A Variable shared by all layers would be one leaf to ``nnx.split`` but one
+for each layer to ``jax.tree.leaves``, would lose its sharing in ``jax.tree.map`` and could not pass
+a user's ``nnx.scan``. So the root wrapper alone owns the bases, and its call opens a scope from
+which the layers inside take them, under whatever transformation they run; a layer called outside
+its wrapper's call raises. Lambda and gamma are ``AdapterParam`` variables of the layer they adapt.
+"""
+
+import contextlib
+import contextvars
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from randlora_jax.bases import BasisIdentity, Bases
+from randlora_jax.book import AdapterState, Book, Origin
+from randlora_jax.delta import Apply, Term
+from randlora_jax.errors import ConfigError
+from randlora_jax.layers import AdapterSpec, Layer, LayerType, Part, adapted, check_call
+from randlora_jax.model import RandLoraModel
+from randlora_jax.names import Path, dotted
+from randlora_jax.views import View, Views
+
+
+class AdapterParam(nnx.Variable[jax.Array]):
+    """A trained leaf: lambda, gamma, or a leaf of a module trained whole. Never an ``nnx.Param``.
+
+    ``nnx.Optimizer(model, tx, wrt=AdapterParam)`` trains exactly these.
+    """
+
+
+class FrozenAdapterParam(nnx.Variable[jax.Array]):
+    """A leaf of an adapter that is applied or kept, but not trained."""
+
+
+class SharedBasis(nnx.Variable[jax.Array]):
+    """One of the two frozen random bases of a pair; the root wrapper alone holds them."""
+
+
+_open: contextvars.ContextVar[Mapping[str, Bases] | None] = contextvars.ContextVar(
+    "randlora_bases", default=None
+)
+
+
+def layer_type(module: nnx.Module) -> LayerType | None:
+    """What is known of an nnx module's type; None for one whose kernel layout is unknown."""
+    return LayerType(View("io")) if isinstance(module, nnx.Linear) else None
+
+
+class RandLoraLayer(nnx.Module):
+    """Stands in the place of a module and runs it with the adapters joined in.
+
+    Args:
+      base_layer: the module it replaces; unknown attributes are looked up there.
+      layer: None where only whole leaves are trained.
+    """
+
+    def __init__(self, base_layer: nnx.Module, layer: Layer | None, apply: Apply) -> None:
+        self.base_layer = base_layer
+        self.randlora_lambda: dict[str, nnx.Variable[jax.Array]] = nnx.data({})
+        self.randlora_gamma: dict[str, nnx.Variable[jax.Array]] = nnx.data({})
+        self.trained_leaves: dict[str, dict[str, nnx.Variable[jax.Array]]] = nnx.data({})
+        self.randlora_dropout: dict[str, nnx.Dropout] = nnx.data({})
+        self.specs: tuple[AdapterSpec, ...] = ()
+        self.layer = layer
+        self.apply_ = apply
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "base_layer" or name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._effective(), name)
+
+    def _effective(self) -> nnx.Module:
+        """The base layer, with the leaves that the active adapters train whole in place."""
+        leaves = {k: v for s in self.specs for k, v in self.trained_leaves.get(s.name, {}).items()}
+        if not leaves:
+            return self.base_layer
+        graph, state = nnx.split(self.base_layer)
+        for name, leaf in leaves.items():
+            state[name] = state[name].replace(leaf[...].astype(state[name][...].dtype))
+        return cast(nnx.Module, nnx.merge(graph, state))
+
+    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+        base = self._effective()
+        parts = self._parts()
+        if self.layer is None or not parts:
+            return base(x, *args, **kwargs)  # type: ignore[operator]
+        graph, state = nnx.split(base)
+        kernel = state["kernel"][...]
+        rest = nnx.State({k: v for k, v in state.items() if k != "kernel"})
+
+        def run(kernel: jax.Array, x: jax.Array) -> jax.Array:
+            whole = nnx.State({**rest, "kernel": state["kernel"].replace(kernel)})
+            return cast(jax.Array, nnx.merge(graph, whole)(x, *args, **kwargs))
+
+        known = layer_type(self.base_layer)
+        dtype = getattr(self.base_layer, "dtype", None) or jnp.result_type(x, kernel)
+        return adapted(
+            run,
+            kernel,
+            x,
+            parts,
+            check_call(self.layer, kernel, known, type(self.base_layer).__name__),
+            contracts=known is not None and known.contracts,
+            low_precision=jnp.finfo(dtype).bits < 32,
+            apply=self.apply_,
+            where=self.layer.name,
+        )
+
+    def _parts(self) -> list[Part]:
+        specs = [spec for spec in self.specs if spec.name in self.randlora_lambda]
+        bases = _open.get()
+        if specs and bases is None:
+            raise ConfigError(
+                f"layer {self.layer and self.layer.name!r} was called outside its RandLoraModel, which "
+                "holds the shared bases: call the wrapped model, or its methods, not a part of it"
+            )
+        return [
+            Part(
+                Term(
+                    self.randlora_lambda[s.name][...],
+                    self.randlora_gamma[s.name][...],
+                    bases[str(s.identity)],  # type: ignore[index]
+                    s.scaling,
+                ),
+                self._drop(s),
+            )
+            for s in specs
+        ]
+
+    def _drop(self, spec: AdapterSpec) -> Any:
+        found = self.randlora_dropout.get(spec.name)
+        return None if found is None or found.deterministic else found
+
+
+class NnxRandLora(RandLoraModel, nnx.Module):
+    """An nnx model with adapters: call it as the model itself.
+
+    Adapted layers are replaced in place by `RandLoraLayer`. Other methods and attributes of the
+    model are reached through the wrapper, which opens the scope with the shared bases.
+    """
+
+    def __init__(self, model: nnx.Module, apply: Apply, views: Views, rngs: Any) -> None:
+        self.model = model
+        self.bases: dict[str, dict[str, SharedBasis]] = nnx.data({})
+        self._rngs = nnx.static(rngs)
+        layers, modules = {}, []
+        for path, module in nnx.iter_modules(model):
+            name = dotted(path)
+            modules.append(name)
+            stated, known = views.find(path), layer_type(module)
+            if not isinstance(getattr(module, "kernel", None), nnx.Variable):
+                continue
+            shape = module.kernel.shape  # type: ignore[attr-defined]
+            view = stated or (known and _stacked(known.view, len(shape)))
+            if view:
+                layers[name] = Layer(name, path, view, shape, stated=stated is not None)
+        self._book = Book(layers, tuple(sorted(filter(None, modules))), Origin(), apply)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._scope():
+            return self.model(*args, **kwargs)  # type: ignore[operator]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model" or name.startswith("_"):
+            raise AttributeError(name)
+        found = getattr(self.model, name)
+        if not inspect.ismethod(found):
+            return found
+
+        @functools.wraps(found)
+        def scoped(*args: Any, **kwargs: Any) -> Any:
+            with self._scope():
+                return found(*args, **kwargs)
+
+        return scoped
+
+    @contextlib.contextmanager
+    def _scope(self) -> Iterator[None]:
+        pairs = {i: Bases(pair["A"][...], pair["B"][...]) for i, pair in self.bases.items()}
+        token = _open.set(pairs)
+        try:
+            yield
+        finally:
+            _open.reset(token)
+
+    # What RandLoraModel asks of a front end.
+
+    def _base_leaves(self) -> Mapping[Path, jax.Array]:
+        flat = nnx.to_flat_state(nnx.state(self.model, nnx.Param))
+        return {tuple(p for p in path if p != "base_layer"): leaf[...] for path, leaf in flat}
+
+    def _wrappers(self) -> dict[Path, RandLoraLayer]:
+        return {
+            tuple(p for p in path if p != "base_layer"): module
+            for path, module in nnx.iter_modules(self.model)
+            if isinstance(module, RandLoraLayer)
+        }
+
+    def _wrapper(self, path: Path) -> RandLoraLayer:
+        """The wrapper around the module at `path`, made and put in its place if need be."""
+        here = self._wrappers()
+        if path not in here:
+            base = _module_at(self.model, path)
+            layer = self._book.layers.get(dotted(path))
+            _replace(self.model, base, RandLoraLayer(base, layer, self._book.apply))
+            here = self._wrappers()
+        return here[path]
+
+    def _install(self, spec: AdapterSpec, state: AdapterState, trainable: bool) -> None:
+        leaf = AdapterParam if trainable else FrozenAdapterParam
+        if spec.dropout and trainable and self._rngs is None:
+            raise ConfigError(
+                f"randlora_dropout={spec.dropout} draws at random: pass rngs=nnx.Rngs(seed)"
+            )
+        for name, (lam, gamma) in state.layers.items():
+            wrapper = self._wrapper(self._book.layers[name].path)
+            wrapper.randlora_lambda[spec.name] = leaf(lam)
+            wrapper.randlora_gamma[spec.name] = leaf(gamma)
+            if spec.dropout and trainable:
+                wrapper.randlora_dropout[spec.name] = nnx.Dropout(spec.dropout, rngs=self._rngs)
+            wrapper.specs = (*wrapper.specs, spec)
+        for path, value in state.saved.items():
+            wrapper = self._wrapper(path[:-1])
+            wrapper.trained_leaves.setdefault(spec.name, {})[path[-1]] = leaf(value)
+            if spec not in wrapper.specs:
+                wrapper.specs = (*wrapper.specs, spec)
+
+    def _state(self, adapter_name: str) -> AdapterState:
+        state = AdapterState({})
+        for path, wrapper in self._wrappers().items():
+            if adapter_name in wrapper.randlora_lambda:
+                state.layers[dotted(path)] = (
+                    wrapper.randlora_lambda[adapter_name][...],
+                    wrapper.randlora_gamma[adapter_name][...],
+                )
+            for leaf, value in wrapper.trained_leaves.get(adapter_name, {}).items():
+                state.saved[(*path, leaf)] = value[...]
+        return state
+
+    def _trainable_leaves(self) -> list[jax.Array]:
+        return jax.tree.leaves(nnx.state(self.model, AdapterParam))
+
+    def _set_bases(self, bases: Mapping[BasisIdentity, Bases]) -> None:
+        self.bases = nnx.data(
+            {str(i): {"A": SharedBasis(p.A), "B": SharedBasis(p.B)} for i, p in bases.items()}
+        )
+
+
+def _stacked(view: View, ndim: int) -> View:
+    """`view` with leading stack axes, as ``nnx.vmap`` leaves them; the user may state others."""
+    return View("s" * (ndim - len(view.axes)) + view.axes)
+
+
+def _module_at(root: nnx.Module, path: Path) -> nnx.Module:
+    for module_path, module in nnx.iter_modules(root):
+        if tuple(p for p in module_path if p != "base_layer") == path:
+            return module
+    raise KeyError(path)
+
+
+def _replace(root: nnx.Module, old: nnx.Module, new: nnx.Module) -> None:
+    """Puts `new` wherever `root` holds `old`: a module reached by two attributes changes at both."""
+    for _, module in list(nnx.iter_modules(root)):
+        if module is new:
+            continue
+        for name, value in list(vars(module).items()):
+            swapped = _swapped(value, old, new)
+            if swapped is not value:
+                setattr(module, name, swapped)
+
+
+def _swapped(value: Any, old: Any, new: Any) -> Any:
+    """`value` with `old` replaced by `new` inside plain containers; itself where nothing changed."""
+    if value is old:
+        return new
+    if type(value) in (list, tuple):
+        parts = [_swapped(v, old, new) for v in value]
+        return value if all(map(lambda a, b: a is b, parts, value)) else type(value)(parts)
+    if type(value) is dict:
+        items = {k: _swapped(v, old, new) for k, v in value.items()}
+        return value if all(items[k] is value[k] for k in value) else items
+    return value
