@@ -1,0 +1,211 @@
+"""One adapter in host memory, in PEFT's own names and layout, and what makes it sound."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from randlora_jax.config import RandLoraConfig
+from randlora_jax.errors import AdapterFileError
+from randlora_jax.strict_json import parse_object
+
+from .tensor_file import pieces, show
+
+BASE_DTYPES = tuple(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16)))
+FORMAT_VERSION = 1
+
+Bases = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What this library records beside the tensors; PEFT's readers pass it by.
+
+    Attributes:
+      source: whose draw the bases are: ``"jax"``, ``"torch..."`` (with its generation) or
+        ``"file..."`` (they came with a file and nobody can draw them again).
+      projection_prng_key: the key they were drawn from. Where the source is not PyTorch it
+        differs from the one in adapter_config.json, see `derived_key`.
+      kind: ``"dense"``, ``"sparse"`` or ``"very_sparse"``.
+      digest: `bases_digest` of the bases with PEFT's extents.
+      shapes: ``{layer: (out, in)}`` of every adapted layer.
+    """
+
+    source: str
+    projection_prng_key: int
+    kind: str
+    digest: str
+    shapes: dict[str, tuple[int, int]]
+
+    def to_json(self) -> str:
+        """One line of JSON, for the file's metadata."""
+        return json.dumps({"version": FORMAT_VERSION, **asdict(self)}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str, origin: str) -> Provenance:
+        """The reverse of `to_json`; `origin` names the file in errors.
+
+        Raises:
+          AdapterFileError: not what `to_json` writes, or written by a later version.
+        """
+        values = parse_object(text, origin)
+        version = values.pop("version", None)
+        if version != FORMAT_VERSION:
+            raise AdapterFileError(
+                f"{origin}: expected version {FORMAT_VERSION}, found {show(str(version))}. A "
+                "newer randlora-jax may have written it: upgrade"
+            )
+        expected = {"source": str, "projection_prng_key": int, "kind": str, "digest": str}
+        if values.keys() != {*expected, "shapes"} or any(
+            type(values[name]) is not kind for name, kind in expected.items()
+        ):
+            raise AdapterFileError(
+                f"{origin}: expected {', '.join(expected)} and shapes, found "
+                f"{show(text)}. Save the adapter again, or remove this metadata"
+            )
+        shapes = values.pop("shapes")
+        if not isinstance(shapes, dict) or not all(map(_is_shape, shapes.values())):
+            raise AdapterFileError(f"{origin}: shapes must give [out, in] for every layer")
+        return cls(**values, shapes={name: (out, in_) for name, (out, in_) in shapes.items()})
+
+
+@dataclass
+class Adapter:
+    """One adapter, as its directory holds it.
+
+    Attributes:
+      config: as in adapter_config.json, its key included.
+      layers: ``{PyTorch module path: (lambda (r, n), gamma (n, min))}``, float32.
+      saved: every other tensor by its PyTorch state-dict key, such as ``classifier.weight``,
+        in the file's dtype. The bias of an adapted layer is ``<layer>.base_layer.bias``. With
+        ``bias="all"`` and ``modules_to_save`` PEFT writes the frozen module's bias as well, as
+        ``<module>.original_module.bias``: the base model's own, which no output depends on.
+      bases: A (r, 1, MIN) and B (MAX, N, r) in float32, float16 or bfloat16; None where the
+        file has none and they must be drawn from the key as PyTorch does.
+      provenance: what this library recorded, or None.
+    """
+
+    config: RandLoraConfig
+    layers: dict[str, tuple[np.ndarray, np.ndarray]]
+    saved: dict[str, np.ndarray] = field(default_factory=dict)
+    bases: Bases | None = None
+    provenance: Provenance | None = None
+
+
+def bases_digest(A: np.ndarray, B: np.ndarray) -> str:
+    """SHA-256, in hex, of a base pair's numbers and shapes, whatever dtype holds them.
+
+    The bytes: for A, then B, its shape as ASCII text such as ``4x1x16`` and a newline, then its
+    items in C order as little-endian float32. Memory: one small piece.
+    """
+    digest = hashlib.sha256()
+    for array in (A, B):
+        digest.update("x".join(map(str, array.shape)).encode() + b"\n")
+        for piece in pieces(array):
+            digest.update(piece.astype("<f4").data)
+    return digest.hexdigest()
+
+
+def derived_key(digest: str) -> int:
+    """The key to record for bases that PyTorch did not draw: 62 bits of their digest.
+
+    PEFT takes equal keys for equal bases and refuses to hold different keys in one model, so
+    bases of ours under a key of their own are refused beside others, never mixed with them.
+    """
+    return int(digest[:16], 16) >> 2
+
+
+def check(adapter: Adapter, where: object) -> None:
+    """Check that an adapter's parts fit each other, as PEFT's arithmetic needs them.
+
+    Raises:
+      AdapterFileError: naming `where`, the tensor, what was expected and what was found.
+    """
+
+    def expect(sound: bool, key: str, expected: object, found: object) -> None:
+        if not sound:
+            raise AdapterFileError(
+                f"{where}: {show(key)}: expected {expected}, found {found}. The adapter was "
+                "damaged, or its config belongs to another; fetch both files again"
+            )
+
+    r = adapter.config.r
+    if not adapter.layers:
+        raise AdapterFileError(
+            f"{where}: expected randlora_lambda and randlora_gamma of at least one layer, found "
+            "none: this is no RandLoRA adapter, or nothing was targeted when it was saved"
+        )
+    for name, (lam, gamma) in adapter.layers.items():
+        for part, array in (("lambda", lam), ("gamma", gamma)):
+            key = f"{name}.randlora_{part}"
+            expect(array.dtype == np.float32, key, "float32", array.dtype)
+            expect(array.ndim == 2 and array.size > 0, key, "a matrix", array.shape)
+        smallest = gamma.shape[1]
+        n = -(-smallest // r)
+        expect(gamma.shape[0] == n, f"{name}.randlora_gamma", (n, smallest), gamma.shape)
+        expect(lam.shape == (r, n), f"{name}.randlora_lambda", (r, n), lam.shape)
+
+    if adapter.bases is not None:
+        a, b = adapter.bases
+        for key, array in (("randlora_A", a), ("randlora_B", b)):
+            expect(array.dtype in BASE_DTYPES, key, "float32, float16 or bfloat16", array.dtype)
+        expect(a.ndim == 3 and a.shape[:2] == (r, 1), "randlora_A", f"({r}, 1, MIN)", a.shape)
+        low = a.shape[2]
+        name = max(adapter.layers, key=lambda name: adapter.layers[name][1].shape[1])
+        needed = adapter.layers[name][1].shape[1]
+        expect(low >= needed, "randlora_A", f"(r, 1, {needed} or more) for {show(name)}", a.shape)
+        n = -(-low // r)
+        sound = b.ndim == 3 and b.shape[0] >= low and b.shape[1:] == (n, r)
+        expect(sound, "randlora_B", f"({low} or more, {n}, {r})", b.shape)
+
+    if adapter.provenance is not None:
+        shapes = adapter.provenance.shapes
+        expect(
+            shapes.keys() == adapter.layers.keys(),
+            "shapes in the metadata",
+            "those of the adapted layers",
+            f"other layers: {show(str(sorted(shapes.keys() ^ adapter.layers.keys())))}",
+        )
+        for name, shape in shapes.items():
+            smallest = adapter.layers[name][1].shape[1]
+            expect(min(shape) == smallest, f"{name}.randlora_gamma", min(shape), smallest)
+        if adapter.bases is not None:
+            box = [max(sides) for sides in zip(*shapes.values(), strict=True)]
+            found = [adapter.bases[1].shape[0], adapter.bases[0].shape[2]]
+            # PEFT sizes the bases by the largest out and in of all layers, and accepts no other
+            expect(sorted(box)[::-1] == found, "randlora_B, randlora_A", sorted(box)[::-1], found)
+
+
+def check_finite(adapter: Adapter, where: object) -> None:
+    """Refuse NaN and infinity anywhere in an adapter.
+
+    Raises:
+      AdapterFileError: naming the tensor and how many of its numbers are not finite.
+    """
+    arrays = dict(adapter.saved)
+    for name, (lam, gamma) in adapter.layers.items():
+        arrays |= {f"{name}.randlora_lambda": lam, f"{name}.randlora_gamma": gamma}
+    if adapter.bases is not None:
+        arrays |= dict(zip(("randlora_A", "randlora_B"), adapter.bases, strict=True))
+    for key, array in arrays.items():
+        if array.dtype.kind in "biu":
+            continue
+        bad = sum(piece.size - int(np.isfinite(piece).sum()) for piece in pieces(array))
+        if bad:
+            raise AdapterFileError(
+                f"{where}: {show(key)}: expected finite numbers, found {bad} of {array.size} NaN "
+                "or infinite: training diverged or the file was damaged; use an earlier save"
+            )
+
+
+def _is_shape(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(side) is int and side > 0 for side in value)
+    )

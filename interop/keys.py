@@ -1,0 +1,160 @@
+"""What every key of a PEFT RandLoRA file means. Each must mean something, or the file is refused.
+
+Three kinds exist: a layer's own numbers (``base_model.model.<layer>.randlora_lambda``), the
+shared bases (``base_model.randlora_A``, and the same again under layers), and whatever else was
+trained (``base_model.model.<state-dict key>``). PEFT leaves the adapter's name out of its files,
+while a raw state dict has it at the end; both are understood.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NoReturn
+
+from randlora_jax.config import RandLoraConfig
+
+from .tensor_file import Tensor, show
+
+TOP = "base_model."
+PREFIX = "base_model.model."
+LAYER_PARTS = ("lambda", "gamma")
+BASE_PARTS = ("A", "B")
+
+_RANDLORA = re.compile(
+    r"(?:(?P<module>.+)\.)?randlora_(?P<part>lambda|gamma|A|B)(?:\.(?P<adapter>[^.]+))?"
+)
+_COPY = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<rest>.+)")
+
+Fail = Callable[[str], NoReturn]
+
+
+@dataclass(frozen=True)
+class Role:
+    """What one tensor is.
+
+    Attributes:
+      part: ``"lambda"``, ``"gamma"``, ``"A"``, ``"B"``, ``"saved"``, or ``"repeated"`` for a
+        second copy of a saved tensor.
+      name: the layer ("" for the top-level bases), or the saved tensor's state-dict key.
+    """
+
+    part: str
+    name: str
+
+
+def roles_of(tensors: Iterable[Tensor], config: RandLoraConfig, fail: Fail) -> dict[str, Role]:
+    """The role of every tensor of a file.
+
+    Raises (by calling `fail`): a key means nothing, two keys mean the same, or a layer has only
+    one of two tensors that belong together.
+    """
+    roles: dict[str, Role] = {}
+    others: list[Tensor] = []
+    adapter_names: dict[str, str] = {}
+    for tensor in tensors:
+        found = _randlora_role(tensor.key)
+        if found is None:
+            others.append(tensor)
+            continue
+        roles[tensor.key], adapter = found
+        if adapter:
+            adapter_names[adapter] = tensor.key
+    if len(adapter_names) > 1:
+        two = " and ".join(map(show, list(adapter_names.values())[:2]))
+        fail(f"{two} belong to two adapters; a directory holds one: save them apart")
+
+    adapter = next(iter(adapter_names), None)
+    keys = {tensor.key for tensor in others}
+    for tensor in others:
+        roles[tensor.key] = _other_role(tensor, keys, adapter, config, fail)
+    _check_unique(roles, fail)
+    _check_partners(roles, fail)
+    return roles
+
+
+def _randlora_role(key: str) -> tuple[Role, str | None] | None:
+    for prefix, has_module in ((PREFIX, True), (TOP, False)):
+        match = _RANDLORA.fullmatch(key.removeprefix(prefix)) if key.startswith(prefix) else None
+        if match and bool(match["module"]) == has_module and _is_path(match["module"] or "x"):
+            if not has_module and match["part"] in LAYER_PARTS:
+                return None
+            return Role(match["part"], match["module"] or ""), match["adapter"]
+    return None
+
+
+def _other_role(
+    tensor: Tensor, keys: set[str], adapter: str | None, config: RandLoraConfig, fail: Fail
+) -> Role:
+    name = tensor.key.removeprefix(PREFIX)
+    if name == tensor.key or "randlora_" in name or not _is_path(name):
+        fail(
+            f"{show(tensor.key)}: expected {PREFIX}<layer>.randlora_lambda, randlora_gamma, "
+            f"randlora_A or randlora_B, or {PREFIX}<tensor of the model>; this key means nothing "
+            "in a RandLoRA adapter. Was it saved with another method, or by a newer PEFT?"
+        )
+    # With bias="all" PEFT writes the biases of whole trained modules twice, under the wrapper's
+    # name too (for nested modules with the adapter's name in the middle), and reads the first.
+    if copy := _COPY.fullmatch(name):
+        named, _, rest = copy["rest"].partition(".")
+        candidates = [f"{copy['module']}.{copy['rest']}", f"{copy['module']}.{rest}"]
+        original = next((c for c in candidates if PREFIX + c in keys), None)
+        if original:
+            return Role("repeated", original)
+        if adapter is None or named != adapter:
+            fail(
+                f"{show(tensor.key)}: expected the same tensor at "
+                f"{show(PREFIX + candidates[0])}, where every reader looks for it; found none"
+            )
+        name = candidates[1]
+    if not _is_explained(name, tensor, config):
+        fail(
+            f"{show(tensor.key)}: expected only tensors that adapter_config.json asks for "
+            f"(bias={config.bias!r}, modules_to_save={show(str(config.modules_to_save))}), and "
+            "this is none of them. If it was trained, name its module in modules_to_save"
+        )
+    return Role("saved", name)
+
+
+def _is_explained(name: str, tensor: Tensor, config: RandLoraConfig) -> bool:
+    """Whether a config, read as PEFT reads it, lets a state-dict key into the file."""
+    module, _, leaf = name.rpartition(".")
+    if leaf == "bias" and config.bias != "none":
+        return True
+    wanted = tuple(config.modules_to_save or ())
+    ancestors = module.split(".")
+    if wanted and any(
+        ".".join(ancestors[:end]).endswith(wanted) for end in range(1, len(ancestors) + 1)
+    ):
+        return True
+    # PEFT adds the embeddings of its own accord where the vocabulary was resized.
+    return leaf == "weight" and len(tensor.shape) == 2
+
+
+def _check_unique(roles: dict[str, Role], fail: Fail) -> None:
+    seen: dict[Role, str] = {}
+    for key, role in roles.items():
+        if role.part != "repeated" and role in seen:
+            fail(f"{show(seen[role])} and {show(key)} are the same tensor twice; remove one")
+        seen[role] = key
+
+
+def _check_partners(roles: dict[str, Role], fail: Fail) -> None:
+    present = {(role.name, role.part): key for key, role in roles.items()}
+    for (name, part), key in present.items():
+        if part in LAYER_PARTS + BASE_PARTS:
+            pair = LAYER_PARTS if part in LAYER_PARTS else BASE_PARTS
+            wanted = list(pair)
+            if part in BASE_PARTS and name:  # only adapted layers hold copies of the bases
+                wanted += LAYER_PARTS
+            for partner in wanted:
+                if (name, partner) not in present:
+                    fail(
+                        f"{show(key)}: expected randlora_{partner} beside it, found none: the "
+                        "file is incomplete; fetch it again"
+                    )
+
+
+def _is_path(name: str) -> bool:
+    return name.isprintable() and all(name.split(".")) and "randlora_" not in name

@@ -1,0 +1,290 @@
+"""PEFT's adapter directories: adapter_config.json and adapter_model.safetensors.
+
+Read: every variant that PEFT has written, with the shared bases at the top level, again under
+every layer, under one layer, or nowhere. Written: one copy of the bases, under the first adapted
+layer. There alone every reader finds it, PEFT's and transformers' alike; at the top level
+transformers' own loader does not look.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from os import fstat
+from os.path import samestat
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from randlora_jax.config import CONFIG_NAME, RandLoraConfig
+from randlora_jax.errors import AdapterFileError, ConfigError
+from randlora_jax.strict_json import parse_object
+
+from .adapter import (
+    BASE_DTYPES,
+    Adapter,
+    Bases,
+    Provenance,
+    bases_digest,
+    check,
+    check_finite,
+    derived_key,
+)
+from .atomic import current_file, replacing_files
+from .keys import BASE_PARTS, PREFIX, Role, roles_of
+from .tensor_file import Tensor, TensorFile, show, write_tensors
+
+__all__ = [
+    "Adapter",
+    "Provenance",
+    "bases_digest",
+    "derived_key",
+    "read_adapter",
+    "write_adapter",
+]
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+METADATA_KEY = "randlora_jax"
+
+
+def read_adapter(directory: str | Path) -> Adapter:
+    """Read one adapter, checking that every tensor is accounted for, sound and finite.
+
+    lambda and gamma stored in float16 or bfloat16 are widened to float32. All copies of the
+    bases are compared bit for bit. Memory: one copy of the bases, and the trained numbers.
+
+    Raises:
+      AdapterFileError: files are missing, damaged, contradictory or of another method; the
+        message names the file, the key, what was expected and what to do.
+    """
+    folder = Path(directory)
+    config, file = _open(folder)
+    with file:
+        adapter = _read(config, file)
+        check(adapter, file.path)
+        check_finite(adapter, file.path)
+    _check_provenance(adapter, file.path)
+    return adapter
+
+
+def write_adapter(directory: str | Path, adapter: Adapter, *, overwrite: bool = True) -> None:
+    """Write an adapter so that every PEFT reader opens it, with one copy of the bases.
+
+    Both files appear together: a reader finds the adapter that was there before or this one,
+    never a mix, wherever the process is killed (see `atomic`). Other files of the directory
+    stay. Bases of float32 that bfloat16 holds without loss are written so; they are left out
+    where ``config.save_projection`` is False. Where the provenance says that PyTorch did not
+    draw them, `derived_key` replaces the key in adapter_config.json.
+
+    Args:
+      directory: made if missing.
+      adapter: float32 lambda and gamma; nothing is cast.
+      overwrite: whether an adapter that is already there may be replaced.
+
+    Raises:
+      AdapterFileError: the adapter is unsound, holds NaN or infinity, or `directory` has an
+        adapter and may not lose it.
+      ConfigError: the bases can neither be written nor drawn again by a reader.
+    """
+    folder = Path(directory)
+    check(adapter, folder)
+    check_finite(adapter, folder)
+    config, provenance = adapter.config, adapter.provenance
+    bases = _bases_to_write(adapter, folder)
+    metadata = {"format": "pt"}
+    if provenance is not None:
+        _check_digest(adapter, folder)
+        if not provenance.source.startswith("torch"):
+            config = replace(config, projection_prng_key=derived_key(provenance.digest))
+        metadata[METADATA_KEY] = provenance.to_json()
+
+    arrays = {PREFIX + key: array for key, array in adapter.saved.items()}
+    for name, (lam, gamma) in adapter.layers.items():
+        arrays[f"{PREFIX}{name}.randlora_lambda"] = lam
+        arrays[f"{PREFIX}{name}.randlora_gamma"] = gamma
+    if bases is not None:
+        first = min(adapter.layers, key=_natural)
+        for part, array in zip(BASE_PARTS, bases, strict=True):
+            arrays[f"{PREFIX}{first}.randlora_{part}"] = _narrowed(array)
+
+    with replacing_files(folder, entry=CONFIG_NAME) as staged:
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not overwrite and (folder / name).exists():
+                raise AdapterFileError(
+                    f"{folder / name}: exists and may not be overwritten; choose another "
+                    "directory or allow it"
+                )
+        config.save_pretrained(staged)
+        write_tensors(staged / WEIGHTS_NAME, arrays, metadata)
+
+
+def _open(folder: Path) -> tuple[RandLoraConfig, TensorFile]:
+    """Both files of one save, though another process may be replacing them right now."""
+    for attempt in range(10):
+        config_path, weights_path = (
+            current_file(folder, name, entry=CONFIG_NAME) for name in (CONFIG_NAME, WEIGHTS_NAME)
+        )
+        try:
+            with open(config_path, "rb") as opened:
+                file = TensorFile(weights_path)
+                try:
+                    now = current_file(folder, CONFIG_NAME, entry=CONFIG_NAME).stat()
+                    if samestat(fstat(opened.fileno()), now):
+                        return _parse_config(opened.read(), config_path), file
+                except BaseException:
+                    file.close()
+                    raise
+                file.close()
+        except FileNotFoundError:
+            if attempt == 9:
+                raise _missing(folder) from None
+        except OSError as error:
+            raise AdapterFileError(f"{folder}: cannot be read ({error.strerror})") from error
+    raise AdapterFileError(f"{folder}: kept changing while it was read; wait for the other writer")
+
+
+def _missing(folder: Path) -> AdapterFileError:
+    if not folder.is_dir():
+        return AdapterFileError(f"{folder}: expected an adapter directory, found none")
+    if (folder / PICKLE_NAME).exists() and not (folder / WEIGHTS_NAME).exists():
+        return AdapterFileError(
+            f"{folder / PICKLE_NAME}: a pickle, which can run any program when it is loaded, so "
+            "it is not. If you trust its author, convert it where PyTorch is installed:\n"
+            f'cd "{folder.resolve()}" && python -c "import torch, safetensors.torch as s; '
+            f"t = torch.load('{PICKLE_NAME}', map_location='cpu', weights_only=True); "
+            f"s.save_file({{k: v.clone() for k, v in t.items()}}, '{WEIGHTS_NAME}', "
+            "{'format': 'pt'})\""
+        )
+    absent = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).exists()]
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+    hint = f"; it has adapters in subfolders, open one of them: {inside}" if inside else ""
+    return AdapterFileError(
+        f"{folder}: expected {CONFIG_NAME} and {WEIGHTS_NAME}, found no {' and no '.join(absent)}"
+        f"{hint}"
+    )
+
+
+def _parse_config(raw: bytes, path: Path) -> RandLoraConfig:
+    try:
+        return RandLoraConfig.from_dict(parse_object(raw.decode(), str(path)))
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise AdapterFileError(f"{path}: {error}") from error
+
+
+def _read(config: RandLoraConfig, file: TensorFile) -> Adapter:
+    """Read all tensors in the order of their bytes; the bases once, their copies compared."""
+    roles = roles_of(file.tensors.values(), config, file.fail)
+    layers: dict[str, dict[str, np.ndarray]] = {}
+    saved: dict[str, np.ndarray] = {}
+    bases: dict[str, np.ndarray] = {}
+    origin: dict[Role, Tensor] = {}
+    for key, tensor in file.tensors.items():
+        role = roles[key]
+        if role.part == "repeated":
+            continue
+        if role.part == "saved":
+            saved[role.name] = file.read(tensor)
+            origin[role] = tensor
+            continue
+        if tensor.dtype not in BASE_DTYPES:
+            file.fail(
+                f"{show(key)}: expected F32, F16 or BF16, found {tensor}; save it again in one "
+                "of them"
+            )
+        if role.part not in BASE_PARTS:
+            layers.setdefault(role.name, {})[role.part] = file.read(tensor).astype(
+                np.float32, copy=False
+            )
+        elif role.part not in bases:
+            bases[role.part] = file.read(tensor)
+            origin[Role(role.part, "")] = tensor
+        else:
+            _check_copy(file, tensor, origin[Role(role.part, "")], bases[role.part])
+    for key, role in roles.items():
+        if role.part == "repeated":
+            first = Role("saved", role.name)
+            _check_copy(file, file.tensors[key], origin[first], saved[role.name])
+
+    if bases and not config.save_projection:
+        file.fail(
+            f"{show(origin[Role('A', '')].key)}: expected no bases, since {CONFIG_NAME} has "
+            "save_projection false and PEFT would ignore them; set it to true to use them"
+        )
+    if not bases:
+        config = replace(config, projection_source="torch")  # PEFT draws them from the key
+    text = file.metadata.get(METADATA_KEY)
+    return Adapter(
+        config=config,
+        layers={name: (parts["lambda"], parts["gamma"]) for name, parts in layers.items()},
+        saved=saved,
+        bases=(bases["A"], bases["B"]) if bases else None,
+        provenance=Provenance.from_json(text, f"{file.path}: {METADATA_KEY}") if text else None,
+    )
+
+
+def _check_copy(file: TensorFile, copy: Tensor, first: Tensor, array: np.ndarray) -> None:
+    if not file.holds(copy, array):
+        file.fail(
+            f"{show(first.key)} ({first}) and {show(copy.key)} ({copy}) should be copies of one "
+            "tensor and differ: readers would disagree about what the adapter computes"
+        )
+
+
+def _check_provenance(adapter: Adapter, where: Path) -> None:
+    """Check that bases, metadata and config come from one save."""
+    provenance = adapter.provenance
+    if provenance is None:
+        return
+    _check_digest(adapter, where)
+    key = adapter.config.projection_prng_key
+    expected = derived_key(provenance.digest)
+    if not provenance.source.startswith("torch") and key != expected:
+        raise AdapterFileError(
+            f"{where}: expected projection_prng_key {expected} in {CONFIG_NAME} beside it, found "
+            f"{key}: the two files do not belong together; fetch both again"
+        )
+
+
+def _check_digest(adapter: Adapter, where: Path) -> None:
+    if adapter.provenance is None or adapter.bases is None:
+        return
+    found = bases_digest(*adapter.bases)
+    if found != adapter.provenance.digest:
+        raise AdapterFileError(
+            f"{where}: expected bases of digest {show(adapter.provenance.digest)}, found {found}: "
+            "they were changed or damaged; fetch the file again"
+        )
+
+
+def _bases_to_write(adapter: Adapter, where: Path) -> Bases | None:
+    provenance = adapter.provenance
+    if adapter.config.save_projection:
+        if adapter.bases is None:
+            raise ConfigError(
+                f"{where}: save_projection is True and the adapter has no bases. Draw them "
+                "first, or set save_projection=False if they are PyTorch's own for the key"
+            )
+        return adapter.bases
+    if provenance is not None and not provenance.source.startswith("torch"):
+        raise ConfigError(
+            f"{where}: save_projection is False, and only PyTorch's own bases can be drawn again "
+            f"by a reader; these are from {provenance.source!r}. Set save_projection=True"
+        )
+    return None
+
+
+def _narrowed(array: np.ndarray) -> np.ndarray:
+    """float32 as bfloat16, its upper half, where the lower half is zero throughout."""
+    if array.dtype != np.float32:
+        return array
+    halves = np.ascontiguousarray(array, "<f4").view("<u2").reshape(*array.shape, 2)
+    if halves[..., 0].any():
+        return array
+    return np.ascontiguousarray(halves[..., 1]).view(ml_dtypes.bfloat16)
+
+
+def _natural(name: str) -> list[str | int]:
+    """Sorts layer 2 before layer 10."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]

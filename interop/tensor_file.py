@@ -1,0 +1,240 @@
+"""The safetensors format: eight bytes of length, a JSON header, then the tensors' bytes.
+
+Read and written here rather than through the ``safetensors`` package, because three things are
+needed that it does not offer in every release we support: bf16 in NumPy (0.4 cannot), one
+tensor compared with another without holding both (an adapter repeats its bases under every
+layer), and errors that name the file, the tensor and the offset. Two tensors of one name, of
+which the package keeps the last, are refused. Everything a file claims is checked against its
+size before memory is asked for, and nothing is mapped: memory is what is read.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ml_dtypes
+import numpy as np
+
+from randlora_jax.errors import AdapterFileError
+from randlora_jax.strict_json import parse_object
+
+# The format's names, little-endian as the format is.
+DTYPES: Mapping[str, np.dtype] = {
+    "BOOL": np.dtype(bool),
+    "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
+    "U16": np.dtype("<u2"),
+    "I16": np.dtype("<i2"),
+    "U32": np.dtype("<u4"),
+    "I32": np.dtype("<i4"),
+    "U64": np.dtype("<u8"),
+    "I64": np.dtype("<i8"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "C64": np.dtype("<c8"),
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+MAX_HEADER = 100_000_000  # the format's own limit
+MAX_RANK = 32  # NumPy 1's limit, far above any weight's
+CHUNK = 1 << 18  # bytes; fits the processor's cache, so comparing costs little over reading
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor of a file lies: ``start`` counts from the beginning of the file."""
+
+    key: str
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """NumPy's name for the dtype."""
+        return DTYPES[self.code]
+
+    def __str__(self) -> str:
+        return f"{self.code} {list(self.shape)}"
+
+
+class TensorFile:
+    """An open safetensors file whose header was found to be sound.
+
+    Attributes:
+      path: the file.
+      tensors: ``{key: Tensor}`` in the order of their bytes.
+      metadata: the header's free strings.
+
+    Raises:
+      AdapterFileError: the file is truncated or its header is not what the format demands.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = io.FileIO(path)
+        try:
+            self._size = self._file.seek(0, 2)
+            self.tensors, self.metadata = self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def read(self, tensor: Tensor) -> np.ndarray:
+        """The numbers of one tensor, in the file's dtype."""
+        array = np.empty(tensor.shape, tensor.dtype)
+        self._fill(_bytes_of(array), tensor.start, tensor.key)
+        return array
+
+    def holds(self, tensor: Tensor, array: np.ndarray) -> bool:
+        """Whether a tensor is bit for bit `array`, reading it in small pieces."""
+        if (tensor.shape, tensor.dtype) != (array.shape, array.dtype):
+            return False
+        expected = _bytes_of(array)
+        for at in range(0, tensor.nbytes, CHUNK):
+            piece = expected[at : at + CHUNK]
+            found = bytearray(len(piece))  # compares with memcmp, which a memoryview does not
+            self._fill(memoryview(found), tensor.start + at, tensor.key)
+            if found != piece:
+                return False
+        return True
+
+    def fail(self, message: str) -> NoReturn:
+        """Raise an error about this file."""
+        raise AdapterFileError(f"{self.path}: {message}")
+
+    def _fill(self, view: memoryview, start: int, what: str) -> None:
+        self._file.seek(start)
+        while view:
+            count = self._file.readinto(view)
+            if not count:
+                self.fail(f"{show(what)}: the file ends inside it, {len(view)} bytes short")
+            view = view[count:]
+
+    def _read_header(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        if self._size < 8:
+            self.fail(f"{self._size} bytes cannot be a safetensors file; copy it again")
+        prefix = bytearray(8)
+        self._fill(memoryview(prefix), 0, "header length")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(MAX_HEADER, self._size - 8):
+            self.fail(
+                f"its header claims {length} bytes; the file has {self._size} and the format "
+                f"allows {MAX_HEADER}. It is truncated or no safetensors file; copy it again"
+            )
+        raw = bytearray(length)
+        self._fill(memoryview(raw), 8, "header")
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError as error:
+            self.fail(f"its header is not UTF-8: {error.reason} at byte {8 + error.start}")
+        header = parse_object(text, f"{self.path}: header")
+        metadata = header.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict) or not all(
+            isinstance(value, str) for value in metadata.values()
+        ):
+            self.fail("__metadata__ in its header must map strings to strings")
+        found = [self._tensor(key, entry, 8 + length) for key, entry in header.items()]
+        found.sort(key=lambda tensor: (tensor.start, tensor.nbytes))
+        end = 8 + length
+        for tensor in found:
+            if tensor.start != end:
+                self.fail(
+                    f"{show(tensor.key)}: its bytes begin at {tensor.start}, where the tensor "
+                    f"before it ends at {end}: tensors may neither overlap nor leave holes"
+                )
+            end += tensor.nbytes
+        if end != self._size:
+            self.fail(
+                f"its tensors end at byte {end}, the file at {self._size}: it is truncated or "
+                "something was appended; copy it again"
+            )
+        return {tensor.key: tensor for tensor in found}, metadata
+
+    def _tensor(self, key: str, entry: Any, base: int) -> Tensor:
+        """Check one entry of the header against the file's size."""
+        where = show(key)
+        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+            self.fail(f"{where}: its header entry needs dtype, shape and data_offsets")
+        code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(code, str) or code not in DTYPES:
+            self.fail(f"{where}: dtype {show(str(code))} is none of {', '.join(DTYPES)}")
+        if not _are_sizes(shape) or len(shape) > MAX_RANK or max(shape, default=0) > self._size:
+            self.fail(f"{where}: its shape is impossible in a file of {self._size} bytes")
+        if not _are_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1]:
+            self.fail(f"{where}: data_offsets must be two increasing positions")
+        nbytes = DTYPES[code].itemsize
+        for size in shape:
+            nbytes *= size
+        if nbytes != offsets[1] - offsets[0] or base + offsets[1] > self._size:
+            self.fail(
+                f"{where}: {code} {shape} takes {nbytes} bytes; its offsets are {offsets} in a "
+                f"file of {self._size} bytes"
+            )
+        return Tensor(key, code, tuple(shape), base + offsets[0], nbytes)
+
+
+def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write a new safetensors file, array by array, without copies of contiguous arrays.
+
+    Larger items come first, so that every tensor is aligned to its item size; then by key.
+
+    Raises:
+      AdapterFileError: an array's dtype has no name in the format.
+    """
+    order = sorted(arrays, key=lambda key: (-arrays[key].dtype.itemsize, key))
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for key in order:
+        array = arrays[key]
+        code = _CODES.get(array.dtype)
+        if code is None:
+            raise AdapterFileError(f"{path}: {key}: safetensors has no name for {array.dtype}")
+        start, end = end, end + array.nbytes
+        header[key] = {"dtype": code, "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for key in order:
+            file.write(_bytes_of(np.ascontiguousarray(arrays[key])))
+
+
+def pieces(array: np.ndarray) -> Iterator[np.ndarray]:
+    """A contiguous array's items in order, a quarter of a megabyte at a time."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    step = CHUNK // array.dtype.itemsize
+    return (flat[at : at + step] for at in range(0, flat.size, step))
+
+
+def show(text: str) -> str:
+    """A name from a file, fit for an error message whatever it contains."""
+    text = text if len(text) <= 160 else f"{text[:100]}... ({len(text)} characters)"
+    return text if text.isprintable() else ascii(text)
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
