@@ -286,8 +286,8 @@ class RandLoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of PEFT's file: lists for tuples, unknown fields included.
 
-        An unknown peft_version is left out: PEFT 0.18 and later fill in their own, and 0.16 warns
-        about the field.
+        A peft_version of None is left out: PEFT 0.16 warns about the field, later releases do not
+        need it.
         """
         result = {name: thaw(getattr(self, name)) for name in _FILE_FIELDS}
         if self.peft_version is None:
