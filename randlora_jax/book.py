@@ -34,7 +34,7 @@ class Origin:
 
     model_type: str | None = None
     name_or_path: str | None = None
-    auto_mapping: tuple[tuple[str, str], ...] | None = None
+    auto_mapping: Mapping[str, str] | None = None
     output_embedding: str | None = None
 
 

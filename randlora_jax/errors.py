@@ -23,4 +23,6 @@ class AdapterFileError(RandLoraError):
 def nearest(name: str, known: Sequence[str]) -> str:
     """Names in `known` closest to `name`, for a message."""
     near = difflib.get_close_matches(name, known, 3, 0) or list(known)[:3]
-    return ", ".join(map(repr, near)) + (f" and {len(known) - len(near)} more" if len(known) > 3 else "")
+    return ", ".join(map(repr, near)) + (
+        f" and {len(known) - len(near)} more" if len(known) > 3 else ""
+    )

@@ -1,6 +1,7 @@
 """Between a model's adapter and its PEFT directory: names, layouts and where the bases come from."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path as FilePath
 
@@ -14,7 +15,8 @@ from randlora_jax.bases import BasisIdentity, Box, draw, jax_identity, used_box
 from randlora_jax.book import AdapterState, Book
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.errors import AdapterFileError, TargetError, nearest
-from randlora_jax.interop.peft_dir import Adapter, Provenance, bases_digest, read_adapter
+from randlora_jax.interop.adapter import Adapter, Provenance, bases_digest
+from randlora_jax.interop.peft_dir import read_adapter
 from randlora_jax.layers import AdapterSpec
 from randlora_jax.names import Path
 
@@ -35,18 +37,29 @@ def export(book: Book, adapter_name: str, state: AdapterState) -> Adapter:
                 "no rule says how those are named"
             )
     bases = peft_pair(book, spec)
-    # PEFT's own loaders take a classifier along with this task type and fail without one
+    if book.origin.model_type and not (config.base_model_name_or_path or book.origin.name_or_path):
+        warnings.warn(
+            "base_model_name_or_path is unknown, so PEFT's Auto classes will not find the base model "
+            "of this adapter; give it in RandLoraConfig",
+            stacklevel=4,
+        )
     written = dataclasses.replace(
         config,
         target_modules=targets.write_targets(list(state.layers), book.modules),
+        layers_to_transform=None,  # target_modules says all
+        layers_pattern=None,
+        modules_to_save=targets.saved_modules(config) or None,
         fan_in_fan_out=any(book.layers[name].fan_in_fan_out for name in state.layers),
         base_model_name_or_path=config.base_model_name_or_path or book.origin.name_or_path,
-        auto_mapping=config.auto_mapping or (None if config.task_type else book.origin.auto_mapping),
+        auto_mapping=config.auto_mapping
+        or (None if config.task_type else book.origin.auto_mapping),
         inference_mode=True,
     )
     return Adapter(
         config=written,
-        layers={k: (np.asarray(lam), np.asarray(gamma)) for k, (lam, gamma) in state.layers.items()},
+        layers={
+            k: (np.asarray(lam), np.asarray(gamma)) for k, (lam, gamma) in state.layers.items()
+        },
         saved={
             _saved_key(path, state): names.to_torch(
                 value, path, book.layers.get(names.dotted(path[:-1]))
@@ -108,7 +121,9 @@ def restore(
     )
     spec = AdapterSpec(adapter_name, config.scaling, config.randlora_dropout, identity, box)
     saved = _saved_leaves(book, base, adapter, directory)
-    layers = {k: (jnp.asarray(lam), jnp.asarray(gamma)) for k, (lam, gamma) in adapter.layers.items()}
+    layers = {
+        k: (jnp.asarray(lam), jnp.asarray(gamma)) for k, (lam, gamma) in adapter.layers.items()
+    }
     return spec, config, AdapterState(layers, saved), stored
 
 
@@ -179,6 +194,8 @@ def _saved_leaves(
             known[names.torch_key(path)] = path
     saved = {}
     for key, value in adapter.saved.items():
+        if ".original_module." in key:  # PEFT's copy of a frozen bias, which nothing uses
+            continue
         path = known.get(key.replace(".base_layer.", "."))
         if path is None:
             raise TargetError(
@@ -186,5 +203,6 @@ def _saved_leaves(
                 f"{nearest(key, list(known))}"
             )
         layer = book.layers.get(names.dotted(path[:-1]))
+        value = value.astype(np.float32)  # trained numbers are widened, never narrowed
         saved[path] = jnp.asarray(names.from_torch(value, path, layer, base[path]))
     return saved

@@ -72,8 +72,13 @@ class LinenRandLora(RandLoraModel):
         self._start(module, unfreeze(variables), apply, views, {}, Origin())
 
     def _start(
-        self, module: nn.Module, collections: dict[str, Any], apply: Apply, views: Views,
-        found: Mapping[Path, nn.Module], origin: Origin,
+        self,
+        module: nn.Module,
+        collections: dict[str, Any],
+        apply: Apply,
+        views: Views,
+        found: Mapping[Path, nn.Module],
+        origin: Origin,
     ) -> None:
         """`found`: the linen module at each path, where a trace of the model told."""
         self.module = module
@@ -114,7 +119,9 @@ class LinenRandLora(RandLoraModel):
     def variables(self, variables: Mapping[str, Any]) -> None:
         unknown = set(variables.get(TRAINED, {})) - set(self._trees)
         if unknown:
-            raise ConfigError(f"no adapter named {sorted(unknown)}; add it before assigning its leaves")
+            raise ConfigError(
+                f"no adapter named {sorted(unknown)}; add it before assigning its leaves"
+            )
         self._trees |= variables.get(TRAINED, {})
         kept = {k: v for k, v in variables.items() if k not in (TRAINED, FROZEN, BASES)}
         self._collections = unfreeze(kept)
@@ -180,7 +187,9 @@ class LinenRandLora(RandLoraModel):
         parts = []
         for name in own[LAMBDA]:
             spec = self._book.specs[name]
-            term = Term(own[LAMBDA][name], own[GAMMA][name], bases[str(spec.identity)], spec.scaling)
+            term = Term(
+                own[LAMBDA][name], own[GAMMA][name], bases[str(spec.identity)], spec.scaling
+            )
             drops = spec.dropout > 0 and module.has_rng("dropout")
             drop = dropout(spec.dropout, module.make_rng("dropout")) if drops else None
             parts.append(Part(term, drop))
@@ -202,7 +211,7 @@ class LinenRandLora(RandLoraModel):
     def _base_leaves(self) -> Mapping[Path, jax.Array]:
         return cast(Mapping[Path, jax.Array], flatten_dict(self._collections["params"]))
 
-    def _install(self, spec: AdapterSpec, state: AdapterState, trainable: bool) -> None:
+    def _install(self, spec: AdapterSpec, state: AdapterState, trainable: bool, rngs: Any) -> None:
         leaves = dict(state.saved)
         for name, (lam, gamma) in state.layers.items():
             path = self._book.layers[name].path
@@ -242,7 +251,11 @@ class HuggingFaceRandLora(LinenRandLora):
         self._nested = "params" in params
         found = _trace(model)
         self._start(
-            model.module, params if self._nested else {"params": params}, apply, views, found,
+            model.module,
+            params if self._nested else {"params": params},
+            apply,
+            views,
+            found,
             _origin(model),
         )
 
@@ -298,7 +311,9 @@ def _trace(model: Any) -> dict[Path, nn.Module]:
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(note):
-        jax.eval_shape(functools.partial(model.init_weights, input_shape=model.input_shape), model.key)
+        jax.eval_shape(
+            functools.partial(model.init_weights, input_shape=model.input_shape), model.key
+        )
     return found
 
 
@@ -308,9 +323,9 @@ def _origin(model: Any) -> Origin:
     return Origin(
         model_type=model.config.model_type,
         name_or_path=model.config._name_or_path or None,
-        auto_mapping=(
-            ("base_model_class", name.removeprefix("Flax")),
-            ("parent_library", type(model).__module__.replace("modeling_flax_", "modeling_")),
-        ),
+        auto_mapping={
+            "base_model_class": name.removeprefix("Flax"),
+            "parent_library": type(model).__module__.replace("modeling_flax_", "modeling_"),
+        },
         output_embedding="lm_head",
     )

@@ -20,6 +20,7 @@ from randlora_jax.book import AdapterState, Book
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.delta import Apply, Term, delta
 from randlora_jax.errors import ConfigError, TargetError
+from randlora_jax.interop.peft_dir import write_adapter
 from randlora_jax.layers import AdapterSpec
 from randlora_jax.names import Path
 from randlora_jax.views import Views
@@ -39,8 +40,8 @@ class RandLoraModel:
         """Every frozen leaf of the base model by path."""
         raise NotImplementedError
 
-    def _install(self, spec: AdapterSpec, state: AdapterState, trainable: bool) -> None:
-        """Stores an adapter's arrays; `_book` already lists it."""
+    def _install(self, spec: AdapterSpec, state: AdapterState, trainable: bool, rngs: Any) -> None:
+        """Stores an adapter's arrays; `_book` already lists it. `rngs` is for dropout."""
         raise NotImplementedError
 
     def _state(self, adapter_name: str) -> AdapterState:
@@ -65,7 +66,11 @@ class RandLoraModel:
     @property
     def targeted_module_names(self) -> list[str]:
         """Canonical names of every layer some adapter takes."""
-        return [n for n in self._book.layers if any(n in self._state(a).layers for a in self._book.specs)]
+        return [
+            n
+            for n in self._book.layers
+            if any(n in self._state(a).layers for a in self._book.specs)
+        ]
 
     def add_adapter(
         self, adapter_name: str, config: RandLoraConfig, *, rngs: Any = None, trainable: bool = True
@@ -99,10 +104,15 @@ class RandLoraModel:
             {name: self._fresh(name, config, rngs, i) for i, name in enumerate(chosen)},
             self._trained_besides(config, chosen),
         )
-        self._register(spec, config, state, trainable)
+        self._register(spec, config, state, trainable, rngs)
 
     def _register(
-        self, spec: AdapterSpec, config: RandLoraConfig, state: AdapterState, trainable: bool,
+        self,
+        spec: AdapterSpec,
+        config: RandLoraConfig,
+        state: AdapterState,
+        trainable: bool,
+        rngs: Any,
         stored: Mapping[BasisIdentity, tuple[np.ndarray, np.ndarray]] | None = None,
     ) -> None:
         if spec.name in self._book.specs:
@@ -116,7 +126,7 @@ class RandLoraModel:
             specs={**self._book.specs, spec.name: spec},
             stored={**self._book.stored, **(stored or {})},
         )
-        self._install(spec, state, trainable)
+        self._install(spec, state, trainable, rngs)
         self._refresh_bases()
 
     def _check_against_others(self, config: RandLoraConfig) -> None:
@@ -149,9 +159,7 @@ class RandLoraModel:
         key = jax.random.fold_in(rngs if isinstance(rngs, jax.Array) else rngs.params(), index)
         return jax.random.normal(key, shape, jnp.float32), gamma
 
-    def _trained_besides(
-        self, config: RandLoraConfig, chosen: list[str]
-    ) -> dict[Path, jax.Array]:
+    def _trained_besides(self, config: RandLoraConfig, chosen: list[str]) -> dict[Path, jax.Array]:
         """Copies of the base leaves that this adapter trains whole: modules_to_save and biases."""
         patterns = targets.saved_modules(config)
         saved = {}
@@ -232,11 +240,18 @@ class RandLoraModel:
         Raises:
           RandLoraError: something cannot be written as PEFT reads it; nothing was written.
         """
-        for name, adapter in [(n, files.export(self._book, n, self._state(n))) for n in self._book.specs]:
+        for name, adapter in [
+            (n, files.export(self._book, n, self._state(n))) for n in self._book.specs
+        ]:
             write_adapter(FilePath(directory) / ("" if name == "default" else name), adapter)
 
     def load_adapter(
-        self, directory: str | FilePath, adapter_name: str, is_trainable: bool = False
+        self,
+        directory: str | FilePath,
+        adapter_name: str,
+        is_trainable: bool = False,
+        *,
+        rngs: Any = None,
     ) -> None:
         """Adds the adapter stored in a PEFT directory, in our or in PEFT's own variants.
 
@@ -249,7 +264,7 @@ class RandLoraModel:
         )
         if not is_trainable:
             config = dataclasses.replace(config, inference_mode=True)
-        self._register(spec, config, state, is_trainable, stored)
+        self._register(spec, config, state, is_trainable, rngs, stored)
 
     @classmethod
     def from_pretrained(
@@ -270,14 +285,12 @@ class RandLoraModel:
           is_trainable: the adapter's numbers are trained on; else they are frozen like the base.
           apply, rngs, views: as for `get_peft_model`.
         """
-        wrapped = wrap(model, apply, rngs, views)
-        wrapped.load_adapter(directory, adapter_name, is_trainable)
+        wrapped = wrap(model, apply, views)
+        wrapped.load_adapter(directory, adapter_name, is_trainable, rngs=rngs)
         return wrapped  # type: ignore[return-value]
 
 
-def wrap(
-    model: Any, apply: Apply, rngs: Any = None, views: Mapping[str, str] | None = None
-) -> RandLoraModel:
+def wrap(model: Any, apply: Apply, views: Mapping[str, str] | None = None) -> RandLoraModel:
     """The front end for `model`, with no adapter yet.
 
     Raises:
@@ -293,7 +306,7 @@ def wrap(
         raise ConfigError(f"apply={apply!r}: expected 'auto', 'factored' or 'merged'")
     stated = Views(views or {})
     if isinstance(model, flax.nnx.Module):
-        return NnxRandLora(model, apply, stated, rngs)
+        return NnxRandLora(model, apply, stated)
     if isinstance(model, flax.linen.Module):
         return LinenRandLora(model, apply, stated)
     if isinstance(getattr(model, "module", None), flax.linen.Module):
@@ -329,6 +342,6 @@ def get_peft_model(
       ConfigError: `model` or `config` cannot be used.
       TargetError: `config` selects no layer of `model`.
     """
-    wrapped = wrap(model, apply, rngs, views)
+    wrapped = wrap(model, apply, views)
     wrapped.add_adapter(adapter_name, config, rngs=rngs)
     return wrapped

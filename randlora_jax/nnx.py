@@ -146,10 +146,9 @@ class NnxRandLora(RandLoraModel, nnx.Module):
     model are reached through the wrapper, which opens the scope with the shared bases.
     """
 
-    def __init__(self, model: nnx.Module, apply: Apply, views: Views, rngs: Any) -> None:
+    def __init__(self, model: nnx.Module, apply: Apply, views: Views) -> None:
         self.model = model
         self.bases: dict[str, dict[str, SharedBasis]] = nnx.data({})
-        self._rngs = nnx.static(rngs)
         layers, modules = {}, []
         for path, module in nnx.iter_modules(model):
             name = dotted(path)
@@ -213,9 +212,10 @@ class NnxRandLora(RandLoraModel, nnx.Module):
             here = self._wrappers()
         return here[path]
 
-    def _install(self, spec: AdapterSpec, state: AdapterState, trainable: bool) -> None:
+    def _install(self, spec: AdapterSpec, state: AdapterState, trainable: bool, rngs: Any) -> None:
         leaf = AdapterParam if trainable else FrozenAdapterParam
-        if spec.dropout and trainable and self._rngs is None:
+        rngs = nnx.Rngs(rngs) if isinstance(rngs, jax.Array) else rngs
+        if spec.dropout and trainable and rngs is None:
             raise ConfigError(
                 f"randlora_dropout={spec.dropout} draws at random: pass rngs=nnx.Rngs(seed)"
             )
@@ -224,7 +224,7 @@ class NnxRandLora(RandLoraModel, nnx.Module):
             wrapper.randlora_lambda[spec.name] = leaf(lam)
             wrapper.randlora_gamma[spec.name] = leaf(gamma)
             if spec.dropout and trainable:
-                wrapper.randlora_dropout[spec.name] = nnx.Dropout(spec.dropout, rngs=self._rngs)
+                wrapper.randlora_dropout[spec.name] = nnx.Dropout(spec.dropout, rngs=rngs)
             wrapper.specs = (*wrapper.specs, spec)
         for path, value in state.saved.items():
             wrapper = self._wrapper(path[:-1])

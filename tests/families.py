@@ -23,14 +23,18 @@ class Twins:
         return np.asarray((model or self.flax)(**self.inputs, **kwargs).logits)
 
 
-WIDTHS = {"vocab_size": 97, "hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 4}
+WIDTHS = {"vocab_size": 97, "hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3}
 
 # family: (class name without Flax, config, targets that mix square, wide and tall layers)
 FAMILIES = {
     "opt": (
         "OPTForCausalLM",
         lambda: transformers.OPTConfig(
-            **WIDTHS, ffn_dim=60, max_position_embeddings=40, word_embed_proj_dim=36, dropout=0.0,
+            **WIDTHS,
+            ffn_dim=60,
+            max_position_embeddings=40,
+            word_embed_proj_dim=36,
+            dropout=0.0,
         ),
         ["q_proj", "k_proj", "v_proj"],
     ),
@@ -44,14 +48,17 @@ FAMILIES = {
     "gpt2": (
         "GPT2LMHeadModel",
         lambda: transformers.GPT2Config(
-            vocab_size=97, n_embd=36, n_layer=2, n_head=4, n_positions=40, n_inner=52
+            vocab_size=97, n_embd=36, n_layer=2, n_head=3, n_positions=40, n_inner=52
         ),
         ["c_attn", "c_proj", "c_fc"],
     ),
     "llama": (
         "LlamaForCausalLM",
         lambda: transformers.LlamaConfig(
-            **WIDTHS, intermediate_size=52, num_key_value_heads=2, max_position_embeddings=40,
+            **WIDTHS,
+            intermediate_size=52,
+            num_key_value_heads=1,
+            max_position_embeddings=40,
             attn_implementation="eager",
         ),
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],

@@ -31,8 +31,13 @@ def test_unit_standard_deviation_and_values(kind):
 
 @settings(max_examples=10)
 @given(
-    st.sampled_from(sorted(KINDS)), st.integers(1, 9), st.integers(1, 7), st.integers(1, 12),
-    st.integers(0, 5), st.integers(0, 5), st.integers(0, 5),
+    st.sampled_from(sorted(KINDS)),
+    st.integers(1, 9),
+    st.integers(1, 7),
+    st.integers(1, 12),
+    st.integers(0, 5),
+    st.integers(0, 5),
+    st.integers(0, 5),
 )
 def test_larger_extents_extend_the_pair(kind, rows, n, columns, more, bases, wider):
     small = draw(identity(kind), Box(rows, n, columns))
@@ -76,7 +81,10 @@ print(json.dumps(found))
 def digests(bits, mode, **env):
     done = subprocess.run(
         [sys.executable, "-c", DIGESTS, bits, mode],
-        capture_output=True, text=True, check=True, env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **env},
     )
     return json.loads(done.stdout)
 

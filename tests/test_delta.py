@@ -66,9 +66,7 @@ def test_known_mistakes_are_seen(n_in, n_out, r):
         swapped = term._replace(
             bases=Bases(
                 term.bases.A,
-                term.bases.B[:, :n]
-                .transpose(0, 2, 1)
-                .reshape(term.bases.B.shape[0], n, r),
+                term.bases.B[:, :n].transpose(0, 2, 1).reshape(term.bases.B.shape[0], n, r),
             )
         )
         assert relative(delta(swapped, n_in, n_out).T, expected) > 1e-4

@@ -1,0 +1,73 @@
+"""What the doomed processes of test_atomic.py run; imports little, since each one imports it."""
+
+import os
+import signal
+import sys
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+
+from randlora_jax.config import RandLoraConfig
+from randlora_jax.interop import atomic
+from randlora_jax.interop.peft_dir import Adapter, write_adapter
+
+# What Python announces (sys.audit) before it touches a file or a directory.
+OPERATIONS = {
+    "open",
+    "os.chmod",
+    "os.chown",
+    "os.link",
+    "os.mkdir",
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.scandir",
+    "os.utime",
+}
+
+
+def adapter_of(version: int, width: int = 4) -> Adapter:
+    """An adapter whose config and tensors both tell its version."""
+    n = width // 2
+    lam, gamma = np.full((2, n), version, np.float32), np.ones((n, width), np.float32)
+    return Adapter(
+        config=RandLoraConfig(
+            r=2, target_modules=["lin"], randlora_alpha=version, projection_source="file"
+        ),
+        layers={"lin": (lam, gamma)},
+        bases=(np.ones((2, 1, width), np.float32), np.ones((width, n, 2), np.float32)),
+    )
+
+
+def forbid_exchange() -> None:
+    """Behave as on a system that cannot exchange two directories."""
+
+    def refuse(one: Path, other: Path) -> None:
+        raise OSError("no exchange here")
+
+    atomic._exchange = refuse
+
+
+def save_and_die(directory: Path, version: int, in_place: bool, step: int) -> None:
+    """Be killed just before file operation number `step`; exit 0 where there are not so many."""
+    adapter = adapter_of(version)
+    if in_place:
+        forbid_exchange()
+    steps = count()
+
+    def hook(event: str, args: tuple) -> None:
+        if event in OPERATIONS and next(steps) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    write_adapter(directory, adapter)
+    os._exit(0)
+
+
+def save_forever(directory: Path, first: int, in_place: bool) -> None:
+    """Save one version after the other, each a megabyte, until killed."""
+    if in_place:
+        forbid_exchange()
+    for version in count(first):
+        write_adapter(directory, adapter_of(version, width=512))
