@@ -7,10 +7,10 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
-
-from randlora_jax.config import RandLoraConfig
 from randlora_jax.interop import atomic
 from randlora_jax.interop.peft_dir import Adapter, write_adapter
+
+from randlora_jax.config import RandLoraConfig
 
 # What Python announces (sys.audit) before it touches a file or a directory.
 OPERATIONS = {
