@@ -41,6 +41,7 @@ class Box(NamedTuple):
     min: int
 
     def union(self, other: "Box") -> "Box":
+        """The smallest extents that hold both."""
         return Box(*map(max, self, other))
 
 

@@ -25,6 +25,7 @@ class AdapterState:
     saved: dict[Path, jax.Array] = field(default_factory=dict)
 
     def size(self) -> int:
+        """How many numbers it trains."""
         return sum(x.size for x in jax.tree.leaves((self.layers, list(self.saved.values()))))
 
 

@@ -14,6 +14,7 @@ gives other numbers. Both flattenings are reshapes, so nothing is transposed in 
 JAX kernels are (in, out), so functions here return delta_W.T and call it the delta.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -76,7 +77,7 @@ def through_delta(x: jax.Array, term: Term, n_in: int, n_out: int) -> jax.Array:
     return rebuilt(product)(x, term)
 
 
-def rebuilt(f):  # type: ignore[no-untyped-def]
+def rebuilt(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """`f` saves nothing but its inputs for the backward pass: no delta_W, no W + delta_W."""
     return jax.checkpoint(f)
 

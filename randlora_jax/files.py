@@ -1,4 +1,4 @@
-"""Between a model's adapter and its PEFT directory: names, layouts and where the bases come from."""
+"""Between a model's adapter and its PEFT directory: names, layouts, whose the bases are."""
 
 import dataclasses
 import warnings
@@ -39,8 +39,8 @@ def export(book: Book, adapter_name: str, state: AdapterState) -> Adapter:
     bases = peft_pair(book, spec)
     if book.origin.model_type and not (config.base_model_name_or_path or book.origin.name_or_path):
         warnings.warn(
-            "base_model_name_or_path is unknown, so PEFT's Auto classes will not find the base model "
-            "of this adapter; give it in RandLoraConfig",
+            "base_model_name_or_path is unknown, so PEFT's Auto classes will not find the base "
+            "model of this adapter; give it in RandLoraConfig",
             stacklevel=4,
         )
     written = dataclasses.replace(
@@ -109,8 +109,8 @@ def restore(
     _check_layers(book, adapter, directory)
     if adapter.bases is None:
         raise AdapterFileError(
-            f"{directory} holds no bases (save_projection=False): they would have to be drawn as the "
-            "PyTorch that trained it did; save it again with save_projection=True"
+            f"{directory} holds no bases (save_projection=False): they would have to be drawn as "
+            "the PyTorch that trained it did; save it again with save_projection=True"
         )
     identity, stored = _identify(adapter)
     box = Box(adapter.bases[1].shape[0], adapter.bases[1].shape[1], adapter.bases[0].shape[2])
@@ -155,7 +155,7 @@ def _compact(x: np.ndarray) -> np.ndarray:
 
 
 def _check_layers(book: Book, adapter: Adapter, directory: str | FilePath) -> None:
-    """The file's layers are layers of the model, of the right sizes, and all that config selects."""
+    """The file's layers are the model's, of the right sizes, and all that its config selects."""
     for name, (lam, gamma) in adapter.layers.items():
         if name not in book.layers:
             raise TargetError(
@@ -166,8 +166,8 @@ def _check_layers(book: Book, adapter: Adapter, directory: str | FilePath) -> No
         if lam.shape != (adapter.config.r, n) or gamma.shape != (n, smallest):
             raise TargetError(
                 f"{directory}: layer {name!r} has lambda {lam.shape} and gamma {gamma.shape}; this "
-                f"model's (in, out) = {book.layers[name].matrix} needs {(adapter.config.r, n)} and "
-                f"{(n, smallest)}: it was trained on another model"
+                f"model's (in, out) = {book.layers[name].matrix} needs "
+                f"{(adapter.config.r, n)} and {(n, smallest)}: it was trained on another model"
             )
     chosen = targets.select(
         adapter.config,
@@ -196,13 +196,14 @@ def _saved_leaves(
     for key, value in adapter.saved.items():
         if ".original_module." in key:  # PEFT's copy of a frozen bias, which nothing uses
             continue
-        path = known.get(key.replace(".base_layer.", "."))
-        if path is None:
+        name = key.replace(".base_layer.", ".")
+        if name not in known:
             raise TargetError(
                 f"{directory} carries {key!r}, which this model does not have; it has "
                 f"{nearest(key, list(known))}"
             )
+        path = known[name]
         layer = book.layers.get(names.dotted(path[:-1]))
         value = value.astype(np.float32)  # trained numbers are widened, never narrowed
-        saved[path] = jnp.asarray(names.from_torch(value, path, layer, base[path]))
+        saved[path] = names.from_torch(value, path, layer, base[path])
     return saved

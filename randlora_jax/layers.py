@@ -13,12 +13,13 @@ decides how the adapters join in and does it. Two ways are exact:
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from randlora_jax.bases import BasisIdentity, Box
+from randlora_jax.bases import Bases, BasisIdentity, Box
 from randlora_jax.delta import Apply, Term, cheaper, delta, rebuilt, through_delta, through_factors
 from randlora_jax.errors import ConfigError
 from randlora_jax.views import View
@@ -46,6 +47,7 @@ class Layer:
 
     @property
     def stack(self) -> tuple[int, ...]:
+        """Extents of the axes that stack layers; () for a single one."""
         return self.view.sizes(self.shape)[0]
 
     @property
@@ -108,8 +110,12 @@ class Part:
     drop: Callable[[jax.Array], jax.Array] | None = None
 
 
+Run = Callable[[jax.Array, jax.Array], jax.Array]
+Parts = Sequence[Part]
+
+
 def dropout(rate: float, key: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """Inverted dropout, as ``torch.nn.Dropout``: zero with probability `rate`, else x / (1 - rate)."""
+    """``torch.nn.Dropout``'s: zero with probability `rate`, else x / (1 - rate)."""
 
     def drop(x: jax.Array) -> jax.Array:
         keep = jax.random.bernoulli(key, 1 - rate, x.shape)
@@ -119,10 +125,10 @@ def dropout(rate: float, key: jax.Array) -> Callable[[jax.Array], jax.Array]:
 
 
 def adapted(
-    run: Callable[[jax.Array, jax.Array], jax.Array],
+    run: Run,
     kernel: jax.Array,
     x: jax.Array,
-    parts: Sequence[Part],
+    parts: Parts,
     view: View,
     *,
     contracts: bool,
@@ -144,12 +150,12 @@ def adapted(
     Raises:
       ConfigError: the way asked for is impossible for this layer.
     """
-    stack, n_in, n_out = view.sizes(kernel.shape)
+    _, n_in, n_out = view.sizes(kernel.shape)
     dropped = any(part.drop for part in parts)
     if not contracts and (dropped or apply == "factored"):
         raise ConfigError(
-            f"layer {where!r} is not a plain contraction of its last input axis, so it can only run "
-            f"merged; {'adapter dropout' if dropped else 'apply=factored'} is impossible there: "
+            f"layer {where!r} is not a plain contraction of its last input axis and can only run "
+            f"merged, so {'adapter dropout' if dropped else 'apply=factored'} is impossible there: "
             "leave it out of target_modules or set randlora_dropout=0 and apply='auto'"
         )
     lossless = not low_precision or apply == "merged"
@@ -161,23 +167,27 @@ def adapted(
     return _beside(run, kernel, x, parts, n_in, n_out, apply)
 
 
-def kernel_delta(parts: Sequence[Part], view: View, shape: tuple[int, ...]) -> jax.Array:
+def kernel_delta(parts: Parts, view: View, shape: tuple[int, ...]) -> jax.Array:
     """The summed deltas of `parts` in the kernel's layout, float32; stacks one layer at a time."""
     stack, n_in, n_out = view.sizes(shape)
     total = jnp.zeros((), jnp.float32)
     for part in parts:
         lam, gamma, bases, scaling = part.term
 
-        def one(lam: jax.Array, gamma: jax.Array, bases=bases, scaling=scaling) -> jax.Array:
-            return delta(Term(lam, gamma, bases, scaling), n_in, n_out)
-
+        one = partial(_of_one_layer, bases=bases, scaling=scaling, n_in=n_in, n_out=n_out)
         for _ in stack:
             one = jax.vmap(one)
         total = total + one(lam, gamma)
     return view.to_kernel(total, shape)
 
 
-def _merged(run, kernel, x, parts, view):  # type: ignore[no-untyped-def]
+def _of_one_layer(
+    lam: jax.Array, gamma: jax.Array, bases: Bases, scaling: float, n_in: int, n_out: int
+) -> jax.Array:
+    return delta(Term(lam, gamma, bases, scaling), n_in, n_out)
+
+
+def _merged(run: Run, kernel: jax.Array, x: jax.Array, parts: Parts, view: View) -> jax.Array:
     terms = [part.term for part in parts]
 
     def product(kernel: jax.Array, x: jax.Array, terms: list[Term]) -> jax.Array:
@@ -190,7 +200,9 @@ def _merged(run, kernel, x, parts, view):  # type: ignore[no-untyped-def]
     return rebuilt(product)(kernel, x, terms)
 
 
-def _beside(run, kernel, x, parts, n_in, n_out, apply):  # type: ignore[no-untyped-def]
+def _beside(
+    run: Run, kernel: jax.Array, x: jax.Array, parts: Parts, n_in: int, n_out: int, apply: Apply
+) -> jax.Array:
     out = run(kernel, x)
     total = out.astype(jnp.float32)
     for part in parts:

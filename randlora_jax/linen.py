@@ -8,9 +8,9 @@ Where the arrays live. Linen keeps state in collections, so trained and frozen n
      "randlora_bases": {identity: pair}}  the shared bases, once
 
 For a call the adapters' leaves are laid *beside the kernels they adapt* inside ``params``: there,
-and only there, ``nn.scan``, ``nn.vmap`` and ``nn.remat`` slice and carry them as they do the kernel.
+and only there, ``nn.scan``, ``nn.vmap`` and ``nn.remat`` slice and carry them as they do kernels.
 An interceptor then finds a layer's own leaves in its own scope, under whatever transformation it
-runs. The bases do not vary along a scan and enter by closure, as tracers of the caller's ``jit``.
+runs. The bases do not vary along a scan; they enter by closure, as tracers of the caller's ``jit``.
 """
 
 import functools
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from randlora_jax.bases import BasisIdentity, Bases
+from randlora_jax.bases import Bases, BasisIdentity
 from randlora_jax.book import AdapterState, Book, Origin
 from randlora_jax.delta import Apply, Term
 from randlora_jax.errors import ConfigError
@@ -266,9 +266,10 @@ class HuggingFaceRandLora(LinenRandLora):
 
     @params.setter
     def params(self, params: Mapping[str, Any]) -> None:
-        self.variables = params  # type: ignore[assignment]
+        self.variables = dict(params)
 
     def __call__(self, *args: Any, params: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+        """Calls the model; `params` as `self.params`, which is the default."""
         return self._scoped(self.model.__call__)(*args, params=params, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

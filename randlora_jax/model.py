@@ -7,6 +7,7 @@ front ends (`linen`, `nnx`) only store arrays and run layers; every decision is 
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any, Self
 
@@ -15,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from randlora_jax import files, names, targets
-from randlora_jax.bases import BasisIdentity, Bases, Box, draw, jax_identity, peft_box, used_box
+from randlora_jax.bases import Bases, BasisIdentity, Box, draw, jax_identity, peft_box, used_box
 from randlora_jax.book import AdapterState, Book
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.delta import Apply, Term, delta
-from randlora_jax.errors import ConfigError, TargetError
+from randlora_jax.errors import ConfigError
 from randlora_jax.interop.peft_dir import write_adapter
 from randlora_jax.layers import AdapterSpec
 from randlora_jax.names import Path
@@ -66,11 +67,8 @@ class RandLoraModel:
     @property
     def targeted_module_names(self) -> list[str]:
         """Canonical names of every layer some adapter takes."""
-        return [
-            n
-            for n in self._book.layers
-            if any(n in self._state(a).layers for a in self._book.specs)
-        ]
+        taken = {name for adapter in self._book.specs for name in self._state(adapter).layers}
+        return [name for name in self._book.layers if name in taken]
 
     def add_adapter(
         self, adapter_name: str, config: RandLoraConfig, *, rngs: Any = None, trainable: bool = True
@@ -86,8 +84,8 @@ class RandLoraModel:
         """
         if config.projection_source == "file":
             raise ConfigError(
-                "projection_source='file' describes an adapter that was loaded; a new one draws its "
-                "bases: use projection_source='jax'"
+                "projection_source='file' describes an adapter that was loaded; a new one draws "
+                "its bases: use projection_source='jax'"
             )
         chosen = targets.select(
             config,
@@ -203,7 +201,7 @@ class RandLoraModel:
         found = {}
         for name, (lam, gamma) in state.layers.items():
             n_in, n_out = self._book.layers[name].matrix
-            form = lambda l, g, i=n_in, o=n_out: delta(Term(l, g, bases, spec.scaling), i, o).T  # noqa: E731
+            form = partial(_torch_delta, bases, spec.scaling, n_in, n_out)
             for _ in self._book.layers[name].stack:
                 form = jax.vmap(form)
             found[name] = np.asarray(form(lam, gamma))
@@ -288,6 +286,12 @@ class RandLoraModel:
         wrapped = wrap(model, apply, views)
         wrapped.load_adapter(directory, adapter_name, is_trainable, rngs=rngs)
         return wrapped  # type: ignore[return-value]
+
+
+def _torch_delta(
+    bases: Bases, scaling: float, n_in: int, n_out: int, lam: jax.Array, gamma: jax.Array
+) -> jax.Array:
+    return delta(Term(lam, gamma, bases, scaling), n_in, n_out).T
 
 
 def wrap(model: Any, apply: Apply, views: Mapping[str, str] | None = None) -> RandLoraModel:

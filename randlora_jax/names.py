@@ -7,6 +7,7 @@ and PyTorch twins share attribute names, so the default is the Flax path with do
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from randlora_jax.errors import TargetError
@@ -46,31 +47,32 @@ def to_torch(value: jax.Array, path: Path, layer: Layer | None) -> np.ndarray:
     """
     if path[-1] != "kernel":
         return np.asarray(value)
-    matrix = np.asarray(_linear(layer, path).view.to_matrix(value))  # (in, out)
-    return np.ascontiguousarray(matrix if _linear(layer, path).fan_in_fan_out else matrix.T)
+    known = _linear(layer, path)
+    matrix = np.asarray(known.view.to_matrix(value))  # (in, out)
+    return np.ascontiguousarray(matrix if known.fan_in_fan_out else matrix.T)
 
 
-def from_torch(value: np.ndarray, path: Path, layer: Layer | None, like: jax.Array) -> np.ndarray:
+def from_torch(value: np.ndarray, path: Path, layer: Layer | None, like: jax.Array) -> jax.Array:
     """A PyTorch parameter in the layout of the Flax leaf `like`; the inverse of `to_torch`.
 
     Raises:
       TargetError: the shapes do not fit.
     """
-    if path[-1] == "kernel":
-        known = _linear(layer, path)
-        n_in, n_out = known.matrix
-        expected = (n_in, n_out) if known.fan_in_fan_out else (n_out, n_in)
-    else:
-        expected = like.shape
+    if path[-1] != "kernel":
+        _check_shape(value, like.shape, path)
+        return jnp.asarray(value)
+    known = _linear(layer, path)
+    n_in, n_out = known.matrix
+    _check_shape(value, (n_in, n_out) if known.fan_in_fan_out else (n_out, n_in), path)
+    return known.view.to_kernel(jnp.asarray(value if known.fan_in_fan_out else value.T), like.shape)
+
+
+def _check_shape(value: np.ndarray, expected: tuple[int, ...], path: Path) -> None:
     if value.shape != expected:
         raise TargetError(
             f"{torch_key(path)!r}: the file has shape {value.shape}, the model's "
             f"{dotted(path)!r} needs {expected}; load it into the model it was trained on"
         )
-    if path[-1] != "kernel":
-        return value
-    matrix = value if known.fan_in_fan_out else value.T
-    return np.asarray(known.view.to_kernel(matrix, like.shape))
 
 
 def _linear(layer: Layer | None, path: Path) -> Layer:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from randlora_jax.bases import BasisIdentity, Bases
+from randlora_jax.bases import Bases, BasisIdentity
 from randlora_jax.book import AdapterState, Book, Origin
 from randlora_jax.delta import Apply, Term
 from randlora_jax.errors import ConfigError
@@ -87,10 +87,11 @@ class RandLoraLayer(nnx.Module):
         return cast(nnx.Module, nnx.merge(graph, state))
 
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+        """What the base layer returns, with the active adapters joined in."""
         base = self._effective()
         parts = self._parts()
         if self.layer is None or not parts:
-            return base(x, *args, **kwargs)  # type: ignore[operator]
+            return base(x, *args, **kwargs)
         graph, state = nnx.split(base)
         kernel = state["kernel"][...]
         rest = nnx.State({k: v for k, v in state.items() if k != "kernel"})
@@ -118,8 +119,9 @@ class RandLoraLayer(nnx.Module):
         bases = _open.get()
         if specs and bases is None:
             raise ConfigError(
-                f"layer {self.layer and self.layer.name!r} was called outside its RandLoraModel, which "
-                "holds the shared bases: call the wrapped model, or its methods, not a part of it"
+                f"layer {self.layer and self.layer.name!r} was called outside its RandLoraModel, "
+                "which holds the shared bases: call the wrapped model, or its methods, not a part "
+                "of it"
             )
         return [
             Part(
@@ -156,15 +158,16 @@ class NnxRandLora(RandLoraModel, nnx.Module):
             stated, known = views.find(path), layer_type(module)
             if not isinstance(getattr(module, "kernel", None), nnx.Variable):
                 continue
-            shape = module.kernel.shape  # type: ignore[attr-defined]
+            shape = module.kernel.shape
             view = stated or (known and _stacked(known.view, len(shape)))
             if view:
                 layers[name] = Layer(name, path, view, shape, stated=stated is not None)
         self._book = Book(layers, tuple(sorted(filter(None, modules))), Origin(), apply)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model."""
         with self._scope():
-            return self.model(*args, **kwargs)  # type: ignore[operator]
+            return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name == "model" or name.startswith("_"):
@@ -266,7 +269,7 @@ def _module_at(root: nnx.Module, path: Path) -> nnx.Module:
 
 
 def _replace(root: nnx.Module, old: nnx.Module, new: nnx.Module) -> None:
-    """Puts `new` wherever `root` holds `old`: a module reached by two attributes changes at both."""
+    """Puts `new` wherever `root` holds `old`, also where two attributes reach it."""
     for _, module in list(nnx.iter_modules(root)):
         if module is new:
             continue
@@ -277,7 +280,7 @@ def _replace(root: nnx.Module, old: nnx.Module, new: nnx.Module) -> None:
 
 
 def _swapped(value: Any, old: Any, new: Any) -> Any:
-    """`value` with `old` replaced by `new` inside plain containers; itself where nothing changed."""
+    """`value` with `old` replaced by `new`, inside containers too; itself if nothing changed."""
     if value is old:
         return new
     if type(value) in (list, tuple):

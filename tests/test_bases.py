@@ -1,4 +1,4 @@
-"""The shared bases: their distribution, their independence of extents and settings, their digests."""
+"""The shared bases: their distribution, independence of extents and settings, digests."""
 
 import json
 import os

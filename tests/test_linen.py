@@ -248,7 +248,7 @@ class Holder(nn.Module):
 def test_a_layer_type_of_the_users_own_needs_a_stated_view():
     config = RandLoraConfig(r=3, randlora_alpha=6, target_modules=["odd"])
     unstated = get_peft_model(bound(Holder), config)
-    with pytest.raises(ConfigError, match="odd.*state it"):
+    with pytest.raises(ConfigError, match=r"odd.*state it"):
         unstated.apply(unstated.variables, X)
     model = get_peft_model(bound(Holder), config, views={"odd": "o i"})
     variables = moved(model.variables)
