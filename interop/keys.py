@@ -141,19 +141,21 @@ def _check_unique(roles: dict[str, Role], fail: Fail) -> None:
 
 
 def _check_partners(roles: dict[str, Role], fail: Fail) -> None:
-    present = {(role.name, role.part): key for key, role in roles.items()}
-    for (name, part), key in present.items():
-        if part in LAYER_PARTS + BASE_PARTS:
-            pair = LAYER_PARTS if part in LAYER_PARTS else BASE_PARTS
-            wanted = list(pair)
-            if part in BASE_PARTS and name:  # only adapted layers hold copies of the bases
-                wanted += LAYER_PARTS
-            for partner in wanted:
-                if (name, partner) not in present:
-                    fail(
-                        f"{show(key)}: expected randlora_{partner} beside it, found none: the "
-                        "file is incomplete; fetch it again"
-                    )
+    present = set(roles.values())
+    partner = {"lambda": "gamma", "gamma": "lambda", "A": "B", "B": "A"}
+    for key, role in roles.items():
+        if role.part in partner and Role(partner[role.part], role.name) not in present:
+            fail(
+                f"{show(key)}: expected randlora_{partner[role.part]} beside it, found none: the "
+                "file is incomplete; fetch it again"
+            )
+    for key, role in roles.items():
+        if role.part in BASE_PARTS and role.name and Role("lambda", role.name) not in present:
+            fail(
+                f"{show(key)}: expected randlora_lambda and randlora_gamma beside it, found "
+                "none: only adapted layers hold copies of the bases. The file is incomplete; "
+                "fetch it again"
+            )
 
 
 def _is_path(name: str) -> bool:
