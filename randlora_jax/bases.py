@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.interop.torch_rng import Kind
 
 
 class Bases(NamedTuple):
@@ -59,7 +60,7 @@ class BasisIdentity:
 
     source: str
     key: int
-    kind: str
+    kind: Kind
     r: int
     sparsity: float = 0.0
 
@@ -111,7 +112,7 @@ def draw(identity: BasisIdentity, box: Box) -> Bases:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _draw(key: jax.Array, kind: str, r: int, sparsity: float, box: Box) -> Bases:
+def _draw(key: jax.Array, kind: Kind, r: int, sparsity: float, box: Box) -> Bases:
     def words(side: int, count: int, shape: tuple[int, ...]) -> jax.Array:
         def one(i: jax.Array) -> jax.Array:
             return jax.random.bits(jax.random.fold_in(side_key, i), shape, jnp.uint32)

@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import jax
-import numpy as np
 
-from randlora_jax.bases import BasisIdentity
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.delta import Apply
 from randlora_jax.layers import AdapterSpec, Layer
 from randlora_jax.names import Path
+from randlora_jax.origins import Stored
 
 
 @dataclass
@@ -52,4 +51,4 @@ class Book:
     apply: Apply
     configs: Mapping[str, RandLoraConfig] = field(default_factory=dict)
     specs: Mapping[str, AdapterSpec] = field(default_factory=dict)
-    stored: Mapping[BasisIdentity, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    stored: Stored = field(default_factory=dict)

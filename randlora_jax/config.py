@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from randlora_jax.errors import AdapterFileError, ConfigError
+from randlora_jax.interop.torch_rng import Generation, Kind
 from randlora_jax.strict_json import JsonObject, dump_object, read_object, thaw, write_text
 
 CONFIG_NAME = "adapter_config.json"
@@ -33,6 +34,8 @@ TASK_TYPES = (
     "QUESTION_ANS",
     "FEATURE_EXTRACTION",
 )
+
+_TORCH_DRAWS = tuple(f"torch:{generation}" for generation in Generation)
 
 Check = Callable[[str, Any], Any]
 
@@ -189,8 +192,9 @@ class RandLoraConfig:
 
     And ours, never written into PEFT's file:
 
-    - projection_source: "jax" (drawn from `jax.random`), "torch" (PyTorch's own draw for the key)
-      or "file" (the bases came with a file, and only that file has them).
+    - projection_source: "jax" (drawn from `jax.random`), "torch:<generation>" (PyTorch's own draw
+      for the key, as the torch releases of that generation make it; "torch" alone for sparse
+      bases, which all draw alike) or "file" (they came with a file, and only that file has them).
     - unknown: fields of a newer PEFT found in a file; kept and written back, not acted on.
 
     Given by keyword. Lists and sets are stored as tuples (sets sorted, repeats dropped). Warns
@@ -230,7 +234,7 @@ class RandLoraConfig:
     revision: str | None = _checked(None, _optional(_text))
     inference_mode: bool = _checked(False, _boolean)
     peft_version: str | None = _checked(None, _optional(_text))
-    projection_source: str = _checked("jax", _one_of("jax", "file", "torch"))
+    projection_source: str = _checked("jax", _one_of("jax", "file", "torch", *_TORCH_DRAWS))
     unknown: Mapping[str, Any] = _checked(JsonObject({}), _json_object)
 
     def __post_init__(self) -> None:
@@ -244,7 +248,7 @@ class RandLoraConfig:
         self._warn_of_ignored_layers()
 
     def _check_bases_survive_saving(self) -> None:
-        if self.save_projection or self.projection_source == "torch":
+        if self.save_projection or self.projection_source.startswith("torch"):
             return
         reason = {
             "jax": "PyTorch cannot draw JAX's bases again",
@@ -254,7 +258,7 @@ class RandLoraConfig:
             "save_projection: expected True with "
             f"projection_source={self.projection_source!r}, found False. An adapter saved without "
             f"its bases could not be opened: {reason}. Keep save_projection=True, or choose "
-            "projection_source='torch' (bases that the key alone determines)."
+            "projection_source='torch:...' (bases that PyTorch draws from the key)."
         )
 
     def _warn_of_ignored_layers(self) -> None:
@@ -279,7 +283,12 @@ class RandLoraConfig:
         return self.randlora_alpha / self.r
 
     @property
-    def kind(self) -> str:
+    def torch_generation(self) -> str | None:
+        """Which draw of PyTorch's `projection_source` names, None if it names none."""
+        return self.projection_source.partition(":")[2] or None
+
+    @property
+    def kind(self) -> Kind:
         """How the bases are distributed: "dense", "sparse" or "very_sparse"."""
         return "very_sparse" if self.very_sparse else "sparse" if self.sparse else "dense"
 

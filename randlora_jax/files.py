@@ -2,16 +2,15 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path as FilePath
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
-from randlora_jax import names, targets
-from randlora_jax.bases import BasisIdentity, Box, draw, jax_identity, used_box
+from randlora_jax import names, origins, targets
+from randlora_jax.bases import draw, peft_box, used_box
 from randlora_jax.book import AdapterState, Book
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.errors import AdapterFileError, TargetError, nearest
@@ -19,8 +18,7 @@ from randlora_jax.interop.adapter import Adapter, Provenance, bases_digest
 from randlora_jax.interop.peft_dir import read_adapter
 from randlora_jax.layers import AdapterSpec
 from randlora_jax.names import Path
-
-Pair = tuple[np.ndarray, np.ndarray]  # A (r, 1, MIN), B (MAX, N, r), as files hold them
+from randlora_jax.origins import Pair, Stored
 
 
 def export(book: Book, adapter_name: str, state: AdapterState) -> Adapter:
@@ -94,12 +92,16 @@ def peft_pair(book: Book, spec: AdapterSpec) -> Pair:
 
 
 def restore(
-    book: Book, base: Mapping[Path, jax.Array], directory: str | FilePath, adapter_name: str
-) -> tuple[AdapterSpec, RandLoraConfig, AdapterState, dict[BasisIdentity, Pair]]:
+    book: Book,
+    base: Mapping[Path, jax.Array],
+    directory: str | FilePath,
+    adapter_name: str,
+    torch_generation: str | None,
+) -> tuple[AdapterSpec, RandLoraConfig, AdapterState, Stored]:
     """Reads an adapter directory and fits it to a model; changes nothing.
 
     Returns:
-      the adapter's spec, config and state, and its bases where only the file has them.
+      the adapter's spec, config and state, and of its bases what cannot be drawn again.
 
     Raises:
       AdapterFileError: the files are damaged, or hold other tensors than their config asks for.
@@ -107,18 +109,17 @@ def restore(
     """
     adapter = read_adapter(directory)
     _check_layers(book, adapter, directory)
-    if adapter.bases is None:
-        raise AdapterFileError(
-            f"{directory} holds no bases (save_projection=False): they would have to be drawn as "
-            "the PyTorch that trained it did; save it again with save_projection=True"
-        )
-    identity, stored = _identify(adapter)
-    box = Box(adapter.bases[1].shape[0], adapter.bases[1].shape[1], adapter.bases[0].shape[2])
-    config = dataclasses.replace(
-        adapter.config,
-        projection_source="file" if stored else "jax",
-        projection_prng_key=adapter.config.projection_prng_key if stored else identity.key,
-    )
+    box = peft_box([book.layers[name].matrix for name in adapter.layers], adapter.config.r)
+    if adapter.bases is not None:
+        a, b = adapter.bases
+        if (b.shape[0], a.shape[2]) != (box.max, box.min):
+            raise TargetError(
+                f"{directory} has bases for extents {(b.shape[0], a.shape[2])}; its layers need "
+                f"{(box.max, box.min)} in this model, and PEFT would refuse anything else: it was "
+                "trained on another model"
+            )
+    dtype = base_dtype(book, base, adapter.layers)
+    identity, stored, config = origins.of_adapter(adapter, box, dtype, torch_generation, directory)
     spec = AdapterSpec(adapter_name, config.scaling, config.randlora_dropout, identity, box)
     saved = _saved_leaves(book, base, adapter, directory)
     layers = {
@@ -127,31 +128,13 @@ def restore(
     return spec, config, AdapterState(layers, saved), stored
 
 
-def _identify(adapter: Adapter) -> tuple[BasisIdentity, dict[BasisIdentity, Pair]]:
-    """Whose bases a file holds: ones we can draw (then nothing needs storing), or its own."""
-    assert adapter.bases is not None
-    kind, r, key = adapter.config.kind, adapter.config.r, adapter.config.projection_prng_key
-    a, b = map(_compact, adapter.bases)
-    origin = adapter.provenance
-    if origin is not None and origin.source == "jax":
-        box = Box(b.shape[0], b.shape[1], a.shape[2])
-        drawn = dataclasses.replace(
-            adapter.config, projection_prng_key=origin.projection_prng_key, projection_source="jax"
-        )
-        identity = jax_identity(drawn, box)
-        pair = draw(identity, box)
-        if np.array_equal(np.asarray(pair.A), a[:, 0]) and np.array_equal(np.asarray(pair.B), b):
-            return identity, {}
-    digest = bases_digest(*adapter.bases)
-    identity = BasisIdentity(f"file:{digest[:16]}", key, kind, r)
-    return identity, {identity: (a, b)}
+def base_dtype(book: Book, base: Mapping[Path, jax.Array], layers: Iterable[str]) -> np.dtype:
+    """The dtype of the kernels of `layers`, to which PEFT casts PyTorch's bases.
 
-
-def _compact(x: np.ndarray) -> np.ndarray:
-    """`x` in bfloat16 where that loses nothing, else in float32."""
-    wide = x.astype(np.float32)
-    narrow = wide.astype(ml_dtypes.bfloat16)
-    return narrow if np.array_equal(narrow.astype(np.float32), wide) else wide
+    PEFT moves one shared pair along layer by layer, so the last layer decides; here they agree.
+    """
+    dtypes = {base[(*book.layers[name].path, "kernel")].dtype for name in layers}
+    return np.dtype(dtypes.pop()) if len(dtypes) == 1 else np.dtype(np.float32)
 
 
 def _check_layers(book: Book, adapter: Adapter, directory: str | FilePath) -> None:

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from randlora_jax import files, names, targets
-from randlora_jax.bases import Bases, BasisIdentity, Box, draw, jax_identity, peft_box, used_box
+from randlora_jax import files, names, origins, targets
+from randlora_jax.bases import Bases, BasisIdentity, Box, draw, peft_box, used_box
 from randlora_jax.book import AdapterState, Book
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.delta import Apply, Term, delta
@@ -24,6 +24,7 @@ from randlora_jax.errors import ConfigError
 from randlora_jax.interop.peft_dir import write_adapter
 from randlora_jax.layers import AdapterSpec
 from randlora_jax.names import Path
+from randlora_jax.origins import Stored
 from randlora_jax.views import Views
 
 
@@ -82,11 +83,6 @@ class RandLoraModel:
           ConfigError: the name is taken or the configuration contradicts another adapter's.
           TargetError: the configuration selects no layer.
         """
-        if config.projection_source == "file":
-            raise ConfigError(
-                "projection_source='file' describes an adapter that was loaded; a new one draws "
-                "its bases: use projection_source='jax'"
-            )
         chosen = targets.select(
             config,
             list(self._book.layers),
@@ -95,14 +91,14 @@ class RandLoraModel:
             output_embedding=self._book.origin.output_embedding,
         )
         box = peft_box([self._book.layers[name].matrix for name in chosen], config.r)
-        spec = AdapterSpec(
-            adapter_name, config.scaling, config.randlora_dropout, jax_identity(config, box), box
-        )
+        dtype = files.base_dtype(self._book, self._base_leaves(), chosen)
+        identity, stored = origins.fresh(config, box, dtype)
+        spec = AdapterSpec(adapter_name, config.scaling, config.randlora_dropout, identity, box)
         state = AdapterState(
             {name: self._fresh(name, config, rngs, i) for i, name in enumerate(chosen)},
             self._trained_besides(config, chosen),
         )
-        self._register(spec, config, state, trainable, rngs)
+        self._register(spec, config, state, trainable, rngs, stored)
 
     def _register(
         self,
@@ -111,7 +107,7 @@ class RandLoraModel:
         state: AdapterState,
         trainable: bool,
         rngs: Any,
-        stored: Mapping[BasisIdentity, tuple[np.ndarray, np.ndarray]] | None = None,
+        stored: Stored,
     ) -> None:
         if spec.name in self._book.specs:
             raise ConfigError(
@@ -122,7 +118,7 @@ class RandLoraModel:
             self._book,
             configs={**self._book.configs, spec.name: config},
             specs={**self._book.specs, spec.name: spec},
-            stored={**self._book.stored, **(stored or {})},
+            stored={**self._book.stored, **stored},
         )
         self._install(spec, state, trainable, rngs)
         self._refresh_bases()
@@ -250,15 +246,20 @@ class RandLoraModel:
         is_trainable: bool = False,
         *,
         rngs: Any = None,
+        torch_generation: str | None = None,
     ) -> None:
         """Adds the adapter stored in a PEFT directory, in our or in PEFT's own variants.
+
+        Args:
+          torch_generation: for a file without bases (``save_projection=False``), the draw of the
+            torch release it was trained under, such as "bf16-8bit" (``docs/torch-generations.md``).
 
         Raises:
           AdapterFileError: the files are damaged, incomplete or hold non-finite numbers.
           TargetError: the adapter's layers and this model's do not fit together.
         """
         spec, config, state, stored = files.restore(
-            self._book, self._base_leaves(), directory, adapter_name
+            self._book, self._base_leaves(), directory, adapter_name, torch_generation
         )
         if not is_trainable:
             config = dataclasses.replace(config, inference_mode=True)
@@ -275,6 +276,7 @@ class RandLoraModel:
         apply: Apply = "auto",
         rngs: Any = None,
         views: Mapping[str, str] | None = None,
+        torch_generation: str | None = None,
     ) -> Self:
         """Wraps `model` with the adapter stored in `directory`.
 
@@ -282,9 +284,12 @@ class RandLoraModel:
           model: as for `get_peft_model`.
           is_trainable: the adapter's numbers are trained on; else they are frozen like the base.
           apply, rngs, views: as for `get_peft_model`.
+          torch_generation: as for `load_adapter`.
         """
         wrapped = wrap(model, apply, views)
-        wrapped.load_adapter(directory, adapter_name, is_trainable, rngs=rngs)
+        wrapped.load_adapter(
+            directory, adapter_name, is_trainable, rngs=rngs, torch_generation=torch_generation
+        )
         return wrapped  # type: ignore[return-value]
 
 

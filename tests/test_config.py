@@ -182,7 +182,7 @@ def test_a_wrong_value_is_refused_by_name(field: str, value: Any) -> None:
 
 def test_bases_that_nothing_could_draw_again_are_saved() -> None:
     for source in ("jax", "file"):
-        with pytest.raises(ConfigError, match=r"Keep save_projection=True, or .*'torch'"):
+        with pytest.raises(ConfigError, match=r"Keep save_projection=True, or .*'torch:"):
             RandLoraConfig(save_projection=False, projection_source=source)
     assert not RandLoraConfig(save_projection=False, projection_source="torch").save_projection
 
