@@ -1,9 +1,7 @@
 """PEFT's own files are read whatever their variant; PEFT and transformers open ours."""
 
 import dataclasses
-import json
 import tracemalloc
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -11,104 +9,30 @@ import peft
 import pytest
 import torch
 import transformers
+from peft_nets import (
+    PREFIX,
+    TARGETS,
+    WEIGHTS,
+    Net,
+    cast,
+    is_base,
+    jax_adapter,
+    keep_bases,
+    peft_net,
+    peft_settings,
+    randomize,
+    rewrite,
+    run,
+    with_adapter_names,
+)
 from randlora_jax.interop.peft_dir import (
-    Adapter,
-    Provenance,
     bases_digest,
-    derived_key,
     read_adapter,
     write_adapter,
 )
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from randlora_jax.config import RandLoraConfig
 from randlora_jax.errors import AdapterFileError, ConfigError
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-PREFIX = "base_model.model."
-
-
-class Head(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.dense = torch.nn.Linear(5, 4)
-        self.norm = torch.nn.BatchNorm1d(4)
-
-    def forward(self, x):
-        return self.norm(self.dense(x))
-
-
-class Net(torch.nn.Module):
-    """Layers wide, tall and square, numbered so that the first by letters is not the first."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        sizes = {2: (7, 10), 10: (10, 10), 11: (10, 5)}
-        self.layer = torch.nn.ModuleDict({str(i): torch.nn.Linear(*s) for i, s in sizes.items()})
-        self.head = Head()
-
-    def forward(self, x):
-        for layer in self.layer.values():
-            x = layer(x).tanh()
-        return self.head(x)
-
-
-TARGETS = ["layer.2", "layer.10", "layer.11"]
-NET_INPUT = torch.linspace(-1, 1, 21).reshape(3, 7)
-
-
-def randomize(model: torch.nn.Module) -> None:
-    """Give all that trains some value of its own, as training would."""
-    torch.manual_seed(1)
-    for x in model.parameters():
-        if x.requires_grad:
-            x.data = 0.1 * torch.randn_like(x)
-
-
-def peft_settings(**config) -> peft.RandLoraConfig:
-    return peft.RandLoraConfig(r=3, target_modules=TARGETS, randlora_alpha=3, **config)
-
-
-def peft_net(directory: Path, **config) -> torch.Tensor:
-    """Let PEFT save a trained adapter of `Net`; its output."""
-    model = peft.get_peft_model(Net(), peft_settings(**config)).eval()
-    randomize(model)
-    model.save_pretrained(directory)
-    output = run(model)
-    assert (output - run(Net())).abs().max() > 1e-2, "the adapter changes nothing"
-    return output
-
-
-def run(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(NET_INPUT)
-
-
-def rewrite(directory: Path, change) -> None:
-    """Replace a directory's tensors by `change(tensors)`."""
-    tensors = change(load_file(directory / WEIGHTS))
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
-
-
-def is_base(key: str) -> bool:
-    return key.endswith(("randlora_A", "randlora_B"))
-
-
-def keep_bases(tensors: dict, wanted) -> dict:
-    return {key: x for key, x in tensors.items() if not is_base(key) or wanted(key)}
-
-
-def cast(tensors: dict, dtype) -> dict:
-    small = ("randlora_lambda", "randlora_gamma")
-    return {key: x.astype(dtype) if key.endswith(small) else x for key, x in tensors.items()}
-
-
-def with_adapter_names(tensors: dict) -> dict:
-    return {f"{key}.default" if "randlora_" in key else key: x for key, x in tensors.items()}
-
 
 VARIANTS = {
     "as PEFT writes": lambda t: t,
@@ -239,117 +163,6 @@ def test_a_raw_state_dict(tmp_path):
     assert read_adapter(tmp_path).saved.keys() == saved.keys()
 
 
-# --- bases that PyTorch did not draw -----------------------------------------------------------
-
-
-def jax_adapter(rng: np.random.Generator) -> Adapter:
-    """An adapter of `Net` with bases of its own."""
-    shapes = {
-        f"layer.{i}": (layer.out_features, layer.in_features) for i, layer in Net().layer.items()
-    }
-    r, big, small = 3, 10, 10
-    a = rng.normal(size=(r, 1, small)).astype(np.float32)
-    b = rng.normal(size=(big, 4, r)).astype(np.float32)
-    layers = {}
-    for name, shape in shapes.items():
-        n = -(-min(shape) // r)
-        layers[name] = (
-            rng.normal(size=(r, n)).astype(np.float32),
-            rng.normal(size=(n, min(shape))).astype(np.float32),
-        )
-    return Adapter(
-        config=RandLoraConfig(r=r, target_modules=TARGETS, projection_prng_key=42),
-        layers=layers,
-        bases=(a, b),
-        provenance=Provenance("jax", 42, "dense", bases_digest(a, b), shapes),
-    )
-
-
-def delta_of(adapter: Adapter, name: str, out: int) -> np.ndarray:
-    """The update by the definition: lambda and gamma scale A, B is summed over bases and ranks."""
-    lam, gamma = (x.astype(np.float64) for x in adapter.layers[name])
-    a, b = (x.astype(np.float64) for x in adapter.bases)
-    n, low = gamma.shape
-    high = max(adapter.provenance.shapes[name])
-    scaled = np.einsum("kb,kj,bj->kbj", lam, a[:, 0, :low], gamma)  # rank slow, basis fast
-    flat_b = b[:high, :n].reshape(high, -1)  # basis slow, rank fast
-    m = flat_b @ scaled.reshape(-1, low) * adapter.config.scaling
-    return m if m.shape[0] == out else m.T
-
-
-def test_bases_of_our_own_in_peft(tmp_path, rng):
-    adapter = jax_adapter(rng)
-    write_adapter(tmp_path, adapter)
-    opened = peft.PeftModel.from_pretrained(Net(), tmp_path)
-    for name in TARGETS:
-        layer = opened.base_model.model.get_submodule(name)
-        expected = delta_of(adapter, name, layer.out_features)
-        found = layer.get_delta_weight("default").detach().numpy()
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-
-    again = read_adapter(tmp_path)
-    assert again.provenance == adapter.provenance
-    assert again.config.projection_prng_key == derived_key(adapter.provenance.digest) < 2**62
-    write_adapter(tmp_path, again)  # the key is derived, not derived once more
-    assert read_adapter(tmp_path).config == again.config
-
-
-def test_peft_refuses_our_bases_beside_its_own(tmp_path, rng):
-    write_adapter(tmp_path / "ours", jax_adapter(rng))
-    peft_net(tmp_path / "theirs")
-    for first, second in (("ours", "theirs"), ("theirs", "ours")):
-        model = peft.PeftModel.from_pretrained(Net(), tmp_path / first)
-        with pytest.raises(ValueError, match="PRNG"):
-            model.load_adapter(tmp_path / second, adapter_name="other")
-
-
-def test_what_cannot_be_written(tmp_path, rng):
-    adapter = jax_adapter(rng)
-    torch_config = dataclasses.replace(
-        adapter.config, projection_source="torch", save_projection=False
-    )
-    with pytest.raises(ConfigError, match="only PyTorch's own bases can be drawn again"):
-        write_adapter(tmp_path, dataclasses.replace(adapter, config=torch_config))
-    other = (adapter.bases[0] * 2, adapter.bases[1])
-    with pytest.raises(AdapterFileError, match="digest"):
-        write_adapter(tmp_path, dataclasses.replace(adapter, bases=other))
-    wide = dataclasses.replace(adapter.provenance, shapes=dict.fromkeys(TARGETS, (12, 7)))
-    with pytest.raises(AdapterFileError, match=r"layer\.10\.randlora_gamma: expected 7, found 10"):
-        write_adapter(tmp_path, dataclasses.replace(adapter, provenance=wide))
-    lam, gamma = adapter.layers["layer.2"]
-    for bad in ((lam.astype(np.float64), gamma), (lam, gamma * np.nan), (lam, gamma.T)):
-        broken = dataclasses.replace(adapter, layers=adapter.layers | {"layer.2": bad})
-        with pytest.raises(AdapterFileError, match=r"layer\.2\.randlora_(lambda|gamma)"):
-            write_adapter(tmp_path, broken)
-    assert list(tmp_path.iterdir()) == []
-
-    write_adapter(tmp_path, adapter)
-    with pytest.raises(AdapterFileError, match="may not be overwritten"):
-        write_adapter(tmp_path, adapter, overwrite=False)
-
-
-def test_bases_without_loss_only(tmp_path, rng):
-    """float32 that bfloat16 cannot hold stays float32; float16 stays float16."""
-    adapter = dataclasses.replace(jax_adapter(rng), provenance=None)
-    for bases in (adapter.bases, tuple(x.astype(np.float16) for x in adapter.bases)):
-        write_adapter(tmp_path, dataclasses.replace(adapter, bases=bases))
-        for found, expected in zip(read_adapter(tmp_path).bases, bases, strict=True):
-            assert found.dtype == expected.dtype
-            np.testing.assert_array_equal(found, expected)
-
-
-def test_digest_knows_numbers_and_shapes_not_dtypes(rng):
-    a = rng.normal(size=(2, 1, 8)).astype(ml_dtypes.bfloat16)
-    b = rng.normal(size=(9, 4, 2)).astype(ml_dtypes.bfloat16)
-    digest = bases_digest(a, b)
-    assert digest == bases_digest(a.astype(np.float32), np.asfortranarray(b.astype(np.float32)))
-    assert digest != bases_digest(a.reshape(1, 2, 8), b)
-    assert digest != bases_digest(-a, b)
-    known = bases_digest(np.arange(4.0).reshape(2, 1, 2), np.arange(8.0).reshape(4, 1, 2))
-    assert known.startswith("c9f8ac34da5a1b5f")
-    assert derived_key("f" * 64) == 2**62 - 1
-
-
 # --- transformers -------------------------------------------------------------------------------
 
 
@@ -408,17 +221,6 @@ def test_a_classifier_of_its_own(tmp_path):
 
 
 # --- the directory -------------------------------------------------------------------------------
-
-
-def test_metadata_is_one_readable_line(tmp_path, rng):
-    adapter = jax_adapter(rng)
-    write_adapter(tmp_path, adapter)
-    with safe_open(tmp_path / WEIGHTS, framework="numpy") as file:
-        metadata = file.metadata()
-    assert metadata.keys() == {"format", "randlora_jax"} and metadata["format"] == "pt"
-    recorded = json.loads(metadata["randlora_jax"])
-    assert recorded["version"] == 1 and recorded["projection_prng_key"] == 42
-    assert recorded["shapes"]["layer.2"] == [10, 7]
 
 
 def test_reading_holds_one_copy_of_the_bases(tmp_path, rng):
