@@ -5,10 +5,13 @@ from dataclasses import dataclass, field
 
 import jax
 
+from randlora_jax import targets
+from randlora_jax.bases import Box, peft_box
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.delta import Apply
+from randlora_jax.errors import TargetError
 from randlora_jax.layers import AdapterSpec, Layer
-from randlora_jax.names import Path
+from randlora_jax.names import Names, Path
 from randlora_jax.origins import Stored
 
 
@@ -16,7 +19,7 @@ from randlora_jax.origins import Stored
 class AdapterState:
     """The trained numbers of one adapter.
 
-    layers: canonical name -> (lambda (*stack, r, n), gamma (*stack, n, min)), float32.
+    layers: by `Layer.name`, (lambda (*stack, r, n), gamma (*stack, n, min)), float32.
     saved: leaves of wholly trained modules and biases, by their path in the model.
     """
 
@@ -46,9 +49,54 @@ class Book:
     """
 
     layers: Mapping[str, Layer]
-    modules: tuple[str, ...]  # canonical names of every module, layers and containers included
+    modules: tuple[str, ...]  # canonical names of every module that owns arrays
+    names: Names
     origin: Origin
     apply: Apply
     configs: Mapping[str, RandLoraConfig] = field(default_factory=dict)
     specs: Mapping[str, AdapterSpec] = field(default_factory=dict)
     stored: Stored = field(default_factory=dict)
+
+    def owners(self) -> dict[str, Layer]:
+        """The layer that holds the matrix of each canonical name.
+
+        Raises:
+          TargetError: two layers have one name.
+        """
+        found: dict[str, Layer] = {}
+        for layer in self.layers.values():
+            for name in layer.names:
+                if name in found:
+                    raise TargetError(
+                        f"{found[name].name!r} and {layer.name!r} both have the canonical name "
+                        f"{name!r}: correct the names rules"
+                    )
+                found[name] = layer
+        return found
+
+    def select(self, config: RandLoraConfig) -> dict[str, Layer]:
+        """The canonical names that `config` adapts, with the layer that holds each.
+
+        Raises:
+          TargetError: it selects none, or a part of what one array holds.
+        """
+        owners = self.owners()
+        chosen = targets.select(
+            config,
+            list(owners),
+            [m for m in self.modules if m not in owners],
+            model_type=self.origin.model_type,
+            output_embedding=self.origin.output_embedding,
+        )
+        for layer in {owners[name].name: owners[name] for name in chosen}.values():
+            left_out = sorted(set(layer.names) - set(chosen))
+            if left_out:
+                raise TargetError(
+                    f"target_modules takes a part of {layer.name!r}, one array that holds "
+                    f"{len(layer.names)} layers; {left_out} would be left out. Adapt all or none"
+                )
+        return {name: owners[name] for name in chosen}
+
+    def box(self, chosen: Mapping[str, Layer], r: int) -> Box:
+        """The extents of PEFT's pair for the layers `chosen`."""
+        return peft_box([layer.matrix for layer in chosen.values()], r)

@@ -1,6 +1,7 @@
 """Between a model's adapter and its PEFT directory: names, layouts, whose the bases are."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path as FilePath
@@ -10,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from randlora_jax import names, origins, targets
-from randlora_jax.bases import draw, peft_box, used_box
+from randlora_jax.bases import draw, used_box
 from randlora_jax.book import AdapterState, Book
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.errors import AdapterFileError, TargetError, nearest
 from randlora_jax.interop.adapter import Adapter, Provenance, bases_digest
 from randlora_jax.interop.peft_dir import read_adapter
-from randlora_jax.layers import AdapterSpec
+from randlora_jax.layers import AdapterSpec, Layer
 from randlora_jax.names import Path
 from randlora_jax.origins import Pair, Stored
 
@@ -28,12 +29,18 @@ def export(book: Book, adapter_name: str, state: AdapterState) -> Adapter:
       TargetError: a leaf has no PyTorch name.
     """
     spec, config = book.specs[adapter_name], book.configs[adapter_name]
-    for name in state.layers:
-        if book.layers[name].stack:
+    layers: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    owners: dict[str, Layer] = {}
+    for name, (lam, gamma) in state.layers.items():
+        layer = book.layers[name]
+        if len(layer.names) != math.prod(layer.stack):
             raise TargetError(
-                f"layer {name!r} stacks {book.layers[name].stack} PyTorch layers in one array, and "
-                "no rule says how those are named"
+                f"{name!r} holds {layer.stack} PyTorch layers in one array, and no rule says how "
+                f"they are named: pass names={{{name.replace('.', '/')!r}: 'model.layers.{{}}...'}}"
             )
+        gammas = layer.split(np.asarray(gamma))
+        layers |= {k: (lam, gammas[k]) for k, lam in layer.split(np.asarray(lam)).items()}
+        owners |= dict.fromkeys(layer.names, layer)
     bases = peft_pair(book, spec)
     if book.origin.model_type and not (config.base_model_name_or_path or book.origin.name_or_path):
         warnings.warn(
@@ -43,11 +50,11 @@ def export(book: Book, adapter_name: str, state: AdapterState) -> Adapter:
         )
     written = dataclasses.replace(
         config,
-        target_modules=targets.write_targets(list(state.layers), book.modules),
+        target_modules=targets.write_targets(layers, book.modules),
         layers_to_transform=None,  # target_modules says all
         layers_pattern=None,
         modules_to_save=targets.saved_modules(config) or None,
-        fan_in_fan_out=any(book.layers[name].fan_in_fan_out for name in state.layers),
+        fan_in_fan_out=any(layer.fan_in_fan_out for layer in owners.values()),
         base_model_name_or_path=config.base_model_name_or_path or book.origin.name_or_path,
         auto_mapping=config.auto_mapping
         or (None if config.task_type else book.origin.auto_mapping),
@@ -55,32 +62,36 @@ def export(book: Book, adapter_name: str, state: AdapterState) -> Adapter:
     )
     return Adapter(
         config=written,
-        layers={
-            k: (np.asarray(lam), np.asarray(gamma)) for k, (lam, gamma) in state.layers.items()
-        },
-        saved={
-            _saved_key(path, state): names.to_torch(
-                value, path, book.layers.get(names.dotted(path[:-1]))
-            )
-            for path, value in state.saved.items()
-        },
+        layers=layers,
+        saved=_saved_tensors(book, state),
         bases=bases,
         provenance=Provenance(
             source=spec.identity.source,
             projection_prng_key=spec.identity.key,
             kind=spec.identity.kind,
             digest=bases_digest(*bases),
-            shapes={name: book.layers[name].matrix[::-1] for name in state.layers},
+            shapes={
+                name: (out, in_) for name, layer in owners.items() for in_, out in [layer.matrix]
+            },
         ),
     )
 
 
-def _saved_key(path: Path, state: AdapterState) -> str:
-    key = names.torch_key(path)
-    if names.dotted(path[:-1]) in state.layers:  # PEFT's wrapper holds the layer one level down
-        module, leaf = key.rsplit(".", 1)
-        return f"{module}.base_layer.{leaf}"
-    return key
+def _saved_tensors(book: Book, state: AdapterState) -> dict[str, np.ndarray]:
+    """What is trained whole, by PyTorch key."""
+    saved: dict[str, np.ndarray] = {}
+    for path, value in state.saved.items():
+        module = names.dotted(path[:-1])
+        tensors = names.to_torch(value, path, book.layers.get(module), book.names)
+        if module in state.layers:  # PEFT's wrapper holds an adapted layer one level down
+            tensors = {_below(key): tensor for key, tensor in tensors.items()}
+        saved |= tensors
+    return saved
+
+
+def _below(key: str) -> str:
+    module, leaf = key.rsplit(".", 1)
+    return f"{module}.base_layer.{leaf}"
 
 
 def peft_pair(book: Book, spec: AdapterSpec) -> Pair:
@@ -108,8 +119,10 @@ def restore(
       TargetError: the adapter's layers and the model's do not fit together.
     """
     adapter = read_adapter(directory)
-    _check_layers(book, adapter, directory)
-    box = peft_box([book.layers[name].matrix for name in adapter.layers], adapter.config.r)
+    owners = book.owners()
+    _check_layers(book, owners, adapter, directory)
+    chosen = {name: owners[name] for name in adapter.layers}
+    box = book.box(chosen, adapter.config.r)
     if adapter.bases is not None:
         a, b = adapter.bases
         if (b.shape[0], a.shape[2]) != (box.max, box.min):
@@ -118,47 +131,47 @@ def restore(
                 f"{(box.max, box.min)} in this model, and PEFT would refuse anything else: it was "
                 "trained on another model"
             )
-    dtype = base_dtype(book, base, adapter.layers)
+    dtype = base_dtype(base, chosen.values())
     identity, stored, config = origins.of_adapter(adapter, box, dtype, torch_generation, directory)
     spec = AdapterSpec(adapter_name, config.scaling, config.randlora_dropout, identity, box)
     saved = _saved_leaves(book, base, adapter, directory)
+    lams = {name: lam for name, (lam, _) in adapter.layers.items()}
+    gammas = {name: gamma for name, (_, gamma) in adapter.layers.items()}
     layers = {
-        k: (jnp.asarray(lam), jnp.asarray(gamma)) for k, (lam, gamma) in adapter.layers.items()
+        layer.name: (jnp.asarray(layer.join(lams)), jnp.asarray(layer.join(gammas)))
+        for layer in chosen.values()
     }
     return spec, config, AdapterState(layers, saved), stored
 
 
-def base_dtype(book: Book, base: Mapping[Path, jax.Array], layers: Iterable[str]) -> np.dtype:
+def base_dtype(base: Mapping[Path, jax.Array], layers: Iterable[Layer]) -> np.dtype:
     """The dtype of the kernels of `layers`, to which PEFT casts PyTorch's bases.
 
     PEFT moves one shared pair along layer by layer, so the last layer decides; here they agree.
     """
-    dtypes = {base[(*book.layers[name].path, "kernel")].dtype for name in layers}
+    dtypes = {base[(*layer.path, "kernel")].dtype for layer in layers}
     return np.dtype(dtypes.pop()) if len(dtypes) == 1 else np.dtype(np.float32)
 
 
-def _check_layers(book: Book, adapter: Adapter, directory: str | FilePath) -> None:
+def _check_layers(
+    book: Book, owners: Mapping[str, Layer], adapter: Adapter, directory: str | FilePath
+) -> None:
     """The file's layers are the model's, of the right sizes, and all that its config selects."""
     for name, (lam, gamma) in adapter.layers.items():
-        if name not in book.layers:
+        if name not in owners:
             raise TargetError(
                 f"{directory} adapts layer {name!r}, which this model does not have as a linear "
-                f"layer; it has {nearest(name, list(book.layers))}"
+                f"layer; it has {nearest(name, list(owners))}"
             )
-        _, n, smallest = used_box(book.layers[name].matrix, adapter.config.r)
+        matrix = owners[name].matrix
+        _, n, smallest = used_box(matrix, adapter.config.r)
         if lam.shape != (adapter.config.r, n) or gamma.shape != (n, smallest):
             raise TargetError(
                 f"{directory}: layer {name!r} has lambda {lam.shape} and gamma {gamma.shape}; this "
-                f"model's (in, out) = {book.layers[name].matrix} needs "
-                f"{(adapter.config.r, n)} and {(n, smallest)}: it was trained on another model"
+                f"model's (in, out) = {matrix} needs {(adapter.config.r, n)} and {(n, smallest)}: "
+                "it was trained on another model"
             )
-    chosen = targets.select(
-        adapter.config,
-        list(book.layers),
-        [m for m in book.modules if m not in book.layers],
-        model_type=book.origin.model_type,
-        output_embedding=book.origin.output_embedding,
-    )
+    chosen = book.select(adapter.config)
     if set(chosen) != set(adapter.layers):
         missing, extra = set(chosen) - set(adapter.layers), set(adapter.layers) - set(chosen)
         raise AdapterFileError(
@@ -171,22 +184,31 @@ def _check_layers(book: Book, adapter: Adapter, directory: str | FilePath) -> No
 def _saved_leaves(
     book: Book, base: Mapping[Path, jax.Array], adapter: Adapter, directory: str | FilePath
 ) -> dict[Path, jax.Array]:
-    known = {}
-    for path in base:
-        if path[-1] in names.TORCH_LEAF:
-            known[names.torch_key(path)] = path
-    saved = {}
-    for key, value in adapter.saved.items():
-        if ".original_module." in key:  # PEFT's copy of a frozen bias, which nothing uses
-            continue
-        name = key.replace(".base_layer.", ".")
-        if name not in known:
-            raise TargetError(
-                f"{directory} carries {key!r}, which this model does not have; it has "
-                f"{nearest(key, list(known))}"
-            )
-        path = known[name]
+    # PEFT's copy of a frozen bias is the base model's own; no output depends on it
+    tensors = {k: v for k, v in adapter.saved.items() if ".original_module." not in k}
+    tensors = {k.replace(".base_layer.", "."): v for k, v in tensors.items()}
+    saved, used = {}, set()
+    for path, leaf in base.items():
         layer = book.layers.get(names.dotted(path[:-1]))
-        value = value.astype(np.float32)  # trained numbers are widened, never narrowed
-        saved[path] = names.from_torch(value, path, layer, base[path])
+        if path[-1] not in names.TORCH_LEAF:
+            continue
+        keys = names.torch_keys(path, layer, book.names)
+        present = [key for key in keys if key in tensors]
+        if present and len(present) < len(keys):
+            raise TargetError(
+                f"{directory} carries {present}, a part of {names.dotted(path)!r}, which is one "
+                f"array here: {sorted(set(keys) - set(present))} are missing"
+            )
+        if present:
+            # trained numbers are widened, never narrowed
+            wide = [tensors[key].astype(np.float32) for key in keys]
+            saved[path] = names.from_torch(wide, path, layer, leaf)
+            used |= set(keys)
+    for key in tensors:
+        if key not in used:
+            raise TargetError(
+                f"{directory} carries {key!r}, which this model does not have; its parameters of "
+                f"modules_to_save={adapter.config.modules_to_save} and bias="
+                f"{adapter.config.bias!r} have other names"
+            )
     return saved

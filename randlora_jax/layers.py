@@ -11,13 +11,14 @@ decides how the adapters join in and does it. Two ways are exact:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from randlora_jax.bases import Bases, BasisIdentity, Box
 from randlora_jax.delta import Apply, Term, cheaper, delta, rebuilt, through_delta, through_factors
@@ -30,12 +31,14 @@ class Layer:
     """A linear layer an adapter can take.
 
     Args:
-      name: canonical name, the PyTorch module path.
-      path: where the layer lives in the JAX model.
+      name: its path in the JAX model, dotted.
+      path: the same path, in parts.
       view: how its kernel forms matrices.
       shape: of the kernel.
       fan_in_fan_out: its PyTorch twin is a Conv1D, which holds (in, out).
       stated: the user gave the view; else the layer's type did.
+      names: canonical names, PyTorch module paths: one for each matrix of the kernel, in the order
+        of its stack axes. A stack that no rule names has one name for all.
     """
 
     name: str
@@ -44,11 +47,26 @@ class Layer:
     shape: tuple[int, ...]
     fan_in_fan_out: bool = False
     stated: bool = False
+    names: tuple[str, ...] = ()
 
     @property
     def stack(self) -> tuple[int, ...]:
         """Extents of the axes that stack layers; () for a single one."""
         return self.view.sizes(self.shape)[0]
+
+    def split(self, arrays: np.ndarray) -> dict[str, np.ndarray]:
+        """(*stack, ...) by canonical name, without the stack axes; whole if it is unnamed."""
+        if len(self.names) != math.prod(self.stack):
+            return dict.fromkeys(self.names, arrays)
+        inner = arrays.shape[len(self.stack) :]
+        return dict(zip(self.names, arrays.reshape(-1, *inner), strict=True))
+
+    def join(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The reverse of `split`."""
+        if not self.stack:
+            return arrays[self.names[0]]
+        stacked = np.stack([arrays[name] for name in self.names])
+        return stacked.reshape(*self.stack, *stacked.shape[1:])
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -77,7 +95,7 @@ def check_call(layer: Layer, kernel: jax.Array, known: LayerType | None, kind: s
     Raises:
       ConfigError: the type is unknown and the user stated no view, or the two disagree.
     """
-    view = layer.view if kernel.ndim == len(layer.view.axes) else layer.view.within_stack()
+    view = layer.view.within(kernel.ndim)
     if known is None and not layer.stated:
         raise ConfigError(
             f"layer {layer.name!r} is a {kind}, whose kernel layout is unknown: state it, such as "

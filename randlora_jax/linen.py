@@ -39,7 +39,7 @@ from randlora_jax.layers import (
     dropout,
 )
 from randlora_jax.model import RandLoraModel
-from randlora_jax.names import Path, dotted
+from randlora_jax.names import Names, Path, dotted
 from randlora_jax.views import View, Views
 
 LAMBDA, GAMMA = "randlora_lambda", "randlora_gamma"
@@ -62,14 +62,14 @@ class LinenRandLora(RandLoraModel):
     Adapter dropout is on exactly when a ``dropout`` rng is passed.
     """
 
-    def __init__(self, model: nn.Module, apply: Apply, views: Views) -> None:
+    def __init__(self, model: nn.Module, apply: Apply, views: Views, names: Names) -> None:
         if model.scope is None:
             raise ConfigError(
                 f"the linen module {type(model).__name__} carries no variables: pass "
                 "module.bind(variables)"
             )
         module, variables = model.unbind()
-        self._start(module, unfreeze(variables), apply, views, {}, Origin())
+        self._start(module, unfreeze(variables), apply, views, names, {}, Origin())
 
     def _start(
         self,
@@ -77,6 +77,7 @@ class LinenRandLora(RandLoraModel):
         collections: dict[str, Any],
         apply: Apply,
         views: Views,
+        names: Names,
         found: Mapping[Path, nn.Module],
         origin: Origin,
     ) -> None:
@@ -100,11 +101,18 @@ class LinenRandLora(RandLoraModel):
             else:  # a plain module is not traced: its matrices are taken for Dense's until called
                 known = LayerType(View("io")) if value.ndim == 2 else None
             if known:
-                layers[dotted(path)] = Layer(
-                    dotted(path), path, known.view, value.shape, known.fan_in_fan_out, bool(stated)
+                name, stack = dotted(path), known.view.sizes(value.shape)[0]
+                layers[name] = Layer(
+                    name,
+                    path,
+                    known.view,
+                    value.shape,
+                    known.fan_in_fan_out,
+                    stated is not None,
+                    names.of(path, stack),
                 )
-        parents = {path[:i] for path in leaves for i in range(1, len(path))}
-        self._book = Book(layers, tuple(sorted(map(dotted, parents))), origin, apply)
+        modules = {names.first(path[:-1]) for path in leaves if dotted(path[:-1]) not in layers}
+        self._book = Book(layers, tuple(sorted(modules)), names, origin, apply)
 
     # Running.
 
@@ -244,7 +252,7 @@ class HuggingFaceRandLora(LinenRandLora):
     other attribute is the model's own.
     """
 
-    def __init__(self, model: Any, apply: Apply, views: Views) -> None:
+    def __init__(self, model: Any, apply: Apply, views: Views, names: Names) -> None:
         self.model = model
         params = unfreeze(model.params)
         # models with batch statistics keep whole collections in .params
@@ -255,6 +263,7 @@ class HuggingFaceRandLora(LinenRandLora):
             params if self._nested else {"params": params},
             apply,
             views,
+            names,
             found,
             _origin(model),
         )

@@ -15,15 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from randlora_jax import files, names, origins, targets
-from randlora_jax.bases import Bases, BasisIdentity, Box, draw, peft_box, used_box
+from randlora_jax import files, origins, targets
+from randlora_jax.bases import Bases, BasisIdentity, Box, draw, used_box
 from randlora_jax.book import AdapterState, Book
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.delta import Apply, Term, delta
 from randlora_jax.errors import ConfigError
 from randlora_jax.interop.peft_dir import write_adapter
-from randlora_jax.layers import AdapterSpec
-from randlora_jax.names import Path
+from randlora_jax.layers import AdapterSpec, Layer
+from randlora_jax.names import Names, Path, Rules, dotted
 from randlora_jax.origins import Stored
 from randlora_jax.views import Views
 
@@ -69,7 +69,7 @@ class RandLoraModel:
     def targeted_module_names(self) -> list[str]:
         """Canonical names of every layer some adapter takes."""
         taken = {name for adapter in self._book.specs for name in self._state(adapter).layers}
-        return [name for name in self._book.layers if name in taken]
+        return [n for n, layer in self._book.owners().items() if layer.name in taken]
 
     def add_adapter(
         self, adapter_name: str, config: RandLoraConfig, *, rngs: Any = None, trainable: bool = True
@@ -83,20 +83,19 @@ class RandLoraModel:
           ConfigError: the name is taken or the configuration contradicts another adapter's.
           TargetError: the configuration selects no layer.
         """
-        chosen = targets.select(
-            config,
-            list(self._book.layers),
-            [m for m in self._book.modules if m not in self._book.layers],
-            model_type=self._book.origin.model_type,
-            output_embedding=self._book.origin.output_embedding,
+        chosen = self._book.select(config)
+        box = self._book.box(chosen, config.r)
+        layers = {layer.name: layer for layer in chosen.values()}
+        identity, stored = origins.fresh(
+            config, box, files.base_dtype(self._base_leaves(), layers.values())
         )
-        box = peft_box([self._book.layers[name].matrix for name in chosen], config.r)
-        dtype = files.base_dtype(self._book, self._base_leaves(), chosen)
-        identity, stored = origins.fresh(config, box, dtype)
         spec = AdapterSpec(adapter_name, config.scaling, config.randlora_dropout, identity, box)
         state = AdapterState(
-            {name: self._fresh(name, config, rngs, i) for i, name in enumerate(chosen)},
-            self._trained_besides(config, chosen),
+            {
+                name: self._fresh(layer, config, rngs, i)
+                for i, (name, layer) in enumerate(layers.items())
+            },
+            self._trained_besides(config, layers),
         )
         self._register(spec, config, state, trainable, rngs, stored)
 
@@ -135,9 +134,8 @@ class RandLoraModel:
                     )
 
     def _fresh(
-        self, name: str, config: RandLoraConfig, rngs: Any, index: int
+        self, layer: Layer, config: RandLoraConfig, rngs: Any, index: int
     ) -> tuple[jax.Array, jax.Array]:
-        layer = self._book.layers[name]
         _, n, smallest = used_box(layer.matrix, config.r)
         largest = max(n, smallest) if config.init_weights else max(layer.matrix)
         # PEFT makes gamma in the base layer's dtype and keeps it in float32 afterwards
@@ -153,17 +151,19 @@ class RandLoraModel:
         key = jax.random.fold_in(rngs if isinstance(rngs, jax.Array) else rngs.params(), index)
         return jax.random.normal(key, shape, jnp.float32), gamma
 
-    def _trained_besides(self, config: RandLoraConfig, chosen: list[str]) -> dict[Path, jax.Array]:
+    def _trained_besides(
+        self, config: RandLoraConfig, chosen: Mapping[str, Layer]
+    ) -> dict[Path, jax.Array]:
         """Copies of the base leaves that this adapter trains whole: modules_to_save and biases."""
         patterns = targets.saved_modules(config)
         saved = {}
         for path, leaf in self._base_leaves().items():
-            module = names.dotted(path[:-1])
-            parents = [names.dotted(path[:i]) for i in range(1, len(path))]
             bias = path[-1] == "bias" and (
-                config.bias == "all" or (config.bias == "randlora_only" and module in chosen)
+                config.bias == "all"
+                or (config.bias == "randlora_only" and dotted(path[:-1]) in chosen)
             )
-            if bias or any(targets.matches_saved(parent, patterns) for parent in parents):
+            module = self._book.names.first(path[:-1])
+            if bias or targets.inside_saved(module, patterns):
                 saved[path] = jnp.asarray(leaf, jnp.float32)
         return saved
 
@@ -187,20 +187,23 @@ class RandLoraModel:
     # Looking and counting.
 
     def delta_weights(self, adapter_name: str = "default") -> dict[str, np.ndarray]:
-        """delta_W of every adapted layer, (*stack, out, in) float32, scaling included."""
+        """delta_W of every adapted layer by canonical name, (out, in) float32, scaling included.
+
+        A stack that no names rule names has one entry, (*stack, out, in).
+        """
         spec = self._spec(adapter_name)
         state = self._state(adapter_name)
+        layers = [self._book.layers[name] for name in state.layers]
         box = Box(0, 0, 0)
-        for name in state.layers:
-            box = box.union(used_box(self._book.layers[name].matrix, spec.identity.r))
+        for layer in layers:
+            box = box.union(used_box(layer.matrix, spec.identity.r))
         bases = self._pair(spec.identity, box)
-        found = {}
-        for name, (lam, gamma) in state.layers.items():
-            n_in, n_out = self._book.layers[name].matrix
-            form = partial(_torch_delta, bases, spec.scaling, n_in, n_out)
-            for _ in self._book.layers[name].stack:
+        found: dict[str, np.ndarray] = {}
+        for layer in layers:
+            form = partial(_torch_delta, bases, spec.scaling, *layer.matrix)
+            for _ in layer.stack:
                 form = jax.vmap(form)
-            found[name] = np.asarray(form(lam, gamma))
+            found |= layer.split(np.asarray(form(*state.layers[layer.name])))
         return found
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -276,6 +279,7 @@ class RandLoraModel:
         apply: Apply = "auto",
         rngs: Any = None,
         views: Mapping[str, str] | None = None,
+        names: Rules | None = None,
         torch_generation: str | None = None,
     ) -> Self:
         """Wraps `model` with the adapter stored in `directory`.
@@ -283,10 +287,10 @@ class RandLoraModel:
         Args:
           model: as for `get_peft_model`.
           is_trainable: the adapter's numbers are trained on; else they are frozen like the base.
-          apply, rngs, views: as for `get_peft_model`.
+          apply, rngs, views, names: as for `get_peft_model`.
           torch_generation: as for `load_adapter`.
         """
-        wrapped = wrap(model, apply, views)
+        wrapped = wrap(model, apply, views, names)
         wrapped.load_adapter(
             directory, adapter_name, is_trainable, rngs=rngs, torch_generation=torch_generation
         )
@@ -299,7 +303,12 @@ def _torch_delta(
     return delta(Term(lam, gamma, bases, scaling), n_in, n_out).T
 
 
-def wrap(model: Any, apply: Apply, views: Mapping[str, str] | None = None) -> RandLoraModel:
+def wrap(
+    model: Any,
+    apply: Apply,
+    views: Mapping[str, str] | None = None,
+    names: Rules | None = None,
+) -> RandLoraModel:
     """The front end for `model`, with no adapter yet.
 
     Raises:
@@ -313,13 +322,13 @@ def wrap(model: Any, apply: Apply, views: Mapping[str, str] | None = None) -> Ra
 
     if apply not in ("auto", "factored", "merged"):
         raise ConfigError(f"apply={apply!r}: expected 'auto', 'factored' or 'merged'")
-    stated = Views(views or {})
+    rules = Views(views or {}), Names(names or {})
     if isinstance(model, flax.nnx.Module):
-        return NnxRandLora(model, apply, stated)
+        return NnxRandLora(model, apply, *rules)
     if isinstance(model, flax.linen.Module):
-        return LinenRandLora(model, apply, stated)
+        return LinenRandLora(model, apply, *rules)
     if isinstance(getattr(model, "module", None), flax.linen.Module):
-        return HuggingFaceRandLora(model, apply, stated)
+        return HuggingFaceRandLora(model, apply, *rules)
     raise ConfigError(
         f"cannot wrap a {type(model).__name__}: expected a flax.nnx.Module, a flax.linen module "
         "bound to its variables (module.bind(variables)) or a Hugging Face Flax model"
@@ -334,6 +343,7 @@ def get_peft_model(
     apply: Apply = "auto",
     rngs: Any = None,
     views: Mapping[str, str] | None = None,
+    names: Rules | None = None,
 ) -> RandLoraModel:
     """Wraps `model` with a fresh RandLoRA adapter; before training it computes what `model` does.
 
@@ -346,11 +356,12 @@ def get_peft_model(
       rngs: an ``nnx.Rngs`` or a jax key, for ``init_weights=False`` and, in nnx, adapter dropout.
       views: kernel layouts that types do not tell, by regular expressions on layer paths, such as
         ``{"layers/mlp/.*": "s i o"}`` for scanned Dense layers (`randlora_jax.views`).
+      names: rules from module paths to PyTorch's, where they differ (`randlora_jax.names.Names`).
 
     Raises:
       ConfigError: `model` or `config` cannot be used.
       TargetError: `config` selects no layer of `model`.
     """
-    wrapped = wrap(model, apply, views)
+    wrapped = wrap(model, apply, views, names)
     wrapped.add_adapter(adapter_name, config, rngs=rngs)
     return wrapped

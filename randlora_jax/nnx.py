@@ -24,7 +24,7 @@ from randlora_jax.delta import Apply, Term
 from randlora_jax.errors import ConfigError
 from randlora_jax.layers import AdapterSpec, Layer, LayerType, Part, adapted, check_call
 from randlora_jax.model import RandLoraModel
-from randlora_jax.names import Path, dotted
+from randlora_jax.names import Names, Path, dotted
 from randlora_jax.views import View, Views
 
 
@@ -148,21 +148,24 @@ class NnxRandLora(RandLoraModel, nnx.Module):
     model are reached through the wrapper, which opens the scope with the shared bases.
     """
 
-    def __init__(self, model: nnx.Module, apply: Apply, views: Views) -> None:
+    def __init__(self, model: nnx.Module, apply: Apply, views: Views, names: Names) -> None:
         self.model = model
         self.bases: dict[str, dict[str, SharedBasis]] = nnx.data({})
-        layers, modules = {}, []
+        layers, modules = {}, set()
         for path, module in nnx.iter_modules(model):
-            name = dotted(path)
-            modules.append(name)
-            stated, known = views.find(path), layer_type(module)
-            if not isinstance(getattr(module, "kernel", None), nnx.Variable):
-                continue
-            shape = module.kernel.shape
+            name, stated, known = dotted(path), views.find(path), layer_type(module)
+            owns = [v for v in vars(module).values() if isinstance(v, nnx.Variable)]
+            kernel = getattr(module, "kernel", None)
+            shape = kernel.shape if isinstance(kernel, nnx.Variable) else ()
             view = stated or (known and _stacked(known.view, len(shape)))
-            if view:
-                layers[name] = Layer(name, path, view, shape, stated=stated is not None)
-        self._book = Book(layers, tuple(sorted(filter(None, modules))), Origin(), apply)
+            if shape and view:
+                canonical = names.of(path, view.sizes(shape)[0])
+                layers[name] = Layer(
+                    name, path, view, shape, stated=stated is not None, names=canonical
+                )
+            elif owns:
+                modules.add(names.first(path))
+        self._book = Book(layers, tuple(sorted(modules)), names, Origin(), apply)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model."""

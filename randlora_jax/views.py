@@ -44,9 +44,9 @@ class View:
         pick = {c: [n for a, n in zip(self.axes, shape, strict=True) if a == c] for c in "ios"}
         return tuple(pick["s"]), math.prod(pick["i"]), math.prod(pick["o"])
 
-    def within_stack(self) -> "View":
-        """The view of one layer of the stack."""
-        return View(self.axes.replace("s", ""))
+    def within(self, ndim: int) -> "View":
+        """The view inside scans that took the outer stack axes and left `ndim` axes."""
+        return View(self.axes.replace("s", "", len(self.axes) - ndim))
 
     def to_kernel(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """(*stack, in, out) laid out as a kernel of `shape`."""
