@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -33,7 +34,8 @@ class Provenance:
         differs from the one in adapter_config.json, see `derived_key`.
       kind: ``"dense"``, ``"sparse"`` or ``"very_sparse"``.
       digest: `bases_digest` of the bases with PEFT's extents.
-      shapes: ``{layer: (out, in)}`` of every adapted layer.
+      shapes: ``{layer: (out, in)}`` of every adapted layer; empty where they are unknown, since
+        PEFT's own files do not tell them.
     """
 
     source: str
@@ -163,7 +165,7 @@ def check(adapter: Adapter, where: object) -> None:
         sound = b.ndim == 3 and b.shape[0] >= low and b.shape[1:] == (n, r)
         expect(sound, "randlora_B", f"({low} or more, {n}, {r})", b.shape)
 
-    if adapter.provenance is not None:
+    if adapter.provenance is not None and adapter.provenance.shapes:
         shapes = adapter.provenance.shapes
         expect(
             shapes.keys() == adapter.layers.keys(),
@@ -187,20 +189,25 @@ def check_finite(adapter: Adapter, where: object) -> None:
     Raises:
       AdapterFileError: naming the tensor and how many of its numbers are not finite.
     """
+    for key, bad, count in not_finite(adapter):
+        raise AdapterFileError(
+            f"{where}: {show(key)}: expected finite numbers, found {bad} of {count} NaN or "
+            "infinite: training diverged or the file was damaged; use an earlier save"
+        )
+
+
+def not_finite(adapter: Adapter) -> Iterator[tuple[str, int, int]]:
+    """Each tensor with NaN or infinity in it: its name, how many, and how many numbers it has."""
     arrays = dict(adapter.saved)
     for name, (lam, gamma) in adapter.layers.items():
         arrays |= {f"{name}.randlora_lambda": lam, f"{name}.randlora_gamma": gamma}
     if adapter.bases is not None:
         arrays |= dict(zip(("randlora_A", "randlora_B"), adapter.bases, strict=True))
     for key, array in arrays.items():
-        if array.dtype.kind in "biu":
-            continue
-        bad = sum(piece.size - int(np.isfinite(piece).sum()) for piece in pieces(array))
-        if bad:
-            raise AdapterFileError(
-                f"{where}: {show(key)}: expected finite numbers, found {bad} of {array.size} NaN "
-                "or infinite: training diverged or the file was damaged; use an earlier save"
-            )
+        if array.dtype.kind not in "biu":
+            bad = sum(piece.size - int(np.isfinite(piece).sum()) for piece in pieces(array))
+            if bad:
+                yield key, bad, array.size
 
 
 def _is_shape(value: Any) -> bool:

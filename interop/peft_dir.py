@@ -9,6 +9,7 @@ transformers' own loader does not look.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from os import fstat
 from os.path import samestat
@@ -33,13 +34,16 @@ from .adapter import (
 )
 from .atomic import current_file, replacing_files
 from .keys import BASE_PARTS, PREFIX, Role, roles_of
-from .tensor_file import Tensor, TensorFile, show, write_tensors
+from .tensor_file import Tensor, TensorFile, pieces, show, write_tensors
 
 __all__ = [
     "Adapter",
     "Provenance",
     "bases_digest",
     "derived_key",
+    "load_adapter",
+    "narrowed",
+    "open_adapter",
     "read_adapter",
     "write_adapter",
 ]
@@ -59,13 +63,10 @@ def read_adapter(directory: str | Path) -> Adapter:
       AdapterFileError: files are missing, damaged, contradictory or of another method; the
         message names the file, the key, what was expected and what to do.
     """
-    folder = Path(directory)
-    config, file = _open(folder)
+    config, file = open_adapter(directory)
     with file:
-        adapter = _read(config, file)
-        check(adapter, file.path)
+        adapter = load_adapter(config, file)
         check_finite(adapter, file.path)
-    _check_provenance(adapter, file.path)
     return adapter
 
 
@@ -107,7 +108,7 @@ def write_adapter(directory: str | Path, adapter: Adapter, *, overwrite: bool = 
     if bases is not None:
         first = min(adapter.layers, key=_natural)
         for part, array in zip(BASE_PARTS, bases, strict=True):
-            arrays[f"{PREFIX}{first}.randlora_{part}"] = _narrowed(array)
+            arrays[f"{PREFIX}{first}.randlora_{part}"] = narrowed(array)
 
     with replacing_files(folder, entry=CONFIG_NAME) as staged:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -120,8 +121,15 @@ def write_adapter(directory: str | Path, adapter: Adapter, *, overwrite: bool = 
         write_tensors(staged / WEIGHTS_NAME, arrays, metadata)
 
 
-def _open(folder: Path) -> tuple[RandLoraConfig, TensorFile]:
-    """Both files of one save, though another process may be replacing them right now."""
+def open_adapter(directory: str | Path) -> tuple[RandLoraConfig, TensorFile]:
+    """Both files of one save, though another process may be replacing them right now.
+
+    For callers that need more of the file than `read_adapter` gives, such as its size.
+
+    Raises:
+      AdapterFileError: as `read_adapter`; of the tensors, only the header was read.
+    """
+    folder = Path(directory)
     for attempt in range(10):
         config_path, weights_path = (
             current_file(folder, name, entry=CONFIG_NAME) for name in (CONFIG_NAME, WEIGHTS_NAME)
@@ -173,13 +181,26 @@ def _parse_config(raw: bytes, path: Path) -> RandLoraConfig:
         raise AdapterFileError(f"{path}: {error}") from error
 
 
+def load_adapter(config: RandLoraConfig, file: TensorFile) -> Adapter:
+    """Read and check all tensors, as `read_adapter` does, but for NaN and infinity.
+
+    Raises:
+      AdapterFileError: as `read_adapter`.
+    """
+    adapter = _read(config, file)
+    check(adapter, file.path)
+    _check_provenance(adapter, file.path)
+    return adapter
+
+
 def _read(config: RandLoraConfig, file: TensorFile) -> Adapter:
-    """Read all tensors in the order of their bytes; the bases once, their copies compared."""
+    """Read all tensors in the order of their bytes; the bases once, then compare their copies."""
     roles = roles_of(file.tensors.values(), config, file.fail)
     layers: dict[str, dict[str, np.ndarray]] = {}
     saved: dict[str, np.ndarray] = {}
     bases: dict[str, np.ndarray] = {}
     origin: dict[Role, Tensor] = {}
+    copies: dict[str, list[Tensor]] = {part: [] for part in BASE_PARTS}
     for key, tensor in file.tensors.items():
         role = roles[key]
         if role.part == "repeated":
@@ -201,11 +222,13 @@ def _read(config: RandLoraConfig, file: TensorFile) -> Adapter:
             bases[role.part] = file.read(tensor)
             origin[Role(role.part, "")] = tensor
         else:
-            _check_copy(file, tensor, origin[Role(role.part, "")], bases[role.part])
+            copies[role.part].append(tensor)
+    for part, array in bases.items():
+        _check_copies(file, copies[part], origin[Role(part, "")], array)
     for key, role in roles.items():
         if role.part == "repeated":
             first = Role("saved", role.name)
-            _check_copy(file, file.tensors[key], origin[first], saved[role.name])
+            _check_copies(file, [file.tensors[key]], origin[first], saved[role.name])
 
     if bases and not config.save_projection:
         file.fail(
@@ -224,8 +247,11 @@ def _read(config: RandLoraConfig, file: TensorFile) -> Adapter:
     )
 
 
-def _check_copy(file: TensorFile, copy: Tensor, first: Tensor, array: np.ndarray) -> None:
-    if not file.holds(copy, array):
+def _check_copies(
+    file: TensorFile, copies: Sequence[Tensor], first: Tensor, array: np.ndarray
+) -> None:
+    copy = file.unlike(copies, array)
+    if copy is not None:
         file.fail(
             f"{show(first.key)} ({first}) and {show(copy.key)} ({copy}) should be copies of one "
             "tensor and differ: readers would disagree about what the adapter computes"
@@ -275,14 +301,19 @@ def _bases_to_write(adapter: Adapter, where: Path) -> Bases | None:
     return None
 
 
-def _narrowed(array: np.ndarray) -> np.ndarray:
+def narrowed(array: np.ndarray) -> np.ndarray:
     """float32 as bfloat16, its upper half, where the lower half is zero throughout."""
     if array.dtype != np.float32:
         return array
-    halves = np.ascontiguousarray(array, "<f4").view("<u2").reshape(*array.shape, 2)
-    if halves[..., 0].any():
-        return array
-    return np.ascontiguousarray(halves[..., 1]).view(ml_dtypes.bfloat16)
+    narrow = np.empty(array.shape, ml_dtypes.bfloat16)
+    upper, at = narrow.reshape(-1).view(np.uint16), 0
+    for piece in pieces(array):
+        bits = piece.view(np.uint32)
+        if (bits & 0xFFFF).any():
+            return array
+        upper[at : at + bits.size] = bits >> 16
+        at += bits.size
+    return narrow
 
 
 def _natural(name: str) -> list[str | int]:

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -46,6 +49,8 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_RANK = 32  # NumPy 1's limit, far above any weight's
 CHUNK = 1 << 18  # bytes; fits the processor's cache, so comparing costs little over reading
+BLOCK = 1 << 24  # bytes; what one thread reads in one go, long enough for a disk
+THREADS = 4  # that compare; reading lets go of Python's lock
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,8 @@ class TensorFile:
       path: the file.
       tensors: ``{key: Tensor}`` in the order of their bytes.
       metadata: the header's free strings.
+      size: of the file, in bytes.
+      advance: called with the number of bytes whenever some were read; for a progress bar.
 
     Raises:
       AdapterFileError: the file is truncated or its header is not what the format demands.
@@ -81,9 +88,11 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.advance: Callable[[int], object] = lambda nbytes: None
+        self._lock = threading.Lock()
         self._file = io.FileIO(path)
         try:
-            self._size = self._file.seek(0, 2)
+            self.size = self._file.seek(0, 2)
             self.tensors, self.metadata = self._read_header()
         except BaseException:
             self.close()
@@ -102,18 +111,47 @@ class TensorFile:
     def read(self, tensor: Tensor) -> np.ndarray:
         """The numbers of one tensor, in the file's dtype."""
         array = np.empty(tensor.shape, tensor.dtype)
-        self._fill(_bytes_of(array), tensor.start, tensor.key)
+        view = _bytes_of(array)
+        for at in range(0, tensor.nbytes, BLOCK):
+            piece = view[at : at + BLOCK]
+            self._fill(piece, tensor.start + at, tensor.key)
+            self.advance(len(piece))
         return array
 
     def holds(self, tensor: Tensor, array: np.ndarray) -> bool:
-        """Whether a tensor is bit for bit `array`, reading it in small pieces."""
-        if (tensor.shape, tensor.dtype) != (array.shape, array.dtype):
-            return False
+        """Whether a tensor is bit for bit `array`."""
+        return self.unlike([tensor], array) is None
+
+    def unlike(self, copies: Sequence[Tensor], array: np.ndarray) -> Tensor | None:
+        """One of `copies` that is not bit for bit `array`, None if all are.
+
+        The copies are compared side by side, a block of each, so that `array` comes out of memory
+        once and not once for every copy; this takes little longer than reading them. Memory: one
+        small piece a thread.
+        """
+        for copy in copies:
+            if (copy.shape, copy.dtype) != (array.shape, array.dtype):
+                return copy
         expected = _bytes_of(array)
-        for at in range(0, tensor.nbytes, CHUNK):
-            piece = expected[at : at + CHUNK]
-            found = bytearray(len(piece))  # compares with memcmp, which a memoryview does not
-            self._fill(memoryview(found), tensor.start + at, tensor.key)
+        blocks = [(copy, at) for at in range(0, array.nbytes, BLOCK) for copy in copies]
+        pool = ThreadPoolExecutor(THREADS)
+        try:
+            same = pool.map(lambda block: self._holds_block(*block, expected), blocks)
+            for (copy, at), is_same in zip(blocks, same, strict=True):
+                if not is_same:
+                    return copy
+                self.advance(min(BLOCK, array.nbytes - at))
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return None
+
+    def _holds_block(self, tensor: Tensor, start: int, expected: memoryview) -> bool:
+        found = bytearray(CHUNK)  # compares with memcmp, which a memoryview does not
+        block = expected[start : start + BLOCK]
+        for at in range(0, len(block), CHUNK):
+            piece = block[at : at + CHUNK]
+            del found[len(piece) :]
+            self._fill(memoryview(found), tensor.start + start + at, tensor.key)
             if found != piece:
                 return False
         return True
@@ -123,22 +161,28 @@ class TensorFile:
         raise AdapterFileError(f"{self.path}: {message}")
 
     def _fill(self, view: memoryview, start: int, what: str) -> None:
-        self._file.seek(start)
         while view:
-            count = self._file.readinto(view)
+            count = self._read_at(start, view)
             if not count:
                 self.fail(f"{show(what)}: the file ends inside it, {len(view)} bytes short")
-            view = view[count:]
+            view, start = view[count:], start + count
+
+    def _read_at(self, start: int, view: memoryview) -> int | None:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [view], start)
+        with self._lock:  # Windows: threads share one position
+            self._file.seek(start)
+            return self._file.readinto(view)
 
     def _read_header(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        if self._size < 8:
-            self.fail(f"{self._size} bytes cannot be a safetensors file; copy it again")
+        if self.size < 8:
+            self.fail(f"{self.size} bytes cannot be a safetensors file; copy it again")
         prefix = bytearray(8)
         self._fill(memoryview(prefix), 0, "header length")
         (length,) = struct.unpack("<Q", prefix)
-        if length > min(MAX_HEADER, self._size - 8):
+        if length > min(MAX_HEADER, self.size - 8):
             self.fail(
-                f"its header claims {length} bytes; the file has {self._size} and the format "
+                f"its header claims {length} bytes; the file has {self.size} and the format "
                 f"allows {MAX_HEADER}. It is truncated or no safetensors file; copy it again"
             )
         raw = bytearray(length)
@@ -163,9 +207,9 @@ class TensorFile:
                     f"before it ends at {end}: tensors may neither overlap nor leave holes"
                 )
             end += tensor.nbytes
-        if end != self._size:
+        if end != self.size:
             self.fail(
-                f"its tensors end at byte {end}, the file at {self._size}: it is truncated or "
+                f"its tensors end at byte {end}, the file at {self.size}: it is truncated or "
                 "something was appended; copy it again"
             )
         return {tensor.key: tensor for tensor in found}, metadata
@@ -178,17 +222,17 @@ class TensorFile:
         code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(code, str) or code not in DTYPES:
             self.fail(f"{where}: dtype {show(str(code))} is none of {', '.join(DTYPES)}")
-        if not _are_sizes(shape) or len(shape) > MAX_RANK or max(shape, default=0) > self._size:
-            self.fail(f"{where}: its shape is impossible in a file of {self._size} bytes")
+        if not _are_sizes(shape) or len(shape) > MAX_RANK or max(shape, default=0) > self.size:
+            self.fail(f"{where}: its shape is impossible in a file of {self.size} bytes")
         if not _are_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1]:
             self.fail(f"{where}: data_offsets must be two increasing positions")
         nbytes = DTYPES[code].itemsize
         for size in shape:
             nbytes *= size
-        if nbytes != offsets[1] - offsets[0] or base + offsets[1] > self._size:
+        if nbytes != offsets[1] - offsets[0] or base + offsets[1] > self.size:
             self.fail(
                 f"{where}: {code} {shape} takes {nbytes} bytes; its offsets are {offsets} in a "
-                f"file of {self._size} bytes"
+                f"file of {self.size} bytes"
             )
         return Tensor(key, code, tuple(shape), base + offsets[0], nbytes)
 
