@@ -165,29 +165,33 @@ class Origin(NamedTuple):
 def identify(A: np.ndarray, B: np.ndarray | None, key: int) -> Origin | None:
     """How PyTorch drew A (r, 1, MIN) and B (MAX, N, r) from `key`, or None if it did not.
 
-    Every element is compared, by value, so the arrays may be in float32 or any narrower dtype. A
-    comes first in the stream: where it differs, B is not drawn. With B None, A alone decides (the
-    draws with and without fused multiply-add often share A).
+    With B None, A alone decides.
+    """
+    return next((origin for origin in origins() if is_drawn(A, B, key, origin)), None)
+
+
+def is_drawn(A: np.ndarray, B: np.ndarray | None, key: int, origin: Origin) -> bool:
+    """Whether PyTorch draws A (r, 1, MIN) and B (MAX, N, r) from `key` in the way `origin` says.
+
+    Every element is compared, by value, so the arrays may be in any floating point dtype. A comes
+    first in the stream: where it differs, B is not drawn. With B None, A alone decides.
     """
     if A.ndim != 3 or A.shape[1] != 1 or not A.size or _out_of_range(key):
-        return None
+        return False
     r, _, MIN = A.shape
     MAX = MIN if B is None else B.shape[0]
     if B is not None and (MAX < MIN or B.shape != (MAX, math.ceil(MIN / r), r)):
-        return None
-    for origin in _origins():
-        source, words = _Source(*origin), _words(key)
-        try:
-            if _equal(A, source.draw_a(words, r, MIN, MAX)) and (
-                B is None or _equal(B, source.draw_b(words, r, MIN, MAX))
-            ):
-                return origin
-        except ConfigError:  # this draw has no finite result for these extents
-            continue
-    return None
+        return False
+    source, words = _Source(*origin), _words(key)
+    try:
+        return _equal(A, source.draw_a(words, r, MIN, MAX)) and (
+            B is None or _equal(B, source.draw_b(words, r, MIN, MAX))
+        )
+    except ConfigError:  # this draw has no finite result for these extents
+        return False
 
 
-def _origins() -> Iterator[Origin]:
+def origins() -> Iterator[Origin]:
     """Every way to draw, the likely ones first."""
     for base_dtype in (_F32, _BF16, _F16):
         for generation, rule in _RULES.items():
