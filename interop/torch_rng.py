@@ -165,16 +165,16 @@ class Origin(NamedTuple):
 def identify(A: np.ndarray, B: np.ndarray | None, key: int) -> Origin | None:
     """How PyTorch drew A (r, 1, MIN) and B (MAX, N, r) from `key`, or None if it did not.
 
-    With B None, A alone decides.
+    With B None, A alone decides (the draws with and without fused multiply-add often share A).
     """
-    return next((origin for origin in origins() if is_drawn(A, B, key, origin)), None)
+    return next((origin for origin in _origins() if is_drawn(A, B, key, origin)), None)
 
 
 def is_drawn(A: np.ndarray, B: np.ndarray | None, key: int, origin: Origin) -> bool:
     """Whether PyTorch draws A (r, 1, MIN) and B (MAX, N, r) from `key` in the way `origin` says.
 
-    Every element is compared, by value, so the arrays may be in any floating point dtype. A comes
-    first in the stream: where it differs, B is not drawn. With B None, A alone decides.
+    Every element is compared, by value, so the arrays may be in float32 or any narrower dtype. A
+    comes first in the stream: where it differs, B is not drawn. With B None, A alone decides.
     """
     if A.ndim != 3 or A.shape[1] != 1 or not A.size or _out_of_range(key):
         return False
@@ -191,7 +191,7 @@ def is_drawn(A: np.ndarray, B: np.ndarray | None, key: int, origin: Origin) -> b
         return False
 
 
-def origins() -> Iterator[Origin]:
+def _origins() -> Iterator[Origin]:
     """Every way to draw, the likely ones first."""
     for base_dtype in (_F32, _BF16, _F16):
         for generation, rule in _RULES.items():
