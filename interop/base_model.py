@@ -81,6 +81,7 @@ class BaseModel:
       config: config.json.
       files: ``{name: open safetensors file}``.
       home: ``{key: name of the file that has it}``, in the order of files and bytes.
+      naming: how an adapter's names become its keys; settled by `fit`.
 
     Raises:
       AdapterFileError: the directory is no complete safetensors checkpoint.
@@ -90,7 +91,7 @@ class BaseModel:
         self.folder = Path(directory)
         self.files: dict[str, TensorFile] = {}
         self.home: dict[str, str] = {}
-        self._naming = Naming()
+        self.naming = Naming()
         self.config = read_object(self.folder / MODEL_CONFIG)
         try:
             for name in _file_names(self.folder):
@@ -134,7 +135,7 @@ class BaseModel:
         names = list(names)
         scores = dict.fromkeys(self._namings(names), 0)
         for naming in scores:
-            self._naming = naming
+            self.naming = naming
             scores[naming] = sum(self.find(f"{name}.weight") is not None for name in names)
         most = max(scores.values())
         best = [naming for naming, score in scores.items() if score == most]
@@ -145,8 +146,8 @@ class BaseModel:
                 f"{' or '.join(show(naming(example)) for naming in best)}. Give the directory of "
                 "the very model that was adapted, saved with save_pretrained"
             )
-        self._naming = best[0]
-        return self._naming
+        self.naming = best[0]
+        return self.naming
 
     def _namings(self, names: list[str]) -> list[Naming]:
         ours = dict.fromkeys(name.split(".", 1)[0] + "." for name in names if "." in name)
@@ -155,7 +156,7 @@ class BaseModel:
 
     def find(self, key: str) -> str | None:
         """The checkpoint's key for a state-dict key of the adapted model; None if it has none."""
-        return self._keys.get(self._naming(key)) or self._keys.get(key)
+        return self._keys.get(self.naming(key)) or self._keys.get(key)
 
     def layer(self, name: str) -> BaseLayer:
         """The linear layer that an adapter calls `name`.
@@ -167,8 +168,8 @@ class BaseModel:
         if key is None:
             modules = [key.rpartition(".")[0] for key in self._keys if key.endswith(".weight")]
             raise TargetError(
-                f"{self.folder} has no tensor {show(self._naming(name))}.weight, with another "
-                f"prefix or without; it has {nearest(self._naming(name), modules)}. Is it the base "
+                f"{self.folder} has no tensor {show(self.naming(name))}.weight, with another "
+                f"prefix or without; it has {nearest(self.naming(name), modules)}. Is it the base "
                 "model of this adapter, with its head?"
             )
         tensor = self.tensor(key)
