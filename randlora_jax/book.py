@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import jax
+import numpy as np
 
 from randlora_jax import targets
 from randlora_jax.bases import Box, peft_box
@@ -56,6 +57,10 @@ class Book:
     configs: Mapping[str, RandLoraConfig] = field(default_factory=dict)
     specs: Mapping[str, AdapterSpec] = field(default_factory=dict)
     stored: Stored = field(default_factory=dict)
+    active: tuple[str, ...] = ()  # adapters that are applied
+    trained: frozenset[str] = frozenset()  # adapters that train when they are active
+    merged: tuple[str, ...] = ()  # adapters whose deltas are in the base kernels
+    originals: Mapping[Path, np.ndarray] = field(default_factory=dict)  # kernels before merging
 
     def owners(self) -> dict[str, Layer]:
         """The layer that holds the matrix of each canonical name.

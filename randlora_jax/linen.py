@@ -85,7 +85,6 @@ class LinenRandLora(RandLoraModel):
         self.module = module
         self._collections = collections
         self._trees: dict[str, dict[str, Any]] = {}
-        self._frozen_adapters: set[str] = set()
         self._bases: dict[str, Bases] = {}
         leaves = flatten_dict(collections["params"])
         layers = {}
@@ -119,8 +118,10 @@ class LinenRandLora(RandLoraModel):
     @property
     def variables(self) -> dict[str, Any]:
         """Every collection that `apply` takes; assign it back after training."""
-        trained = {n: t for n, t in self._trees.items() if n not in self._frozen_adapters}
-        frozen = {n: t for n, t in self._trees.items() if n in self._frozen_adapters}
+        book = self._book
+        trees = {name: self._tree(name) for name in book.active}
+        trained = {n: t for n, t in trees.items() if n in book.trained and n not in book.merged}
+        frozen = {n: t for n, t in trees.items() if n not in trained}
         return {**self._collections, TRAINED: trained, FROZEN: frozen, BASES: dict(self._bases)}
 
     @variables.setter
@@ -134,6 +135,14 @@ class LinenRandLora(RandLoraModel):
         kept = {k: v for k, v in variables.items() if k not in (TRAINED, FROZEN, BASES)}
         self._collections = unfreeze(kept)
 
+    def _tree(self, adapter_name: str) -> dict[str, Any]:
+        """An adapter's leaves; those whose delta is merged into the kernels left out."""
+        tree = self._trees[adapter_name]
+        if adapter_name not in self._book.merged:
+            return tree
+        leaves = flatten_dict(tree)
+        return unflatten_dict({p: x for p, x in leaves.items() if p[-1] not in (LAMBDA, GAMMA)})
+
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Linen's ``Module.apply`` with the adapters in `variables` joined in."""
         with self._running(variables):
@@ -142,7 +151,8 @@ class LinenRandLora(RandLoraModel):
     def _joined(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         """The collections of the base model, adapter leaves beside the kernels they adapt."""
         params = flatten_dict(unfreeze(variables["params"]))
-        for name, tree in {**variables.get(FROZEN, {}), **variables.get(TRAINED, {})}.items():
+        trees = {**variables.get(FROZEN, {}), **variables.get(TRAINED, {})}
+        for name, tree in trees.items() if self._book.active else ():
             for path, leaf in flatten_dict(unfreeze(tree)).items():
                 if path[-1] in (LAMBDA, GAMMA):
                     params[(*path, name)] = leaf
@@ -219,14 +229,25 @@ class LinenRandLora(RandLoraModel):
     def _base_leaves(self) -> Mapping[Path, jax.Array]:
         return cast(Mapping[Path, jax.Array], flatten_dict(self._collections["params"]))
 
-    def _install(self, spec: AdapterSpec, state: AdapterState, trainable: bool, rngs: Any) -> None:
+    def _set_base_leaves(self, leaves: Mapping[Path, jax.Array]) -> None:
+        params = {**flatten_dict(self._collections["params"]), **leaves}
+        self._collections = {**self._collections, "params": unflatten_dict(params)}
+
+    def _install(self, spec: AdapterSpec, state: AdapterState, rngs: Any) -> None:
         leaves = dict(state.saved)
         for name, (lam, gamma) in state.layers.items():
             path = self._book.layers[name].path
             leaves[(*path, LAMBDA)], leaves[(*path, GAMMA)] = lam, gamma
         self._trees[spec.name] = unflatten_dict(leaves)
-        if not trainable:
-            self._frozen_adapters.add(spec.name)
+
+    def _remove(self, adapter_name: str) -> None:
+        del self._trees[adapter_name]
+
+    def _sync(self) -> None:
+        pass  # `variables` follows the book
+
+    def _release(self) -> Any:
+        return self.module.bind(self._collections)
 
     def _state(self, adapter_name: str) -> AdapterState:
         leaves = flatten_dict(unfreeze(self._trees[adapter_name]))
@@ -267,6 +288,10 @@ class HuggingFaceRandLora(LinenRandLora):
             found,
             _origin(model),
         )
+
+    def _release(self) -> Any:
+        self.model.params = self._collections if self._nested else self._collections["params"]
+        return self.model
 
     @property
     def params(self) -> dict[str, Any]:

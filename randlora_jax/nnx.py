@@ -67,7 +67,8 @@ class RandLoraLayer(nnx.Module):
         self.randlora_gamma: dict[str, nnx.Variable[jax.Array]] = nnx.data({})
         self.trained_leaves: dict[str, dict[str, nnx.Variable[jax.Array]]] = nnx.data({})
         self.randlora_dropout: dict[str, nnx.Dropout] = nnx.data({})
-        self.specs: tuple[AdapterSpec, ...] = ()
+        self.specs: tuple[AdapterSpec, ...] = ()  # of the active adapters
+        self.merged: tuple[str, ...] = ()
         self.layer = layer
         self.apply_ = apply
 
@@ -75,6 +76,28 @@ class RandLoraLayer(nnx.Module):
         if name == "base_layer" or name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._effective(), name)
+
+    def held(self) -> tuple[dict[str, Any], ...]:
+        """Everything that is kept by adapter name."""
+        return (
+            self.randlora_lambda,
+            self.randlora_gamma,
+            self.trained_leaves,
+            self.randlora_dropout,
+        )
+
+    def holds(self, adapter_name: str) -> bool:
+        """Whether an adapter has anything here."""
+        return any(adapter_name in held for held in self.held())
+
+    def retype(self, trained: set[str]) -> None:
+        """Makes the leaves of the adapters `trained` AdapterParams, all others frozen ones."""
+        for leaves in (self.randlora_lambda, self.randlora_gamma):
+            for name, leaf in leaves.items():
+                leaves[name] = _retyped(leaf, name in trained)
+        for name, leaves in self.trained_leaves.items():
+            for key, leaf in leaves.items():
+                leaves[key] = _retyped(leaf, name in trained)
 
     def _effective(self) -> nnx.Module:
         """The base layer, with the leaves that the active adapters train whole in place."""
@@ -115,7 +138,8 @@ class RandLoraLayer(nnx.Module):
         )
 
     def _parts(self) -> list[Part]:
-        specs = [spec for spec in self.specs if spec.name in self.randlora_lambda]
+        mine = set(self.randlora_lambda) - set(self.merged)
+        specs = [spec for spec in self.specs if spec.name in mine]
         bases = _open.get()
         if specs and bases is None:
             raise ConfigError(
@@ -218,25 +242,45 @@ class NnxRandLora(RandLoraModel, nnx.Module):
             here = self._wrappers()
         return here[path]
 
-    def _install(self, spec: AdapterSpec, state: AdapterState, trainable: bool, rngs: Any) -> None:
-        leaf = AdapterParam if trainable else FrozenAdapterParam
-        rngs = nnx.Rngs(rngs) if isinstance(rngs, jax.Array) else rngs
-        if spec.dropout and trainable and rngs is None:
+    def _set_base_leaves(self, leaves: Mapping[Path, jax.Array]) -> None:
+        for path, leaf in nnx.to_flat_state(nnx.state(self.model, nnx.Param)):
+            bare = tuple(p for p in path if p != "base_layer")
+            if bare in leaves:
+                leaf[...] = leaves[bare]
+
+    def _install(self, spec: AdapterSpec, state: AdapterState, rngs: Any) -> None:
+        if spec.dropout and rngs is None:
             raise ConfigError(
                 f"randlora_dropout={spec.dropout} draws at random: pass rngs=nnx.Rngs(seed)"
             )
+        rngs = nnx.Rngs(rngs) if isinstance(rngs, jax.Array) else rngs
         for name, (lam, gamma) in state.layers.items():
             wrapper = self._wrapper(self._book.layers[name].path)
-            wrapper.randlora_lambda[spec.name] = leaf(lam)
-            wrapper.randlora_gamma[spec.name] = leaf(gamma)
-            if spec.dropout and trainable:
+            wrapper.randlora_lambda[spec.name] = FrozenAdapterParam(lam)
+            wrapper.randlora_gamma[spec.name] = FrozenAdapterParam(gamma)
+            if spec.dropout:
                 wrapper.randlora_dropout[spec.name] = nnx.Dropout(spec.dropout, rngs=rngs)
-            wrapper.specs = (*wrapper.specs, spec)
         for path, value in state.saved.items():
-            wrapper = self._wrapper(path[:-1])
-            wrapper.trained_leaves.setdefault(spec.name, {})[path[-1]] = leaf(value)
-            if spec not in wrapper.specs:
-                wrapper.specs = (*wrapper.specs, spec)
+            leaves = self._wrapper(path[:-1]).trained_leaves.setdefault(spec.name, {})
+            leaves[path[-1]] = FrozenAdapterParam(value)
+
+    def _remove(self, adapter_name: str) -> None:
+        for wrapper in self._wrappers().values():
+            for held in wrapper.held():
+                held.pop(adapter_name, None)
+
+    def _sync(self) -> None:
+        book = self._book
+        trained = {n for n in book.active if n in book.trained and n not in book.merged}
+        for wrapper in self._wrappers().values():
+            wrapper.specs = tuple(book.specs[n] for n in book.active if wrapper.holds(n))
+            wrapper.merged = book.merged
+            wrapper.retype(trained)
+
+    def _release(self) -> Any:
+        for wrapper in self._wrappers().values():
+            _replace(self.model, wrapper, wrapper.base_layer)
+        return self.model
 
     def _state(self, adapter_name: str) -> AdapterState:
         state = AdapterState({})
@@ -257,6 +301,11 @@ class NnxRandLora(RandLoraModel, nnx.Module):
         self.bases = nnx.data(
             {str(i): {"A": SharedBasis(p.A), "B": SharedBasis(p.B)} for i, p in bases.items()}
         )
+
+
+def _retyped(leaf: nnx.Variable[jax.Array], trained: bool) -> nnx.Variable[jax.Array]:
+    kind = AdapterParam if trained else FrozenAdapterParam
+    return leaf if type(leaf) is kind else kind(leaf[...])
 
 
 def _stacked(view: View, ndim: int) -> View:
