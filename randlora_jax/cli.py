@@ -19,9 +19,10 @@ from randlora_jax.interop.command import Misuse, Report
 
 # Modules of randlora_jax.interop, in the order in which --help lists their commands.
 COMMANDS = (
-    # "inspect_adapter",
+    "inspect_adapter",
     "compact",
     "merge",
+    "to_lora",
 )
 
 GOOD, FAILS, MISUSE = 0, 1, 2
