@@ -86,7 +86,7 @@ def size(nbytes: int) -> str:
     """A number of bytes as people read it."""
     amount, unit = float(nbytes), "bytes"
     for larger in ("kB", "MB", "GB", "TB"):
-        if amount < 1000:
+        if amount < 999.5:  # what rounds up to 1000 is one of the larger unit
             break
         amount, unit = amount / 1000, larger
     return f"{nbytes} bytes" if unit == "bytes" else f"{amount:.3g} {unit}"

@@ -1,0 +1,214 @@
+"""What the commands on adapter files cost, on a file as PEFT 0.21.2 writes it for a 3B model.
+
+    python benchmarks/adapter_files.py           four of its 28 layers, 7.8 GB, deleted afterwards
+    python benchmarks/adapter_files.py --small   the same shapes divided by 16, a quick check
+
+PEFT writes the shared bases once at the top and again under every adapted layer, so nearly all of
+the file is copies. `compact` must read every one, since it refuses copies that differ: a plain
+read of the file is the floor for its time. Each round measures the plain read, then each command
+in a process of its own; the time's ratio to the plain read of its round is what counts, because
+another program on the machine slows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shutil
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from randlora_jax.interop.torch_rng import Generation, torch_bases
+
+from randlora_jax.config import RandLoraConfig
+
+DEPTH = 28
+LAYERS = 4
+RANK = 32
+KEY = 0
+
+COMMANDS: Mapping[str, list[str]] = {
+    "inspect": ["inspect", "{source}"],
+    "compact": ["compact", "{source}", "{target}"],
+    "compact --drop-bases": ["compact", "{source}", "{target}", "--drop-bases"],
+}
+
+Shapes = dict[str, tuple[int, int]]  # (out, in) by the layer's name in the model
+
+
+def llama_3b(layers: int, divisor: int = 1) -> Shapes:
+    """The linear layers of a 3B Llama: width 3072, keys and values 1024, hidden 8192."""
+    width, narrow, hidden = 3072 // divisor, 1024 // divisor, 8192 // divisor
+    kinds = {
+        "self_attn.q_proj": (width, width),
+        "self_attn.k_proj": (narrow, width),
+        "self_attn.v_proj": (narrow, width),
+        "self_attn.o_proj": (width, width),
+        "mlp.gate_proj": (hidden, width),
+        "mlp.up_proj": (hidden, width),
+        "mlp.down_proj": (width, hidden),
+    }
+    return {
+        f"model.layers.{i}.{kind}": shape for i in range(layers) for kind, shape in kinds.items()
+    }
+
+
+def peft_tensors(shapes: Shapes, r: int = RANK) -> dict[str, tuple[int, ...]]:
+    """Every key that PEFT 0.21.2 writes, with its shape; all in float32."""
+    low, high = sorted(max(sides) for sides in zip(*shapes.values(), strict=True))
+    bases = {"A": (r, 1, low), "B": (high, -(-low // r), r)}
+    tensors = {f"base_model.randlora_{part}": shape for part, shape in bases.items()}
+    for name, shape in shapes.items():
+        smallest = min(shape)
+        n = -(-smallest // r)
+        own = {"lambda": (r, n), "gamma": (n, smallest), **bases}
+        tensors |= {f"base_model.model.{name}.randlora_{k}": s for k, s in own.items()}
+    return dict(sorted(tensors.items()))
+
+
+def total_bytes(tensors: Mapping[str, tuple[int, ...]]) -> int:
+    """What the numbers of a file take, in float32."""
+    return sum(4 * int(np.prod(shape)) for shape in tensors.values())
+
+
+def write_as_peft(folder: Path, shapes: Shapes) -> None:
+    """Write the adapter directory, holding one copy of the bases in memory."""
+    tensors = peft_tensors(shapes)
+    low, high = sorted(max(sides) for sides in zip(*shapes.values(), strict=True))
+    drawn = torch_bases(KEY, RANK, low, high, generation=Generation.BF16_24BIT)
+    bases = {part: array.astype("<f4") for part, array in zip("AB", drawn, strict=True)}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, shape in tensors.items():
+        start, end = end, end + 4 * int(np.prod(shape))
+        header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    with open(folder / "adapter_model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for key, shape in tensors.items():
+            part = key.rpartition("randlora_")[2]
+            array = bases[part] if part in bases else rng.standard_normal(shape, np.float32) * 1e-2
+            file.write(array.reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+    RandLoraConfig(
+        r=RANK,
+        projection_prng_key=KEY,
+        target_modules=sorted({name.rpartition(".")[2] for name in shapes}),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path="a-3b-llama",
+        peft_version="0.21.2",
+        projection_source="file",
+    ).save_pretrained(folder)
+
+
+def plain_read(path: Path) -> None:
+    """Read a file from end to end into one small buffer."""
+    buffer = bytearray(1 << 20)
+    with io.FileIO(path) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """How long `action` takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def run(arguments: list[str]) -> tuple[float, float]:
+    """One `randlora-jax` command: its seconds and its peak memory in MB."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "randlora_jax.cli", *arguments, "--json"],
+        stdout=subprocess.DEVNULL,
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    elapsed = time.perf_counter() - start
+    if status != 0:
+        raise SystemExit(f"randlora-jax {' '.join(arguments)} failed")
+    return elapsed, usage.ru_maxrss * 1024 / 1e6
+
+
+def forget(path: Path) -> None:
+    """Drop a file from the system's memory, so that the next read comes from the disk."""
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(folder: Path, shapes: Shapes, rounds: int, *, cold: bool) -> None:
+    """Print a table: every command against the plain read of its round."""
+    source, target = folder / "source", folder / "target"
+    weights = source / "adapter_model.safetensors"
+    tensors = peft_tensors(shapes)
+    part = {key.rpartition("randlora_")[2]: 4 * int(np.prod(s)) for key, s in tensors.items()}
+    limit = (part["A"] + 2 * part["B"] + 300e6) / 1e6
+    reads: list[float] = []
+    taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in COMMANDS}
+    written: dict[str, int] = {}
+
+    def prepare() -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        if cold:
+            forget(weights)
+
+    for _ in range(rounds):
+        for name, arguments in COMMANDS.items():
+            prepare()
+            reads.append(seconds(lambda: plain_read(weights)))
+            prepare()
+            elapsed, peak = run([a.format(source=source, target=target) for a in arguments])
+            taken[name].append((elapsed, elapsed / reads[-1], peak))
+            if target.exists():
+                written[name] = (target / weights.name).stat().st_size
+    print(f"\nfrom {'the disk' if cold else 'memory'}, medians of {rounds} rounds")
+    print(f"{'':22}{'seconds':>9}{'ratio':>8}{'peak MB':>9}{'allowed':>9}{'bytes written':>16}")
+    print(f"{'plain read':22}{statistics.median(reads):9.2f}")
+    for name, rows in taken.items():
+        elapsed, ratio, peak = map(statistics.median, zip(*rows, strict=True))
+        print(
+            f"{name:22}{elapsed:9.2f}{ratio:8.2f}{peak:9.0f}{limit:9.0f}{written.get(name, 0):16,}"
+        )
+
+
+def main() -> None:
+    """Make the file, measure, delete the file."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--small", action="store_true", help="shapes divided by 16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where the files go for a while")
+    args = parser.parse_args()
+    divisor = 16 if args.small else 1
+    shapes = llama_3b(LAYERS, divisor)
+    whole, slice_ = (total_bytes(peft_tensors(llama_3b(n, divisor))) for n in (DEPTH, LAYERS))
+    print(f"as PEFT 0.21.2 writes it: {DEPTH} layers {whole:,} bytes (not written)")
+    print(f"                          {LAYERS:2} layers {slice_:,} bytes")
+
+    folder = Path(tempfile.mkdtemp(prefix="adapter_files-", dir=args.folder))
+    try:
+        # In a process of its own: a child's peak memory starts from its parent's.
+        with ProcessPoolExecutor(1) as pool:
+            pool.submit(write_as_peft, folder / "source", shapes).result()
+        for cold in (False, True):
+            measure(folder, shapes, args.rounds, cold=cold)
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
