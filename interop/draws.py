@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import numpy as np
 
 from .adapter import BASE_DTYPES, Adapter, Bases, bases_digest
 from .tensor_file import pieces
-from .torch_rng import Generation, Kind, Origin, is_drawn, torch_bases
+from .torch_rng import Generation, Origin, is_drawn, torch_bases
 
 _FUSED = " on processors with fused multiply-add"
 _UNFUSED = " on processors without fused multiply-add"
@@ -42,7 +40,7 @@ def base_dtypes(
     """
     config = adapter.config
     for dtype in BASE_DTYPES:
-        origin = Origin(cast(Kind, config.kind), generation, dtype)
+        origin = Origin(config.kind, generation, dtype)
         if adapter.bases is not None:
             if is_drawn(*adapter.bases, config.projection_prng_key, origin):
                 return agreeing_dtypes(origin, adapter.bases)

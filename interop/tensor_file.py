@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -136,7 +137,7 @@ class TensorFile:
         blocks = [(copy, at) for at in range(0, array.nbytes, BLOCK) for copy in copies]
         pool = ThreadPoolExecutor(THREADS)
         try:
-            same = pool.map(lambda block: self._holds_block(*block, expected), blocks)
+            same = pool.map(partial(self._holds_block, expected), blocks)
             for (copy, at), is_same in zip(blocks, same, strict=True):
                 if not is_same:
                     return copy
@@ -145,13 +146,13 @@ class TensorFile:
             pool.shutdown(cancel_futures=True)
         return None
 
-    def _holds_block(self, tensor: Tensor, start: int, expected: memoryview) -> bool:
+    def _holds_block(self, expected: memoryview, block: tuple[Tensor, int]) -> bool:
+        tensor, start = block
         found = bytearray(CHUNK)  # compares with memcmp, which a memoryview does not
-        block = expected[start : start + BLOCK]
-        for at in range(0, len(block), CHUNK):
-            piece = block[at : at + CHUNK]
+        for at in range(start, min(start + BLOCK, len(expected)), CHUNK):
+            piece = expected[at : min(at + CHUNK, start + BLOCK)]
             del found[len(piece) :]
-            self._fill(memoryview(found), tensor.start + start + at, tensor.key)
+            self._fill(memoryview(found), tensor.start + at, tensor.key)
             if found != piece:
                 return False
         return True

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from typing import TextIO
 
 from randlora_jax.errors import RandLoraError
 from randlora_jax.interop.command import Misuse, Report
@@ -23,6 +24,7 @@ COMMANDS = (
     "compact",
     "merge",
     "to_lora",
+    "verify",
 )
 
 GOOD, FAILS, MISUSE = 0, 1, 2
@@ -81,7 +83,14 @@ def _json(value: dict[str, object]) -> str:
     return json.dumps(value, indent=2, allow_nan=False)
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     print(f"randlora-jax: warning: {message}", file=sys.stderr)
 
 
