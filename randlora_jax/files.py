@@ -50,7 +50,7 @@ def export(book: Book, adapter_name: str, state: AdapterState) -> Adapter:
         )
     written = dataclasses.replace(
         config,
-        target_modules=targets.write_targets(layers, book.modules),
+        target_modules=targets.write_targets(layers, [*book.modules, *book.owners()]),
         layers_to_transform=None,  # target_modules says all
         layers_pattern=None,
         modules_to_save=targets.saved_modules(config) or None,
