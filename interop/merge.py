@@ -24,17 +24,15 @@ from .command import (
     Misuse,
     Report,
     command_parser,
-    existing_directory,
     progress,
     refuse_to_overwrite,
     size,
 )
+from .inputs import add_inputs, read_showing_progress
 from .merge_plan import Plan, plan
 from .numpy_delta import Deltas
-from .peft_dir import read_adapter
 from .stream import Entry, write_stream
 from .tensor_file import pieces, show
-from .torch_rng import Generation
 
 DESCRIPTION = """\
 Write the base model in MODEL_DIR with the adapter in DIR merged into its weights, as a Hugging Face
@@ -67,63 +65,64 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
     return parser
 
 
-def add_inputs(parser: argparse.ArgumentParser) -> None:
-    """The arguments of every command that forms delta_W."""
-    parser.add_argument("dir", metavar="DIR", type=existing_directory, help="adapter directory")
-    parser.add_argument(
-        "--base",
-        metavar="MODEL_DIR",
-        type=existing_directory,
-        required=True,
-        help="directory of the base model, in safetensors",
-    )
-    parser.add_argument(
-        "--torch-generation",
-        choices=[str(generation) for generation in Generation],
-        help="how PyTorch drew the bases of an adapter that was saved without them",
-    )
-
-
 def run(args: argparse.Namespace) -> Report:
     """Do what `DESCRIPTION` says."""
-    _check_place(args.out, args.base)
-    old = [path.name for pattern in _MODEL_FILES for path in args.out.glob(pattern)]
-    refuse_to_overwrite(args.out, [MODEL_CONFIG, *old], force=args.force)
-    return merge(args.dir, args.base, args.out, args.torch_generation)
+    return merge(
+        args.dir,
+        base=args.base,
+        out=args.out,
+        torch_generation=args.torch_generation,
+        force=args.force,
+    )
 
 
 def merge(
-    directory: str | Path, model_dir: str | Path, out: str | Path, generation: str | None = None
+    directory: str | Path,
+    *,
+    base: str | Path,
+    out: str | Path,
+    torch_generation: str | None = None,
+    force: bool = False,
 ) -> Report:
-    """Write the base model with an adapter merged into it; replaces what is in `out`.
+    """Write the base model in directory `base`, with an adapter merged into it, to `out`.
+
+    Memory: the adapter's bases and trained numbers, one tensor of the base model, and A_flat and
+    some blocks of `Deltas.add_to`.
+
+    Args:
+      torch_generation: as for `Deltas`.
+      force: whether a model in `out` may be replaced.
 
     Raises:
       AdapterFileError: the adapter or the checkpoint is damaged, or a sum is not finite.
-      TargetError: the two do not fit, or the merge would not mean what the adapter means.
+      TargetError: the two do not fit, or the merged model would not compute what the adapter does.
+      Misuse: `out` holds something that may not be replaced.
     """
-    out, adapter = Path(out), read_adapter(directory)
-    with BaseModel(model_dir) as base:
-        deltas = Deltas(adapter, base, generation)
-        todo = plan(deltas, base)
-        keep, leave = _other_files(base)
-        total = sum(base.tensor(key).nbytes for key in base.home)
+    out = Path(out)
+    _check_place(out, Path(base), force=force)
+    adapter = read_showing_progress(directory)
+    with BaseModel(base) as model:
+        deltas = Deltas(adapter, model, torch_generation)
+        todo = plan(deltas, model)
+        keep, leave = _other_files(model)
+        total = sum(model.tensor(key).nbytes for key in model.home)
         with (
             replacing_files(out, entry=MODEL_CONFIG, obsolete=_MODEL_FILES) as staged,
             progress("merging", total) as advance,
         ):
-            for name in base.files:
-                _write_file(name, staged, base, deltas, todo, advance)
+            for name in model.files:
+                _write_file(name, staged, model, deltas, todo, advance)
             for path in keep:
                 if path.parent == Path("."):
-                    shutil.copyfile(base.folder / path, staged / path)
+                    shutil.copyfile(model.folder / path, staged / path)
             if todo.config:
                 changed = read_object(staged / MODEL_CONFIG) | todo.config
                 (staged / MODEL_CONFIG).write_text(json.dumps(changed, indent=2) + "\n")
-            if (base.folder / INDEX).exists():
-                (staged / INDEX).write_text(_index(base, todo))
+            if (model.folder / INDEX).exists():
+                (staged / INDEX).write_text(_index(model, todo))
             for path in keep:  # last, when nothing can fail but the copying itself
                 if path.parent != Path("."):
-                    _copy_inside(base.folder / path, out / path)
+                    _copy_inside(model.folder / path, out / path)
     return _report(deltas, todo, out, total, leave)
 
 
@@ -210,7 +209,7 @@ def _copy_inside(source: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
-def _check_place(out: Path, base: Path) -> None:
+def _check_place(out: Path, base: Path, *, force: bool) -> None:
     """Refuse places where the merged model would be mistaken, or destroy its source."""
     if out.resolve().is_relative_to(base.resolve()):
         raise Misuse(f"{out} is the base model or inside it; name a directory of its own")
@@ -219,6 +218,8 @@ def _check_place(out: Path, base: Path) -> None:
             f"{out} holds an adapter, which transformers would load on top of the merged model; "
             "name another directory"
         )
+    old = [path.name for pattern in _MODEL_FILES for path in out.glob(pattern)]
+    refuse_to_overwrite(out, [MODEL_CONFIG, *old], force=force)
 
 
 def _report(deltas: Deltas, todo: Plan, out: Path, total: int, leave: list[Path]) -> Report:

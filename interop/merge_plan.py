@@ -19,7 +19,7 @@ from .numpy_delta import Deltas
 from .tensor_file import show
 
 # The last layers of classifiers, whose rows are the labels.
-_HEAD = re.compile(r"(^|\.)(classifier|score|qa_outputs|classifier\.out_proj)\.weight$")
+HEAD = re.compile(r"(^|\.)(classifier|score|qa_outputs|classifier\.out_proj)\.weight$")
 _DEFAULT_LABELS = 2  # of transformers, which leaves them out of config.json
 _TASK_CLASSES = {
     "SEQ_CLS": "ForSequenceClassification",
@@ -125,7 +125,7 @@ def _config_changes(
     found: Mapping[str, Any], config: RandLoraConfig, added: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
     """The labels and the class that a new head brings."""
-    heads = [len(value) for key, value in added.items() if _HEAD.search(key)]
+    heads = [len(value) for key, value in added.items() if HEAD.search(key)]
     if not heads:
         return {}
     changes: dict[str, Any] = {}

@@ -7,8 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -24,10 +26,10 @@ from .command import (
     progress,
     refuse_to_overwrite,
 )
+from .inputs import add_inputs, read_showing_progress
 from .keys import PREFIX
-from .merge import add_inputs
 from .numpy_delta import Deltas
-from .peft_dir import WEIGHTS_NAME, read_adapter
+from .peft_dir import WEIGHTS_NAME
 from .tensor_file import write_tensors
 
 DESCRIPTION = """\
@@ -41,6 +43,9 @@ it keeps.
 
 Modules trained whole and biases are carried over. Factors are in float32, scaled so that each
 layer's alpha equals its rank."""
+
+
+Choose: TypeAlias = Callable[[np.ndarray], int]
 
 
 @dataclass(frozen=True)
@@ -84,44 +89,53 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> Report:
     """Do what `DESCRIPTION` says."""
-    refuse_to_overwrite(args.out, [CONFIG_NAME, WEIGHTS_NAME], force=args.force)
-    energy, rank = args.energy, args.rank
-    choose = (lambda kept: at_energy(kept, energy)) if rank is None else (lambda kept: rank)
-    return to_lora(args.dir, args.base, args.out, choose, args.torch_generation)
+    return to_lora(
+        args.dir,
+        base=args.base,
+        out=args.out,
+        choose=partial(at_energy, args.energy) if args.rank is None else lambda shares: args.rank,
+        torch_generation=args.torch_generation,
+        force=args.force,
+    )
 
 
 def to_lora(
     directory: str | Path,
-    model_dir: str | Path,
+    *,
+    base: str | Path,
     out: str | Path,
-    choose: Callable[[np.ndarray], int],
-    generation: str | None = None,
+    choose: Choose,
+    torch_generation: str | None = None,
+    force: bool = False,
 ) -> Report:
-    """Write an adapter as a PEFT LoRA directory; replaces the adapter in `out`.
+    """Write an adapter as a PEFT LoRA directory.
 
     Args:
-      choose: the rank of a layer, from the share of its energy that ranks 1, 2, ... keep; what is
+      base: the base model's directory; only headers are read.
+      choose: the rank of a layer, from the shares of its energy that ranks 1, 2, ... keep; what is
         beyond the layer's smaller side means all of it.
-      generation: as for `Deltas`.
+      torch_generation: as for `Deltas`.
+      force: whether an adapter in `out` may be replaced.
 
     Raises:
       AdapterFileError: the adapter or the checkpoint is damaged.
       TargetError: the two do not fit.
+      Misuse: `out` holds an adapter that may not be replaced.
     """
-    adapter = read_adapter(directory)
+    refuse_to_overwrite(Path(out), [CONFIG_NAME, WEIGHTS_NAME], force=force)
+    adapter = read_showing_progress(directory)
     found: dict[str, Factors] = {}
-    with BaseModel(model_dir) as base:
-        deltas = Deltas(adapter, base, generation)
-        sizes = {name: 4 * layer.shape[0] * layer.shape[1] for name, layer in deltas.layers.items()}
+    with BaseModel(base) as model:
+        deltas = Deltas(adapter, model, torch_generation)
+        sizes = {name: 4 * prod(layer.shape) for name, layer in deltas.layers.items()}
         with progress("factoring", sum(sizes.values())) as advance:
             for name, nbytes in sizes.items():
                 found[name] = factor(deltas.of(name), choose)
                 advance(nbytes)
         conv1d = any(layer.conv1d for layer in deltas.layers.values())
     ranks = {name: factors.rank for name, factors in found.items()}
-    config = lora_config(adapter.config, ranks, conv1d) | {
-        "base_model_name_or_path": adapter.config.base_model_name_or_path or str(model_dir)
-    }
+    config = lora_config(adapter.config, ranks, conv1d)
+    config["base_model_name_or_path"] = adapter.config.base_model_name_or_path or str(base)
     arrays = {
         PREFIX + key: value
         for key, value in adapter.saved.items()
@@ -136,7 +150,7 @@ def to_lora(
     return _report(found, Path(out))
 
 
-def factor(delta: np.ndarray, choose: Callable[[np.ndarray], int]) -> Factors:
+def factor(delta: np.ndarray, choose: Choose) -> Factors:
     """The best approximation of `delta` (out, in) of the rank that `choose` chooses.
 
     Projects on the leading right singular vectors of M (max, min), the eigenvectors of M.T M. In
@@ -159,7 +173,7 @@ def factor(delta: np.ndarray, choose: Callable[[np.ndarray], int]) -> Factors:
     return Factors(A, B, energy=total, kept=float(cumulated[rank - 1]))
 
 
-def at_energy(shares: np.ndarray, energy: float) -> int:
+def at_energy(energy: float, shares: np.ndarray) -> int:
     """The smallest rank that keeps at least `energy`, from the shares that ranks 1, 2, ... keep."""
     return int(np.searchsorted(shares, energy)) + 1
 

@@ -33,7 +33,7 @@ def tensors(folder):
 def test_merged_models_compute_what_peft_does(family, shard, tmp_path):
     base = save_base(family, tmp_path / "base", shard=shard)
     model = save_adapter(family, base, tmp_path / "adapter")
-    report = merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    report = merge(tmp_path / "adapter", base=tmp_path / "base", out=tmp_path / "out")
     before = logits(load(family, base))
     merged = logits(load(family, tmp_path / "out"))
     assert_same_logits(merged, logits(model), before)
@@ -67,7 +67,7 @@ EVERYTHING = {
 def test_biases_and_whole_modules_are_merged(family, tmp_path):
     base = save_base(family, tmp_path / "base")
     model = save_adapter(family, base, tmp_path / "adapter", **EVERYTHING[family])
-    report = merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    report = merge(tmp_path / "adapter", base=tmp_path / "base", out=tmp_path / "out")
     assert report.data["replaced"] and not report.data["added"]
     assert_same_logits(
         logits(load(family, tmp_path / "out")), logits(model), logits(load(family, base))
@@ -79,7 +79,7 @@ def test_biases_and_whole_modules_are_merged(family, tmp_path):
 def test_half_precision_sums_are_rounded_once(family, dtype, tmp_path):
     base = save_base(family, tmp_path / "base", dtype)
     save_adapter(family, base, tmp_path / "adapter", dtype)
-    merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    merge(tmp_path / "adapter", base=tmp_path / "base", out=tmp_path / "out")
     wide = peft.PeftModel.from_pretrained(load(family, base), tmp_path / "adapter")
     state = wide.merge_and_unload().state_dict()
     for key, found in tensors(tmp_path / "out").items():
@@ -106,7 +106,7 @@ def test_a_new_head_is_added_to_a_model_without_one(labels, tmp_path):
         return load("bert", path, num_labels=labels)
 
     model = save_adapter("bert", tmp_path / "base", tmp_path / "adapter", auto=classifier)
-    report = merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    report = merge(tmp_path / "adapter", base=tmp_path / "base", out=tmp_path / "out")
     assert report.data["added"] == ["classifier.bias", "classifier.weight"]
     assert report.data["config"]["architectures"] == ["BertForSequenceClassification"]
     torch.manual_seed(11)  # other random numbers where something is not loaded
@@ -131,9 +131,9 @@ def test_a_head_of_other_labels_than_the_config_is_refused(tmp_path):
         auto=lambda path: load("bert", path, num_labels=3),
     )
     with pytest.raises(TargetError, match="has 4 labels, the adapter's head 3"):
-        merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+        merge(tmp_path / "adapter", base=tmp_path / "base", out=tmp_path / "out")
     with pytest.raises(TargetError, match=r"classifier\.bias is F32 \[4\].* carries \[3\]"):
-        merge(tmp_path / "adapter", tmp_path / "full", tmp_path / "out")
+        merge(tmp_path / "adapter", base=tmp_path / "full", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -149,14 +149,14 @@ def test_tied_weights_are_refused_with_the_reason(changes, tmp_path):
     base = save_base("opt", tmp_path / "base")
     save_adapter("opt", base, tmp_path / "adapter", **changes)
     with pytest.raises(TargetError, match=r"shares its weight with .* change that too"):
-        merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+        merge(tmp_path / "adapter", base=tmp_path / "base", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_the_same_weights_untied_are_merged(tmp_path):
     base = save_base("opt", tmp_path / "base", tie_word_embeddings=False)
     model = save_adapter("opt", base, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
-    merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    merge(tmp_path / "adapter", base=tmp_path / "base", out=tmp_path / "out")
     found = logits(load("opt", tmp_path / "out"))
     assert_same_logits(found, logits(model), logits(load("opt", base)))
 
@@ -165,10 +165,11 @@ def test_an_adapter_without_bases(tmp_path):
     base = save_base("llama", tmp_path / "base")
     model = save_adapter("llama", base, tmp_path / "adapter", save_projection=False)
     with pytest.warns(UserWarning, match="--torch-generation chooses"):
-        merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+        merge(tmp_path / "adapter", base=tmp_path / "base", out=tmp_path / "out")
     before = logits(load("llama", base))
     assert_same_logits(logits(load("llama", tmp_path / "out")), logits(model), before)
-    merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "old", "bf16-8bit")
+    old = {"out": tmp_path / "old", "torch_generation": "bf16-8bit"}
+    merge(tmp_path / "adapter", base=tmp_path / "base", **old)
     assert np.abs(logits(load("llama", tmp_path / "old")) - logits(model)).max() > 1e-2
 
 
@@ -192,7 +193,7 @@ def test_names_with_and_without_the_prefix(inner, prefix, tmp_path):
         model.transformer = peft.PeftModel.from_pretrained(
             model.transformer, tmp_path / "adapter"
         ).merge_and_unload()
-    merge(tmp_path / "adapter", tmp_path / "ckpt", tmp_path / "out")
+    merge(tmp_path / "adapter", base=tmp_path / "ckpt", out=tmp_path / "out")
     found = logits(load("gpt2", tmp_path / "out"))
     assert_same_logits(found, logits(model), logits(load("gpt2", base)))
     assert tensors(tmp_path / "out").keys() == tensors(tmp_path / "ckpt").keys()
@@ -207,7 +208,7 @@ def test_adapters_of_ours(family, tmp_path):
     move = lambda x: x + noise.normal(0, 0.3, x.shape).astype("f")  # noqa: E731
     ours.params = {**ours.params, "randlora": jax.tree.map(move, ours.params["randlora"])}
     ours.save_pretrained(tmp_path / "adapter")
-    merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    merge(tmp_path / "adapter", base=tmp_path / "base", out=tmp_path / "out")
     found = pair.torch_logits(load(family, tmp_path / "out"))
     assert_same_logits(found, pair.flax_logits(ours), pair.torch_logits())
 
@@ -222,13 +223,13 @@ def hook(event, args):
         os.kill(os.getpid(), signal.SIGKILL)
 
 sys.addaudithook(hook)
-merge(*sys.argv[2:])
+merge(sys.argv[2], base=sys.argv[3], out=sys.argv[4], force=True)
 """
 
 
 def test_a_killed_merge_leaves_the_old_model_or_the_new(pair, tmp_path):
     """Killed just before one of its file operations, over an existing model."""
-    merge(pair / "adapter", pair / "base", tmp_path / "new")
+    merge(pair / "adapter", base=pair / "base", out=tmp_path / "new")
     names = sorted(path.name for path in (pair / "base").iterdir())
     old, new = (
         [(folder / n).read_bytes() for n in names] for folder in (pair / "base", tmp_path / "new")
@@ -241,7 +242,7 @@ def test_a_killed_merge_leaves_the_old_model_or_the_new(pair, tmp_path):
         doomed = subprocess.run([sys.executable, "-c", DOOMED, str(step), *folders], check=False)
         assert doomed.returncode == -signal.SIGKILL
         seen.append([old, new].index([(out / n).read_bytes() for n in names]))
-        merge(*folders)  # and the next one is not hindered
+        merge(folders[0], base=folders[1], out=out, force=True)  # and the next one is not hindered
         assert [(out / n).read_bytes() for n in names] == new
     assert seen == sorted(seen) and {*seen} == {0, 1}
 
@@ -312,20 +313,20 @@ def test_sums_beyond_the_dtype_are_refused(tmp_path):
     save_base("bert", tmp_path / "base", torch.float16)
     save_adapter("bert", tmp_path / "base", tmp_path / "adapter", randlora_alpha=10**7)
     with pytest.raises(AdapterFileError, match="beyond float16"):
-        merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+        merge(tmp_path / "adapter", base=tmp_path / "base", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_another_base_model_is_refused(pair, tmp_path):
     save_base("llama", tmp_path / "wide", intermediate_size=56)
     with pytest.raises(AdapterFileError, match="another base model"):
-        merge(pair / "adapter", tmp_path / "wide", tmp_path / "out")
+        merge(pair / "adapter", base=tmp_path / "wide", out=tmp_path / "out")
     save_base("llama", tmp_path / "narrow", hidden_size=30)
     with pytest.raises(TargetError, match="smaller side is 36: another base model"):
-        merge(pair / "adapter", tmp_path / "narrow", tmp_path / "out")
+        merge(pair / "adapter", base=tmp_path / "narrow", out=tmp_path / "out")
     save_base("gpt2", tmp_path / "gpt2")
     with pytest.raises(TargetError, match=r"has no tensor model\.layers\.0"):
-        merge(pair / "adapter", tmp_path / "gpt2", tmp_path / "out")
+        merge(pair / "adapter", base=tmp_path / "gpt2", out=tmp_path / "out")
 
 
 def test_conv1d_of_an_unknown_kind_is_refused(tmp_path):
@@ -334,17 +335,17 @@ def test_conv1d_of_an_unknown_kind_is_refused(tmp_path):
     config = tmp_path / "base" / "config.json"
     config.write_text(config.read_text().replace('"gpt2"', '"gpt2-of-my-own"'))
     with pytest.raises(TargetError, match="Which side is in cannot be told"):
-        merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+        merge(tmp_path / "adapter", base=tmp_path / "base", out=tmp_path / "out")
 
 
 def test_quantised_bases_are_refused(pair, tmp_path):
-    merge(pair / "adapter", pair / "base", tmp_path / "base")
+    merge(pair / "adapter", base=pair / "base", out=tmp_path / "base")
     file = tmp_path / "base" / "model.safetensors"
     state = load_file(file)
     key = "model.layers.1.mlp.up_proj.weight"
     save_file({**state, key: state[key].to(torch.int8)}, file, {"format": "pt"})
     with pytest.raises(TargetError, match=r"up_proj\.weight.*found I8.*dequantised first"):
-        merge(pair / "adapter", tmp_path / "base", tmp_path / "out")
+        merge(pair / "adapter", base=tmp_path / "base", out=tmp_path / "out")
 
 
 def test_no_framework_is_imported(pair, tmp_path):

@@ -1,6 +1,7 @@
 """randlora-jax to-lora: what PEFT computes with the LoRA it writes, and how good that can be."""
 
 import json
+from functools import partial
 
 import numpy as np
 import peft
@@ -130,7 +131,7 @@ def test_an_adapter_that_does_nothing_becomes_one_that_does_nothing():
 def test_a_low_rank_is_found_as_it_is(rng):
     low = (rng.normal(size=(40, 3)) @ rng.normal(size=(3, 20))).astype(np.float32)
     for delta in (low, low.T):
-        found = factor(delta, lambda shares: at_energy(shares, 1 - 1e-9))
+        found = factor(delta, partial(at_energy, 1 - 1e-9))
         assert found.rank == 3 and found.A.shape == (3, delta.shape[1])
         np.testing.assert_allclose(found.B @ found.A, delta, atol=1e-5 * np.abs(delta).max())
         np.testing.assert_allclose(  # and both factors are of one size

@@ -1,0 +1,37 @@
+"""What every command takes that forms delta_W: an adapter and its base model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .adapter import Adapter, check_finite
+from .command import existing_directory, progress
+from .peft_dir import load_adapter, open_adapter
+from .torch_rng import Generation
+
+
+def add_inputs(parser: argparse.ArgumentParser) -> None:
+    """Describe the arguments DIR, --base and --torch-generation."""
+    parser.add_argument("dir", metavar="DIR", type=existing_directory, help="adapter directory")
+    parser.add_argument(
+        "--base",
+        metavar="MODEL_DIR",
+        type=existing_directory,
+        required=True,
+        help="directory of the base model, in safetensors",
+    )
+    parser.add_argument(
+        "--torch-generation",
+        choices=[str(generation) for generation in Generation],
+        help="how PyTorch drew the bases of an adapter that was saved without them",
+    )
+
+
+def read_showing_progress(directory: str | Path) -> Adapter:
+    """As `peft_dir.read_adapter`, with a progress bar where it takes long."""
+    config, file = open_adapter(directory)
+    with file, progress("reading adapter", file.size) as file.advance:
+        adapter = load_adapter(config, file)
+        check_finite(adapter, file.path)
+    return adapter
