@@ -189,6 +189,13 @@ class BaseModel:
         """
         self.fit(adapter.layers)
         found = {name: self.layer(name) for name in adapter.layers}
+        names = {layer.key: name for name, layer in found.items()}
+        for name, layer in found.items():
+            if names[layer.key] != name:
+                raise TargetError(
+                    f"{self.folder}: {show(layer.key)} is the weight of both {show(name)} and "
+                    f"{show(names[layer.key])}: another base model"
+                )
         recorded = adapter.provenance.shapes if adapter.provenance else {}
         for name, layer in found.items():
             smallest = adapter.layers[name][1].shape[1]
@@ -212,7 +219,7 @@ class BaseModel:
         for part in parts:  # an encoder-decoder has one configuration for each
             inner = config.get(part)
             config = inner if isinstance(inner, dict) and "model_type" in inner else config
-        return config.get("model_type") in CONV1D_TYPES and parts[-1] in CONV1D_NAMES
+        return str(config.get("model_type")) in CONV1D_TYPES and parts[-1] in CONV1D_NAMES
 
     # Tied weights.
 

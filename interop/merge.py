@@ -173,10 +173,11 @@ def _index(base: BaseModel, todo: Plan) -> str:
     last = list(base.files)[-1]
     index["weight_map"] = dict(sorted({**places, **dict.fromkeys(todo.added, last)}.items()))
     metadata = index.get("metadata")
-    if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int) and todo.added:
-        kind = base.tensor(next(iter(todo.sums))).dtype
-        more = sum(value.size for value in todo.added.values())
-        metadata["total_size"] += more * kind.itemsize
+    kind = base.tensor(next(iter(todo.sums))).dtype
+    more = sum(value.size for value in todo.added.values())
+    for name, size_of_one in (("total_size", kind.itemsize), ("total_parameters", 1)):
+        if isinstance(metadata, dict) and isinstance(metadata.get(name), int):
+            metadata[name] += more * size_of_one
     return json.dumps(index, indent=2) + "\n"
 
 

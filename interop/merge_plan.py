@@ -11,7 +11,7 @@ import numpy as np
 
 from randlora_jax import targets
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.errors import TargetError
+from randlora_jax.errors import AdapterFileError, TargetError
 
 from .adapter import Adapter
 from .base_model import BaseModel
@@ -94,12 +94,19 @@ def trained_whole(adapter: Adapter) -> dict[str, np.ndarray]:
     """What an adapter carries besides lambda and gamma, by the base model's state-dict keys.
 
     Without PEFT's copies of frozen biases, on which no output depends.
+
+    Raises:
+      AdapterFileError: two tensors are for one place.
     """
-    return {
-        key.replace(".base_layer.", "."): value
-        for key, value in adapter.saved.items()
-        if ".original_module." not in key
-    }
+    found: dict[str, np.ndarray] = {}
+    for key, value in adapter.saved.items():
+        if ".original_module." in key:
+            continue
+        name = key.replace(".base_layer.", ".")
+        if name in found:
+            raise AdapterFileError(f"the adapter carries {show(name)} twice, as {show(key)} too")
+        found[name] = value
+    return found
 
 
 def _refuse_tied(base: BaseModel, key: str) -> None:
@@ -140,7 +147,8 @@ def _config_changes(
         labels = [f"LABEL_{i}" for i in range(heads[-1])]
         changes["id2label"] = {str(i): label for i, label in enumerate(labels)}
         changes["label2id"] = {label: i for i, label in enumerate(labels)}
-    old = (found.get("architectures") or [""])[0]
+    classes = found.get("architectures")
+    old = str(classes[0]) if isinstance(classes, list) and classes else ""
     stem = re.sub(r"(LMHeadModel|Model|For[A-Z]\w*)$", "", old)
     new = (config.auto_mapping or {}).get("base_model_class")
     if config.task_type in _TASK_CLASSES and stem:

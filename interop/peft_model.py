@@ -106,8 +106,9 @@ def _base_class(config: RandLoraConfig, base: str | Path) -> Any:
     if config.task_type in _TASKS:
         return getattr(transformers, _TASKS[config.task_type])
     origin = config.auto_mapping or {}
-    if {"base_model_class", "parent_library"} <= origin.keys():
-        return getattr(import_module(origin["parent_library"]), origin["base_model_class"])
+    library = str(origin.get("parent_library"))
+    if library.startswith("transformers.models."):  # a file must not choose what is imported
+        return getattr(import_module(library), str(origin["base_model_class"]))
     architectures = transformers.AutoConfig.from_pretrained(base).architectures or ["AutoModel"]
     return getattr(transformers, architectures[0])
 

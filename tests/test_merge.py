@@ -91,12 +91,12 @@ def test_half_precision_sums_are_rounded_once(family, dtype, tmp_path):
         assert ((found.float() - exact).abs() <= nearest + torch.finfo(dtype).tiny).all(), key
 
 
-@pytest.mark.parametrize("labels", [2, 3])
-def test_a_new_head_is_added_to_a_model_without_one(labels, tmp_path):
+@pytest.mark.parametrize("labels, shard", [(2, "5GB"), (3, "20KB")])
+def test_a_new_head_is_added_to_a_model_without_one(labels, shard, tmp_path):
     """The base model's class has no prefix in its names, the classifier's has."""
     save_base("bert", tmp_path / "full", num_labels=labels)
     full = load("bert", tmp_path / "full")
-    full.bert.save_pretrained(tmp_path / "base")
+    full.bert.save_pretrained(tmp_path / "base", max_shard_size=shard)
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     for name in ("id2label", "label2id"):
         config.pop(name, None)
@@ -109,6 +109,11 @@ def test_a_new_head_is_added_to_a_model_without_one(labels, tmp_path):
     report = merge(tmp_path / "adapter", base=tmp_path / "base", out=tmp_path / "out")
     assert report.data["added"] == ["classifier.bias", "classifier.weight"]
     assert report.data["config"]["architectures"] == ["BertForSequenceClassification"]
+    if shard != "5GB":
+        index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+        state = tensors(tmp_path / "out")
+        assert index["weight_map"].keys() == state.keys()
+        assert index["metadata"]["total_size"] == sum(t.nbytes for t in state.values())
     torch.manual_seed(11)  # other random numbers where something is not loaded
     found, info = transformers.BertForSequenceClassification.from_pretrained(
         tmp_path / "out", output_loading_info=True, attn_implementation="eager"
@@ -199,17 +204,16 @@ def test_names_with_and_without_the_prefix(inner, prefix, tmp_path):
     assert tensors(tmp_path / "out").keys() == tensors(tmp_path / "ckpt").keys()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_adapters_of_ours(family, tmp_path):
-    pair = twins(family, tmp_path / "base")
-    config = RandLoraConfig(r=7, randlora_alpha=14, target_modules=FAMILIES[family][2])
+def test_an_adapter_of_ours(tmp_path):
+    pair = twins("gpt2", tmp_path / "base")
+    config = RandLoraConfig(r=7, randlora_alpha=14, target_modules=FAMILIES["gpt2"][2])
     ours = get_peft_model(pair.flax, config)
     noise = np.random.default_rng(0)
     move = lambda x: x + noise.normal(0, 0.3, x.shape).astype("f")  # noqa: E731
     ours.params = {**ours.params, "randlora": jax.tree.map(move, ours.params["randlora"])}
     ours.save_pretrained(tmp_path / "adapter")
     merge(tmp_path / "adapter", base=tmp_path / "base", out=tmp_path / "out")
-    found = pair.torch_logits(load(family, tmp_path / "out"))
+    found = pair.torch_logits(load("gpt2", tmp_path / "out"))
     assert_same_logits(found, pair.flax_logits(ours), pair.torch_logits())
 
 
@@ -346,6 +350,23 @@ def test_quantised_bases_are_refused(pair, tmp_path):
     save_file({**state, key: state[key].to(torch.int8)}, file, {"format": "pt"})
     with pytest.raises(TargetError, match=r"up_proj\.weight.*found I8.*dequantised first"):
         merge(pair / "adapter", base=tmp_path / "base", out=tmp_path / "out")
+
+
+def test_two_tensors_for_one_place_are_refused(pair, tmp_path):
+    from randlora_jax.interop.base_model import BaseModel
+    from randlora_jax.interop.merge_plan import trained_whole
+    from randlora_jax.interop.numpy_delta import Deltas
+    from randlora_jax.interop.peft_dir import read_adapter
+
+    adapter = read_adapter(pair / "adapter")
+    bias = np.zeros(3, np.float32)
+    adapter.saved |= {"a.bias": bias, "a.base_layer.bias": bias}
+    with pytest.raises(AdapterFileError, match="twice"):
+        trained_whole(adapter)
+    name = next(iter(adapter.layers))
+    adapter.layers[name.removeprefix("model.")] = adapter.layers[name]
+    with BaseModel(pair / "base") as base, pytest.raises(TargetError, match="weight of both"):
+        Deltas(adapter, base)
 
 
 def test_no_framework_is_imported(pair, tmp_path):
