@@ -6,6 +6,7 @@ framework finds them.
 """
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path as FilePath
@@ -19,9 +20,11 @@ from randlora_jax.bases import Bases
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.delta import Apply, Term, delta
 from randlora_jax.errors import ConfigError
+from randlora_jax.interop import hub
 from randlora_jax.interop.peft_dir import write_adapter
 from randlora_jax.life import Life
 from randlora_jax.names import Names, Rules
+from randlora_jax.strict_json import write_text
 from randlora_jax.views import Views
 
 
@@ -78,7 +81,22 @@ class RandLoraModel(Life):
         for name, adapter in [
             (n, files.export(self._book, n, self._state(n))) for n in self._book.specs
         ]:
-            write_adapter(FilePath(directory) / ("" if name == "default" else name), adapter)
+            folder = FilePath(directory) / ("" if name == "default" else name)
+            write_adapter(folder, adapter)
+            card = folder / hub.CARD_NAME
+            if not card.exists():  # the user's own words stay
+                numbers = self._state(name).size()
+                write_text(card, hub.model_card(adapter.config, len(adapter.layers), numbers))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Saves to the Hugging Face hub, in one commit; see `interop.hub.push` for the options.
+
+        Returns:
+          the address of the commit.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return hub.push(FilePath(folder), repo_id, **options)
 
     def load_adapter(
         self,
@@ -88,10 +106,12 @@ class RandLoraModel(Life):
         *,
         rngs: Any = None,
         torch_generation: str | None = None,
+        revision: str | None = None,
     ) -> None:
         """Adds the adapter stored in a PEFT directory, in our or in PEFT's own variants.
 
         Args:
+          directory: or the id of a hub repository, at `revision`.
           torch_generation: for a file without bases (``save_projection=False``), the draw of the
             torch release it was trained under, such as "bf16-8bit" (``docs/torch-generations.md``).
 
@@ -99,8 +119,9 @@ class RandLoraModel(Life):
           AdapterFileError: the files are damaged, incomplete or hold non-finite numbers.
           TargetError: the adapter's layers and this model's do not fit together.
         """
+        folder = hub.local_directory(directory, revision)
         spec, config, state, stored = files.restore(
-            self._book, self._base_leaves(), directory, adapter_name, torch_generation
+            self._book, self._base_leaves(), folder, adapter_name, torch_generation
         )
         if not is_trainable:
             config = dataclasses.replace(config, inference_mode=True)
@@ -119,6 +140,7 @@ class RandLoraModel(Life):
         views: Mapping[str, str] | None = None,
         names: Rules | None = None,
         torch_generation: str | None = None,
+        revision: str | None = None,
     ) -> Self:
         """Wraps `model` with the adapter stored in `directory`.
 
@@ -126,11 +148,16 @@ class RandLoraModel(Life):
           model: as for `get_peft_model`.
           is_trainable: the adapter's numbers are trained on; else they are frozen like the base.
           apply, rngs, views, names: as for `get_peft_model`.
-          torch_generation: as for `load_adapter`.
+          torch_generation, revision: as for `load_adapter`.
         """
         wrapped = wrap(model, apply, views, names)
         wrapped.load_adapter(
-            directory, adapter_name, is_trainable, rngs=rngs, torch_generation=torch_generation
+            directory,
+            adapter_name,
+            is_trainable,
+            rngs=rngs,
+            torch_generation=torch_generation,
+            revision=revision,
         )
         return wrapped  # type: ignore[return-value]
 

@@ -1,0 +1,106 @@
+"""The Hugging Face hub: adapters by repository id, from its cache when offline, and back to it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from randlora_jax.config import CONFIG_NAME, RandLoraConfig
+from randlora_jax.errors import AdapterFileError
+
+from .peft_dir import WEIGHTS_NAME
+
+CARD_NAME = "README.md"
+
+
+def local_directory(source: str | Path, revision: str | None = None) -> Path:
+    """The directory of an adapter: `source` itself, or a snapshot of the hub repository it names.
+
+    ``huggingface_hub`` keeps snapshots in its cache, and with ``HF_HUB_OFFLINE=1`` uses nothing
+    else.
+
+    Args:
+      source: a directory, or a repository id such as "me/my-adapter".
+      revision: branch, tag or commit of the repository.
+
+    Raises:
+      AdapterFileError: there is no such directory, and the hub has no such repository or cannot be
+        reached.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if revision is not None:
+            raise AdapterFileError(
+                f"revision={revision!r}: {folder} is a directory, which has none; leave it out, or "
+                "give a hub repository id"
+            )
+        return folder
+    if isinstance(source, Path) or source.count("/") > 1 or source.startswith((".", "/", "~")):
+        raise AdapterFileError(f"{source}: expected a directory with an adapter, found none there")
+    hub = _hub(f"{source} is no directory here")
+    try:
+        found = hub.snapshot_download(
+            source, revision=revision, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, CARD_NAME]
+        )
+    except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, ValueError) as error:
+        raise AdapterFileError(
+            f"{source}: neither a directory here nor a repository that the hub gives us "
+            f"(revision {revision or 'main'}): {error}"
+        ) from error
+    return Path(found)
+
+
+def push(directory: Path, repo_id: str, **options: Any) -> str:
+    """Uploads an adapter directory in one commit; the repository is made if it does not exist.
+
+    Args:
+      options: of ``HfApi.create_repo`` (private, token) and ``HfApi.upload_folder`` (revision,
+        commit_message, token).
+
+    Returns:
+      the address of the commit.
+    """
+    api = _hub("uploading").HfApi(token=options.pop("token", None))
+    api.create_repo(repo_id, exist_ok=True, private=options.pop("private", None))
+    return str(api.upload_folder(repo_id=repo_id, folder_path=directory, **options))
+
+
+def model_card(config: RandLoraConfig, layers: int, numbers: int) -> str:
+    """A model card for an adapter: what it is, and how each side opens it."""
+    base = config.base_model_name_or_path
+    head = [f"base_model: {json.dumps(base)}"] if base else []
+    head += ["library_name: peft", "tags: [randlora, jax, flax]"]
+    return f"""\
+---
+{chr(10).join(head)}
+---
+
+# RandLoRA adapter
+
+A RandLoRA adapter (rank {config.r}, alpha {config.randlora_alpha}) of {layers} layers with \
+{numbers:,} trained numbers{f" for `{base}`" if base else ""}, written by randlora-jax in the \
+format of PyTorch PEFT.
+
+```python
+# PyTorch
+from peft import PeftModel
+model = PeftModel.from_pretrained(base_model, "this repository")
+
+# JAX
+from randlora_jax import RandLoraModel
+model = RandLoraModel.from_pretrained(base_model, "this repository")
+```
+"""
+
+
+def _hub(why: str) -> Any:
+    try:
+        import huggingface_hub
+        import huggingface_hub.errors
+    except ImportError as error:
+        raise AdapterFileError(
+            f"{why}: the hub needs huggingface_hub, which is not installed: pip install "
+            "'randlora-jax[hub]'"
+        ) from error
+    return huggingface_hub
