@@ -205,7 +205,7 @@ def not_finite(adapter: Adapter) -> Iterator[tuple[str, int, int]]:
         arrays |= dict(zip(("randlora_A", "randlora_B"), adapter.bases, strict=True))
     for key, array in arrays.items():
         if array.dtype.kind not in "biu":
-            bad = sum(piece.size - np.count_nonzero(np.isfinite(piece)) for piece in pieces(array))
+            bad = array.size - sum(int(np.count_nonzero(np.isfinite(x))) for x in pieces(array))
             if bad:
                 yield key, bad, array.size
 
