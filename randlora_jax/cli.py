@@ -25,6 +25,7 @@ COMMANDS = (
     "merge",
     "to_lora",
     "verify",
+    "convert",
 )
 
 GOOD, FAILS, MISUSE = 0, 1, 2
