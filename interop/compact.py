@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from randlora_jax.config import CONFIG_NAME, RandLoraConfig
 from randlora_jax.errors import AdapterFileError
@@ -22,9 +25,9 @@ from .command import (
 )
 from .draws import agreeing_dtypes, in_words
 from .keys import LAYER_PARTS, roles_of
-from .peft_dir import WEIGHTS_NAME, load_adapter, open_adapter, write_adapter
+from .peft_dir import WEIGHTS_NAME, load_once, open_adapter, write_adapter
 from .tensor_file import TensorFile, show
-from .torch_rng import Origin, identify
+from .torch_rng import Generation, identify
 
 DESCRIPTION = """\
 Write the adapter in SRC to DST with one copy of its random bases. PEFT up to 0.21.2 writes one
@@ -77,21 +80,23 @@ def compact(src: Path, dst: Path, *, drop_bases: bool = False, force: bool = Fal
     config, file = open_adapter(src)
     with file, progress("comparing copies", file.size) as file.advance:
         before = _content(config, file)
-        adapter = load_adapter(config, file)
-        check_finite(adapter, file.path)
         notes = [*_widened(config, file), *_others(src)]
-    drawn: dict[str, Any] | None = None
-    if drop_bases and adapter.bases is not None:
-        bases = adapter.bases
-        adapter, origin = without_bases(adapter, src)
-        dtypes = agreeing_dtypes(origin, bases)
-        key = adapter.config.projection_prng_key
-        drawn = {"key": key, "generation": origin.generation, "base_dtypes": list(map(str, dtypes))}
-        notes = [
-            f"drawn again from key {key} by {in_words(origin.generation, dtypes)}",
-            FIRST_ONLY,
-            *notes,
-        ]
+        adapter, compare_copies = load_once(config, file)
+        with ThreadPoolExecutor(1) as beside:
+            comparison = beside.submit(compare_copies)
+            check_finite(adapter, file.path)
+            drawn: dict[str, Any] | None = None
+            if drop_bases and adapter.bases is not None:
+                key = adapter.config.projection_prng_key
+                adapter, generation, dtypes = without_bases(adapter, src)
+                drawn = {
+                    "key": key,
+                    "generation": generation,
+                    "base_dtypes": list(map(str, dtypes)),
+                }
+                notes = [f"drawn again from key {key} by {in_words(generation, dtypes)}", *notes]
+                notes.insert(1, FIRST_ONLY)
+            comparison.result()
     write_adapter(dst, adapter, overwrite=force)
     config, file = open_adapter(dst)
     with file:
@@ -101,8 +106,13 @@ def compact(src: Path, dst: Path, *, drop_bases: bool = False, force: bool = Fal
     return Report("\n".join(lines), {"source": str(src), "target": str(dst), **data})
 
 
-def without_bases(adapter: Adapter, where: Path) -> tuple[Adapter, Origin]:
+def without_bases(
+    adapter: Adapter, where: Path
+) -> tuple[Adapter, Generation | None, list[np.dtype]]:
     """The adapter less its bases but with their digest, and how PyTorch draws them again.
+
+    Returns:
+      the adapter, the generation (None for sparse bases: any) and the base models' dtypes.
 
     Raises:
       AdapterFileError: no known torch release draws these bases from the adapter's key.
@@ -126,7 +136,8 @@ def without_bases(adapter: Adapter, where: Path) -> tuple[Adapter, Origin]:
         shapes=recorded.shapes if recorded else {},
     )
     config = replace(config, save_projection=False, projection_source="torch")
-    return replace(adapter, config=config, bases=None, provenance=provenance), origin
+    dropped = replace(adapter, config=config, bases=None, provenance=provenance)
+    return dropped, origin.generation, agreeing_dtypes(origin, adapter.bases)
 
 
 def _content(config: RandLoraConfig, file: TensorFile) -> dict[str, Any]:

@@ -9,7 +9,7 @@ transformers' own loader does not look.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from os import fstat
 from os.path import samestat
@@ -33,7 +33,7 @@ from .adapter import (
     derived_key,
 )
 from .atomic import current_file, replacing_files
-from .keys import BASE_PARTS, PREFIX, Role, roles_of
+from .keys import BASE_PARTS, LAYER_PARTS, PREFIX, Role, roles_of
 from .tensor_file import Tensor, TensorFile, pieces, show, write_tensors
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "bases_digest",
     "derived_key",
     "load_adapter",
+    "load_once",
     "narrowed",
     "open_adapter",
     "read_adapter",
@@ -187,49 +188,50 @@ def load_adapter(config: RandLoraConfig, file: TensorFile) -> Adapter:
     Raises:
       AdapterFileError: as `read_adapter`.
     """
-    adapter = _read(config, file)
-    check(adapter, file.path)
-    _check_provenance(adapter, file.path)
+    adapter, compare_copies = load_once(config, file)
+    compare_copies()
     return adapter
 
 
-def _read(config: RandLoraConfig, file: TensorFile) -> Adapter:
-    """Read all tensors in the order of their bytes; the bases once, then compare their copies."""
+def load_once(config: RandLoraConfig, file: TensorFile) -> tuple[Adapter, Callable[[], None]]:
+    """As `load_adapter`, but with second copies still unread; calling the second reads them.
+
+    Copies are nearly all of some files, and a caller may have something to do meanwhile.
+    """
     roles = roles_of(file.tensors.values(), config, file.fail)
     layers: dict[str, dict[str, np.ndarray]] = {}
-    saved: dict[str, np.ndarray] = {}
-    bases: dict[str, np.ndarray] = {}
+    shared: dict[Role, np.ndarray] = {}  # what a file may hold more than once
     origin: dict[Role, Tensor] = {}
-    copies: dict[str, list[Tensor]] = {part: [] for part in BASE_PARTS}
+    copies: dict[Role, list[Tensor]] = {}
     for key, tensor in file.tensors.items():
         role = roles[key]
-        if role.part == "repeated":
-            continue
-        if role.part == "saved":
-            saved[role.name] = file.read(tensor)
-            origin[role] = tensor
-            continue
-        if tensor.dtype not in BASE_DTYPES:
+        if role.part in LAYER_PARTS + BASE_PARTS and tensor.dtype not in BASE_DTYPES:
             file.fail(
                 f"{show(key)}: expected F32, F16 or BF16, found {tensor}; save it again in one "
                 "of them"
             )
-        if role.part not in BASE_PARTS:
-            layers.setdefault(role.name, {})[role.part] = file.read(tensor).astype(
-                np.float32, copy=False
-            )
-        elif role.part not in bases:
-            bases[role.part] = file.read(tensor)
-            origin[Role(role.part, "")] = tensor
+        if role.part in LAYER_PARTS:
+            array = file.read(tensor).astype(np.float32, copy=False)
+            layers.setdefault(role.name, {})[role.part] = array
+            continue
+        first = _kept(role)
+        if role.part == "repeated" or first in shared:
+            copies.setdefault(first, []).append(tensor)
         else:
-            copies[role.part].append(tensor)
-    for part, array in bases.items():
-        _check_copies(file, copies[part], origin[Role(part, "")], array)
-    for key, role in roles.items():
-        if role.part == "repeated":
-            first = Role("saved", role.name)
-            _check_copies(file, [file.tensors[key]], origin[first], saved[role.name])
+            shared[first], origin[first] = file.read(tensor), tensor
 
+    def compare_copies() -> None:
+        for role, tensors in copies.items():
+            other = file.unlike(tensors, shared[role])
+            if other is not None:
+                file.fail(
+                    f"{show(origin[role].key)} ({origin[role]}) and {show(other.key)} ({other}) "
+                    "should be copies of one tensor and differ: readers would disagree about what "
+                    "the adapter computes"
+                )
+
+    a, b = (shared.get(Role(part, "")) for part in BASE_PARTS)
+    bases = None if a is None or b is None else (a, b)
     if bases and not config.save_projection:
         file.fail(
             f"{show(origin[Role('A', '')].key)}: expected no bases, since {CONFIG_NAME} has "
@@ -238,24 +240,23 @@ def _read(config: RandLoraConfig, file: TensorFile) -> Adapter:
     if not bases:
         config = replace(config, projection_source="torch")  # PEFT draws them from the key
     text = file.metadata.get(METADATA_KEY)
-    return Adapter(
+    adapter = Adapter(
         config=config,
         layers={name: (parts["lambda"], parts["gamma"]) for name, parts in layers.items()},
-        saved=saved,
-        bases=(bases["A"], bases["B"]) if bases else None,
+        saved={role.name: array for role, array in shared.items() if role.part == "saved"},
+        bases=bases,
         provenance=Provenance.from_json(text, f"{file.path}: {METADATA_KEY}") if text else None,
     )
+    check(adapter, file.path)
+    _check_provenance(adapter, file.path)
+    return adapter, compare_copies
 
 
-def _check_copies(
-    file: TensorFile, copies: Sequence[Tensor], first: Tensor, array: np.ndarray
-) -> None:
-    copy = file.unlike(copies, array)
-    if copy is not None:
-        file.fail(
-            f"{show(first.key)} ({first}) and {show(copy.key)} ({copy}) should be copies of one "
-            "tensor and differ: readers would disagree about what the adapter computes"
-        )
+def _kept(role: Role) -> Role:
+    """The role of the one copy that is kept of what a file may hold more than once."""
+    if role.part in BASE_PARTS:
+        return Role(role.part, "")
+    return Role("saved", role.name) if role.part == "repeated" else role
 
 
 def _check_provenance(adapter: Adapter, where: Path) -> None:
