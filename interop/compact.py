@@ -68,8 +68,7 @@ def run(args: argparse.Namespace) -> Report:
 def compact(src: Path, dst: Path, *, drop_bases: bool = False, force: bool = False) -> Report:
     """Write the adapter in `src` to `dst` with one copy of its bases, or none.
 
-    Memory: one copy of the bases as the file has them and one as it is written, and the trained
-    numbers.
+    Memory: one copy of the bases and the trained numbers; to drop the bases, a draw of them too.
 
     Raises:
       AdapterFileError: `src` holds no sound adapter, or `drop_bases` and no known torch release
@@ -82,7 +81,7 @@ def compact(src: Path, dst: Path, *, drop_bases: bool = False, force: bool = Fal
         before = _content(config, file)
         notes = [*_widened(config, file), *_others(src)]
         adapter, compare_copies = load_once(config, file)
-        with ThreadPoolExecutor(1) as beside:
+        with ThreadPoolExecutor(1) as beside:  # comparing is nearly all of the time
             comparison = beside.submit(compare_copies)
             check_finite(adapter, file.path)
             drawn: dict[str, Any] | None = None
@@ -96,8 +95,7 @@ def compact(src: Path, dst: Path, *, drop_bases: bool = False, force: bool = Fal
                 }
                 notes = [f"drawn again from key {key} by {in_words(generation, dtypes)}", *notes]
                 notes.insert(1, FIRST_ONLY)
-            comparison.result()
-    write_adapter(dst, adapter, overwrite=force)
+            write_adapter(dst, adapter, overwrite=force, confirm=comparison.result)
     config, file = open_adapter(dst)
     with file:
         after = _content(config, file)

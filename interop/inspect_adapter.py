@@ -19,7 +19,7 @@ from .draws import base_dtypes, generations
 from .inspect_text import in_words
 from .keys import BASE_PARTS, roles_of
 from .numpy_delta import Deltas
-from .peft_dir import load_adapter, narrowed, open_adapter
+from .peft_dir import load_adapter, narrowest, open_adapter
 from .tensor_file import TensorFile
 
 DESCRIPTION = """\
@@ -126,7 +126,7 @@ def _bytes(config: RandLoraConfig, file: TensorFile, adapter: Adapter) -> dict[s
         for key, tensor in file.tensors.items()
         if roles[key].part not in (*BASE_PARTS, "repeated")
     )
-    once = sum(narrowed(array).nbytes for array in adapter.bases or ())
+    once = sum(array.size * narrowest(array).itemsize for array in adapter.bases or ())
     header = min(tensor.start for tensor in file.tensors.values())
     return {
         "file": file.size,

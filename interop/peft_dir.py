@@ -43,7 +43,7 @@ __all__ = [
     "derived_key",
     "load_adapter",
     "load_once",
-    "narrowed",
+    "narrowest",
     "open_adapter",
     "read_adapter",
     "write_adapter",
@@ -71,7 +71,13 @@ def read_adapter(directory: str | Path) -> Adapter:
     return adapter
 
 
-def write_adapter(directory: str | Path, adapter: Adapter, *, overwrite: bool = True) -> None:
+def write_adapter(
+    directory: str | Path,
+    adapter: Adapter,
+    *,
+    overwrite: bool = True,
+    confirm: Callable[[], object] = lambda: None,
+) -> None:
     """Write an adapter so that every PEFT reader opens it, with one copy of the bases.
 
     Both files appear together: a reader finds the adapter that was there before or this one,
@@ -84,6 +90,8 @@ def write_adapter(directory: str | Path, adapter: Adapter, *, overwrite: bool = 
       directory: made if missing.
       adapter: float32 lambda and gamma; nothing is cast.
       overwrite: whether an adapter that is already there may be replaced.
+      confirm: called when all is written and nothing in place yet; if it raises, all stays as it
+        was.
 
     Raises:
       AdapterFileError: the adapter is unsound, holds NaN or infinity, or `directory` has an
@@ -106,10 +114,12 @@ def write_adapter(directory: str | Path, adapter: Adapter, *, overwrite: bool = 
     for name, (lam, gamma) in adapter.layers.items():
         arrays[f"{PREFIX}{name}.randlora_lambda"] = lam
         arrays[f"{PREFIX}{name}.randlora_gamma"] = gamma
+    dtypes: dict[str, np.dtype] = {}
     if bases is not None:
         first = min(adapter.layers, key=_natural)
         for part, array in zip(BASE_PARTS, bases, strict=True):
-            arrays[f"{PREFIX}{first}.randlora_{part}"] = narrowed(array)
+            key = f"{PREFIX}{first}.randlora_{part}"
+            arrays[key], dtypes[key] = array, narrowest(array)
 
     with replacing_files(folder, entry=CONFIG_NAME) as staged:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -119,7 +129,8 @@ def write_adapter(directory: str | Path, adapter: Adapter, *, overwrite: bool = 
                     "directory or allow it"
                 )
         config.save_pretrained(staged)
-        write_tensors(staged / WEIGHTS_NAME, arrays, metadata)
+        write_tensors(staged / WEIGHTS_NAME, arrays, metadata, dtypes)
+        confirm()
 
 
 def open_adapter(directory: str | Path) -> tuple[RandLoraConfig, TensorFile]:
@@ -302,19 +313,13 @@ def _bases_to_write(adapter: Adapter, where: Path) -> Bases | None:
     return None
 
 
-def narrowed(array: np.ndarray) -> np.ndarray:
-    """float32 as bfloat16, its upper half, where the lower half is zero throughout."""
-    if array.dtype != np.float32:
-        return array
-    narrow = np.empty(array.shape, ml_dtypes.bfloat16)
-    upper, at = narrow.reshape(-1).view(np.uint16), 0
-    for piece in pieces(array):
-        bits = piece.view(np.uint32)
-        if (bits & 0xFFFF).any():
-            return array
-        upper[at : at + bits.size] = bits >> 16
-        at += bits.size
-    return narrow
+def narrowest(array: np.ndarray) -> np.dtype:
+    """bfloat16 where it holds a float32 array without loss: its lower half is zero throughout."""
+    if array.dtype == np.float32 and not any(
+        (piece.view(np.uint32) & 0xFFFF).any() for piece in pieces(array)
+    ):
+        return np.dtype(ml_dtypes.bfloat16)
+    return array.dtype
 
 
 def _natural(name: str) -> list[str | int]:

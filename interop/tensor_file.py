@@ -238,30 +238,41 @@ class TensorFile:
         return Tensor(key, code, tuple(shape), base + offsets[0], nbytes)
 
 
-def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write a new safetensors file, array by array, without copies of contiguous arrays.
+def write_tensors(
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    metadata: dict[str, str],
+    dtypes: Mapping[str, np.dtype] | None = None,
+) -> None:
+    """Write a new safetensors file, array by array, in small pieces.
 
     Larger items come first, so that every tensor is aligned to its item size; then by key.
+
+    Args:
+      dtypes: ``{key: dtype}`` of arrays that are written in another dtype than they have; it is
+        for the caller to know that this loses nothing.
 
     Raises:
       AdapterFileError: an array's dtype has no name in the format.
     """
-    order = sorted(arrays, key=lambda key: (-arrays[key].dtype.itemsize, key))
+    written = {key: array.dtype for key, array in arrays.items()} | dict(dtypes or {})
+    order = sorted(arrays, key=lambda key: (-written[key].itemsize, key))
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for key in order:
-        array = arrays[key]
-        code = _CODES.get(array.dtype)
+        shape, dtype = arrays[key].shape, written[key]
+        code = _CODES.get(dtype)
         if code is None:
-            raise AdapterFileError(f"{path}: {key}: safetensors has no name for {array.dtype}")
-        start, end = end, end + array.nbytes
-        header[key] = {"dtype": code, "shape": list(array.shape), "data_offsets": [start, end]}
+            raise AdapterFileError(f"{path}: {key}: safetensors has no name for {dtype}")
+        start, end = end, end + arrays[key].size * dtype.itemsize
+        header[key] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for key in order:
-            file.write(_bytes_of(np.ascontiguousarray(arrays[key])))
+            for piece in pieces(arrays[key]):
+                file.write(_bytes_of(piece.astype(written[key], copy=False)))
 
 
 def pieces(array: np.ndarray) -> Iterator[np.ndarray]:

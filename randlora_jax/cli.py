@@ -39,7 +39,8 @@ def parser() -> argparse.ArgumentParser:
         epilog="""
 start here:
   randlora-jax inspect my-adapter
-  randlora-jax compact my-adapter my-adapter-small
+  randlora-jax compact my-adapter small
+  randlora-jax merge my-adapter --base my-model merged
   randlora-jax compact --help
 
 exit status: 0 good, 1 the adapter fails, 2 the command was misused""",

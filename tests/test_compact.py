@@ -225,7 +225,7 @@ def test_memory_is_one_copy_and_one_tensor(tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         trained = size - 8 * copy
-        assert peak < 2 * copy + trained + 4e6
+        assert peak < (2 if drop else 1) * copy + trained + 4e6
     assert (tmp_path / "dstFalse" / WEIGHTS).stat().st_size < trained + copy / 2 + 10_000
     assert (tmp_path / "dstTrue" / WEIGHTS).stat().st_size < trained + 10_000
 
