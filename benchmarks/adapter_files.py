@@ -7,7 +7,8 @@ PEFT writes the shared bases once at the top and again under every adapted layer
 the file is copies. `compact` must read every one, since it refuses copies that differ: a plain
 read of the file is the floor for its time. Each round measures the plain read, then each command
 in a process of its own; the time's ratio to the plain read of its round is what counts, because
-another program on the machine slows both.
+another program on the machine slows both. Measured with the file in the system's memory and, as
+for a file just opened, on the disk.
 """
 
 from __future__ import annotations
