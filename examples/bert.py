@@ -67,9 +67,8 @@ def peft_model(base: Path, adapter: Path) -> Any:
 def adapted(model: Any) -> Logits:
     """A wrapped Hugging Face model as a function of its trained and frozen arrays."""
 
-    def logits(trained: Any, frozen: Any, fields: Any, key: jax.Array | None) -> jax.Array:
-        params = {**frozen, "randlora": trained}
-        return model(**fields, params=params, dropout_rng=key, train=key is not None).logits
+    def logits(trained: Any, frozen: Any, fields: Any) -> jax.Array:
+        return model(**fields, params={**frozen, "randlora": trained}).logits
 
     return logits
 
@@ -77,10 +76,8 @@ def adapted(model: Any) -> Logits:
 def head(config: Any) -> Logits:
     """The classifier head by itself, on `features`; trained: its kernel and bias."""
 
-    def logits(trained: Any, _: Any, fields: Any, key: jax.Array | None) -> jax.Array:
-        dropout = nn.Dropout(config.hidden_dropout_prob, deterministic=key is None)
-        x = dropout.apply({}, fields["features"], rngs={} if key is None else {"dropout": key})
-        return nn.Dense(config.num_labels).apply({"params": trained}, x)
+    def logits(trained: Any, _: Any, fields: Any) -> jax.Array:
+        return nn.Dense(config.num_labels).apply({"params": trained}, fields["features"])
 
     return logits
 
@@ -90,7 +87,7 @@ def features(model: Any, documents: Documents, title: str) -> Documents:
     encoder = FlaxBertModel(model.config, _do_init=False)
 
     @jax.jit
-    def pooled(_: Any, frozen: Any, fields: Any, __: Any) -> jax.Array:
+    def pooled(_: Any, frozen: Any, fields: Any) -> jax.Array:
         return encoder(**fields, params=frozen["bert"]).pooler_output
 
     found = predict_all(pooled, None, model.params, documents, title)
@@ -102,7 +99,7 @@ def torch_logits(model: Any, documents: Documents, title: str) -> np.ndarray:
     model.eval()
 
     @torch.no_grad()
-    def logits(_: Any, __: Any, fields: Any, ___: Any) -> np.ndarray:
+    def logits(_: Any, __: Any, fields: Any) -> np.ndarray:
         tensors = {name: torch.from_numpy(rows).long() for name, rows in fields.items()}
         return np.asarray(model(**tensors).logits)
 

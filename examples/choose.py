@@ -14,9 +14,10 @@ from training import Settings, fit
 
 from randlora_jax import RandLoraConfig, get_peft_model
 
-HEAD_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-RANDLORA_RATES = (1e-3, 2e-3, 4e-3)
-OTHER = ((16, 20, 2e-3), (16, 20, 2e-4), (8, 2, 2e-3), (32, 2, 2e-3))  # r, alpha / r, rate
+RATES = (1e-3, 2e-3, 4e-3, 1e-2)
+HEAD_RATES = (*RATES, 3e-2, 1e-1, 3e-1, 1.0)
+OTHER = ((16, 20, 2e-3), (16, 20, 2e-4), (32, 2, 2e-3))  # r, alpha / r, rate
+EPOCHS = 0.6  # enough to tell the settings apart
 
 
 def main(
@@ -27,15 +28,17 @@ def main(
     for column in ("r", "alpha / r", "learning rate", "trained numbers", "last loss", "accuracy"):
         table.add_column(column, justify="right")
 
-    seen = [bert.features(base, docs, f"features, {len(docs)} documents") for docs in (train, held)]
+    seen = bert.features(base, train, "features to train on")
+    seen_held = bert.features(base, held, "features, held back")
     for rate in HEAD_RATES:
         start = base.params["classifier"]
-        _, curve = fit(bert.head(base.config), start, {}, *seen, Settings(rate), f"head, {rate:g}")
+        head, title = bert.head(base.config), f"head alone, {rate:g}"
+        _, curve = fit(head, start, {}, seen, seen_held, Settings(rate), title)
         size = sum(leaf.size for leaf in start.values())
         table.add_row("head alone", "", "", f"{rate:g}", f"{size:,}", *outcome(curve))
 
     ratio = config.randlora_alpha // config.r
-    mine = [(config.r, ratio, rate) for rate in RANDLORA_RATES]
+    mine = [(config.r, ratio, rate) for rate in RATES]
     for r, scale, rate in (*mine, *OTHER):
         model: Any = get_peft_model(
             base, dataclasses.replace(config, r=r, randlora_alpha=scale * r)
@@ -43,7 +46,8 @@ def main(
         frozen = dict(model.params)
         trained = frozen.pop("randlora")
         title = f"r {r}, alpha / r {scale}, {rate:g}"
-        _, curve = fit(bert.adapted(model), trained, frozen, train, held, Settings(rate), title)
+        settings = Settings(rate, epochs=EPOCHS)
+        _, curve = fit(bert.adapted(model), trained, frozen, train, held, settings, title, checks=1)
         size = model.get_nb_trainable_parameters()[0]
         row = (str(r), str(scale), f"{rate:g}", f"{size:,}")
         table.add_row("RandLoRA", *row, *outcome(curve))

@@ -46,7 +46,10 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
     rows = {
         "test accuracy, RandLoRA in JAX": f"{results['test_accuracy']:.4f}",
         "test accuracy, same adapter in PyTorch PEFT": f"{results['peft_test_accuracy']:.4f}",
-        "test accuracy, head alone": f"{results['head_only_accuracy']:.4f}",
+        "test accuracy, head alone, same rates": f"{results['head_only_accuracy']:.4f}",
+        "test accuracy, head alone, its best rate": (
+            f"{results['head_only_accuracy_at_its_best_rate']:.4f}"
+        ),
         "documents on which JAX and PEFT disagree": f"{results['disagreeing_documents']}",
         "largest logit difference, JAX and PEFT": f"{results['max_abs_logit_difference']:.1e}",
         "trained numbers": f"{results['trainable_parameters']:,}",

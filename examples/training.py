@@ -1,5 +1,6 @@
 """One training loop for any model that is a function of (trained, frozen) arrays."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,16 +16,19 @@ from rich.text import Text
 Item = TypeVar("Item")
 Tree = Any
 
-# (trained, frozen, fields, dropout key or None) -> logits (documents, classes)
-Logits = Callable[[Tree, Tree, dict[str, Any], jax.Array | None], jax.Array]
+# (trained, frozen, fields) -> logits (documents, classes)
+Logits = Callable[[Tree, Tree, dict[str, Any]], jax.Array]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train: AdamW, linear warm-up, cosine decay, gradients clipped by their norm."""
+    """How to train: AdamW, linear warm-up, cosine decay, gradients clipped by their norm.
+
+    The base model's dropout stays off: these runs are too short to overfit, and it slows them.
+    """
 
     learning_rate: float
-    epochs: int = 1
+    epochs: float = 1.5
     batch_size: int = 32
     warmup_share: float = 0.1
     weight_decay: float = 0.01
@@ -91,15 +95,14 @@ def fit(
     checks: int = 6,
 ) -> tuple[Tree, Curve]:
     """Trains `trained` on `train`; returns it and the curve, checked `checks` times on `held`."""
-    per_epoch = len(train) // settings.batch_size
-    steps = settings.epochs * per_epoch
+    steps = round(settings.epochs * len(train) / settings.batch_size)
     tx = optimizer(settings, steps)
 
     # The frozen arrays are an argument: closed over, they would become constants of the program.
     @jax.jit
-    def step(trained: Tree, state: Tree, frozen: Tree, batch: Documents, key: jax.Array) -> Any:
+    def step(trained: Tree, state: Tree, frozen: Tree, batch: Documents) -> Any:
         def loss(trained: Tree) -> jax.Array:
-            scores = logits(trained, frozen, batch.fields, key)
+            scores = logits(trained, frozen, batch.fields)
             return optax.softmax_cross_entropy_with_integer_labels(scores, batch.labels).mean()
 
         value, gradients = jax.value_and_grad(loss)(trained)
@@ -107,9 +110,8 @@ def fit(
         return optax.apply_updates(trained, updates), state, value
 
     shuffle = np.random.default_rng(settings.seed)
-    orders = [shuffle.permutation(len(train)) for _ in range(settings.epochs)]
-    rows = np.concatenate([order[: per_epoch * settings.batch_size] for order in orders])
-    keys = jax.random.split(jax.random.key(settings.seed), steps)
+    orders = [shuffle.permutation(len(train)) for _ in range(math.ceil(settings.epochs) + 1)]
+    rows = np.concatenate(orders)[: steps * settings.batch_size]
 
     curve, times, state = Curve(), [], tx.init(trained)
     predict = jax.jit(logits)
@@ -124,7 +126,7 @@ def fit(
     for done, batch_rows in enumerate(track(rows.reshape(steps, -1), title, steps)):
         started = time.perf_counter()
         batch = train.take(batch_rows)
-        trained, state, value = step(trained, state, frozen, batch, keys[done])
+        trained, state, value = step(trained, state, frozen, batch)
         curve.losses.append(float(value))
         times.append(time.perf_counter() - started)
         if done + 1 in check_at:
@@ -137,11 +139,11 @@ def fit(
 def predict_all(
     logits: Callable[..., Any], trained: Tree, frozen: Tree, documents: Documents, title: str = ""
 ) -> np.ndarray:
-    """Logits (documents, classes) without dropout; with a progress bar where there is a title."""
+    """Logits (documents, classes); with a progress bar where there is a title."""
     batches = documents.batches(64)
     total = -(-len(documents) // 64)
     found = [
-        np.asarray(logits(trained, frozen, batch.fields, None))
+        np.asarray(logits(trained, frozen, batch.fields))
         for batch in (track(batches, title, total) if title else batches)
     ]
     return np.concatenate(found)[: len(documents)]
