@@ -193,7 +193,8 @@ class TensorFile:
         except UnicodeDecodeError as error:
             self.fail(f"its header is not UTF-8: {error.reason} at byte {8 + error.start}")
         header = parse_object(text, f"{self.path}: header")
-        metadata = header.pop("__metadata__", None) or {}
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
         if not isinstance(metadata, dict) or not all(
             isinstance(value, str) for value in metadata.values()
         ):

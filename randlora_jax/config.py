@@ -18,7 +18,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from randlora_jax.errors import AdapterFileError, ConfigError
+from randlora_jax.errors import AdapterFileError, ConfigError, shown
 from randlora_jax.interop.torch_rng import Generation, Kind
 from randlora_jax.strict_json import JsonObject, dump_object, read_object, thaw, write_text
 
@@ -41,7 +41,7 @@ Check = Callable[[str, Any], Any]
 
 
 def _refusal(name: str, expected: str, found: object, remedy: str = "") -> ConfigError:
-    return ConfigError(f"{name}: expected {expected}, found {found!r}. {remedy}".rstrip())
+    return ConfigError(f"{name}: expected {expected}, found {shown(found)}. {remedy}".rstrip())
 
 
 # Each check takes a field's name and value and returns the value as it is stored.

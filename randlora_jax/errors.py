@@ -20,6 +20,12 @@ class AdapterFileError(RandLoraError):
     """An adapter's files are missing, damaged, incomplete or not what they say."""
 
 
+def shown(value: object) -> str:
+    """`value` for a message: as Python writes it, and not longer than a few lines."""
+    text = repr(value)
+    return text if len(text) <= 240 else f"{text[:160]}... ({len(text)} characters)"
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """Names in `known` closest to `name`, for a message."""
     near = difflib.get_close_matches(name, known, 3, 0) or list(known)[:3]

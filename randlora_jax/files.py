@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path as FilePath
 
 import jax
@@ -14,7 +15,7 @@ from randlora_jax import names, origins, targets
 from randlora_jax.bases import draw, used_box
 from randlora_jax.book import AdapterState, Book
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.errors import AdapterFileError, TargetError, nearest
+from randlora_jax.errors import AdapterFileError, RandLoraError, TargetError, nearest, shown
 from randlora_jax.interop.adapter import Adapter, Provenance, bases_digest
 from randlora_jax.interop.peft_dir import read_adapter
 from randlora_jax.layers import AdapterSpec, Layer
@@ -118,30 +119,44 @@ def restore(
       AdapterFileError: the files are damaged, or hold other tensors than their config asks for.
       TargetError: the adapter's layers and the model's do not fit together.
     """
-    adapter = read_adapter(directory)
-    owners = book.owners()
-    _check_layers(book, owners, adapter, directory)
-    chosen = {name: owners[name] for name in adapter.layers}
-    box = book.box(chosen, adapter.config.r)
-    if adapter.bases is not None:
-        a, b = adapter.bases
-        if (b.shape[0], a.shape[2]) != (box.max, box.min):
-            raise TargetError(
-                f"{directory} has bases for extents {(b.shape[0], a.shape[2])}; its layers need "
-                f"{(box.max, box.min)} in this model, and PEFT would refuse anything else: it was "
-                "trained on another model"
-            )
-    dtype = base_dtype(base, chosen.values())
-    identity, stored, config = origins.of_adapter(adapter, box, dtype, torch_generation, directory)
-    spec = AdapterSpec(adapter_name, config.scaling, config.randlora_dropout, identity, box)
-    saved = _saved_leaves(book, base, adapter, directory)
-    lams = {name: lam for name, (lam, _) in adapter.layers.items()}
-    gammas = {name: gamma for name, (_, gamma) in adapter.layers.items()}
-    layers = {
-        layer.name: (jnp.asarray(layer.join(lams)), jnp.asarray(layer.join(gammas)))
-        for layer in chosen.values()
-    }
-    return spec, config, AdapterState(layers, saved), stored
+    with _about(directory):
+        adapter = read_adapter(directory)
+        owners = book.owners()
+        _check_layers(book, owners, adapter, directory)
+        chosen = {name: owners[name] for name in adapter.layers}
+        box = book.box(chosen, adapter.config.r)
+        if adapter.bases is not None:
+            a, b = adapter.bases
+            if (b.shape[0], a.shape[2]) != (box.max, box.min):
+                raise TargetError(
+                    f"{directory} has bases for extents {(b.shape[0], a.shape[2])}; its layers "
+                    f"need {(box.max, box.min)} in this model, and PEFT would refuse anything "
+                    "else: it was trained on another model"
+                )
+        dtype = base_dtype(base, chosen.values())
+        identity, stored, config = origins.of_adapter(
+            adapter, box, dtype, torch_generation, directory
+        )
+        spec = AdapterSpec(adapter_name, config.scaling, config.randlora_dropout, identity, box)
+        saved = _saved_leaves(book, base, adapter, directory)
+        lams = {name: lam for name, (lam, _) in adapter.layers.items()}
+        gammas = {name: gamma for name, (_, gamma) in adapter.layers.items()}
+        layers = {
+            layer.name: (jnp.asarray(layer.join(lams)), jnp.asarray(layer.join(gammas)))
+            for layer in chosen.values()
+        }
+        return spec, config, AdapterState(layers, saved), stored
+
+
+@contextmanager
+def _about(directory: str | FilePath) -> Iterator[None]:
+    """Errors within say which directory they are about."""
+    try:
+        yield
+    except RandLoraError as error:
+        if str(directory) in str(error):
+            raise
+        raise type(error)(f"{directory}: {error}") from error
 
 
 def base_dtype(base: Mapping[Path, jax.Array], layers: Iterable[Layer]) -> np.dtype:
@@ -160,24 +175,24 @@ def _check_layers(
     for name, (lam, gamma) in adapter.layers.items():
         if name not in owners:
             raise TargetError(
-                f"{directory} adapts layer {name!r}, which this model does not have as a linear "
-                f"layer; it has {nearest(name, list(owners))}"
+                f"{directory} adapts layer {shown(name)}, which this model does not have as a "
+                f"linear layer; it has {nearest(name, list(owners))}"
             )
         matrix = owners[name].matrix
         _, n, smallest = used_box(matrix, adapter.config.r)
         if lam.shape != (adapter.config.r, n) or gamma.shape != (n, smallest):
             raise TargetError(
-                f"{directory}: layer {name!r} has lambda {lam.shape} and gamma {gamma.shape}; this "
-                f"model's (in, out) = {matrix} needs {(adapter.config.r, n)} and {(n, smallest)}: "
-                "it was trained on another model"
+                f"{directory}: layer {shown(name)} has lambda {lam.shape} and gamma {gamma.shape}; "
+                f"this model's (in, out) = {matrix} needs {(adapter.config.r, n)} and "
+                f"{(n, smallest)}: it was trained on another model"
             )
     chosen = book.select(adapter.config)
     if set(chosen) != set(adapter.layers):
         missing, extra = set(chosen) - set(adapter.layers), set(adapter.layers) - set(chosen)
         raise AdapterFileError(
-            f"{directory}: target_modules={adapter.config.target_modules!r} and the tensors of the "
-            f"file disagree; layers without tensors: {sorted(missing)}, tensors without a layer: "
-            f"{sorted(extra)}"
+            f"{directory}: target_modules={shown(adapter.config.target_modules)} and the tensors "
+            f"of the file disagree; layers without tensors: {shown(sorted(missing))}, tensors "
+            f"without a layer: {shown(sorted(extra))}"
         )
 
 
@@ -207,8 +222,8 @@ def _saved_leaves(
     for key in tensors:
         if key not in used:
             raise TargetError(
-                f"{directory} carries {key!r}, which this model does not have; its parameters of "
-                f"modules_to_save={adapter.config.modules_to_save} and bias="
+                f"{directory} carries {shown(key)}, which this model does not have; its parameters "
+                f"of modules_to_save={shown(adapter.config.modules_to_save)} and bias="
                 f"{adapter.config.bias!r} have other names"
             )
     return saved

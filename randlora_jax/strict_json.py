@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from randlora_jax.errors import AdapterFileError
+from randlora_jax.errors import AdapterFileError, shown
 
 
 class JsonObject(Mapping[str, Any]):
@@ -83,8 +83,8 @@ def parse_object(text: str, origin: str) -> dict[str, Any]:
         for key, value in pairs:
             if key in result:
                 raise AdapterFileError(
-                    f"{origin}: the key {key!r} is given twice, and readers differ in which one "
-                    "they take. Remove one."
+                    f"{origin}: the key {shown(key)} is given twice, and readers differ in which "
+                    "one they take. Remove one."
                 )
             result[key] = value
         return result

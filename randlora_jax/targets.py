@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from randlora_jax.config import ALL_LINEAR, RandLoraConfig
 from randlora_jax.default_targets import DEFAULT_TARGET_MODULES
-from randlora_jax.errors import TargetError
+from randlora_jax.errors import TargetError, shown
 
 # What PEFT trains whole for a task, whatever modules_to_save says.
 _HEADS = {
@@ -59,7 +59,7 @@ def matches(config: RandLoraConfig, name: str) -> bool:
     targets = config.target_modules
     if targets is None or targets == ALL_LINEAR:
         raise TargetError(
-            f"target_modules={targets!r} depends on the model: expected names or a pattern."
+            f"target_modules={shown(targets)} depends on the model: expected names or a pattern."
         )
     # The names in modules_to_save are patterns here, and plain suffixes in `matches_saved`.
     for saved in config.modules_to_save or ():
@@ -147,8 +147,8 @@ def select(
     refused = sorted(n for n in impossible if matches(resolved, n) and not inside_saved(n, whole))
     if refused:
         raise TargetError(
-            f"target_modules={config.target_modules!r} takes {_some(refused)}: only linear layers "
-            "can be adapted. Narrow the targets, for example by longer names."
+            f"target_modules={shown(config.target_modules)} takes {_some(refused)}: only linear "
+            "layers can be adapted. Narrow the targets, for example by longer names."
         )
     if not chosen:
         raise TargetError(_nothing_matched(config, resolved, linear))
@@ -192,15 +192,15 @@ def _resolve(
 def _nothing_matched(
     config: RandLoraConfig, resolved: RandLoraConfig, linear: Sequence[str]
 ) -> str:
-    message = f"target_modules={config.target_modules!r} matches no layer that can be adapted."
+    message = f"target_modules={shown(config.target_modules)} matches no layer that can be adapted."
     targets = resolved.target_modules
     without = replace(resolved, layers_to_transform=None, layers_pattern=None, modules_to_save=None)
     found = [n for n in linear if matches(without, n)]
     if found and config.layers_to_transform not in (None, ()):
         message += (
             f" It would match {_some(found)} but for "
-            f"layers_to_transform={config.layers_to_transform!r} and "
-            f"layers_pattern={config.layers_pattern!r}."
+            f"layers_to_transform={shown(config.layers_to_transform)} and "
+            f"layers_pattern={shown(config.layers_pattern)}."
         )
     elif found:
         message += f" It would match {_some(found)}, but {saved_modules(config)} are trained whole."
@@ -216,14 +216,14 @@ def _warn_of_surprises(config: RandLoraConfig, linear: Sequence[str], chosen: li
     idle = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in chosen)]
     if idle:
         warnings.warn(
-            f"target_modules: {idle} adapt no layer: they match none, or one that is trained "
-            f"whole. Layers of this model: {_some(linear)}.",
+            f"target_modules: {shown(idle)} adapt no layer: they match none, or one that is "
+            f"trained whole. Layers of this model: {_some(linear)}.",
             stacklevel=4,
         )
     beyond = [n for n in chosen if n in targets and not _in_layers(config, n)]
     if beyond:
         warnings.warn(
-            f"layers_to_transform={config.layers_to_transform!r} does not keep out "
+            f"layers_to_transform={shown(config.layers_to_transform)} does not keep out "
             f"{_some(beyond)}, as in PEFT: a name given in full is always adapted.",
             stacklevel=4,
         )
