@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 	$(RUN) examples/demo.py
 
 test: lint types
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	$(RUN) -m pytest -n 2 $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
