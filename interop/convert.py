@@ -169,8 +169,10 @@ def backwards(rules: Mapping[str, str]) -> dict[str, str]:
         expression = re.escape(pieces[0])
         for group, piece in zip(groups, pieces[1:], strict=True):
             expression += group + re.escape(piece)
-        count = iter(range(1, len(groups) + 1))
-        turned[expression] = re.sub(r"\([^()]*\)", lambda _, n=count: f"\\{next(n)}", pattern)
+        path = pattern
+        for number in range(1, len(groups) + 1):
+            path = re.sub(r"\([^()]*\)", rf"\\{number}", path, count=1)
+        turned[expression] = path
     return turned
 
 

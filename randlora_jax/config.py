@@ -130,7 +130,7 @@ def _target_modules(name: str, value: Any) -> str | tuple[str, ...]:
 
 def _modules_to_save(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
-        raise _refusal(name, "a list of module names or None", value, f"Write [{value!r}].")
+        raise _refusal(name, "a list of module names or None", value, f"Write [{shown(value)}].")
     # PEFT matches targets against these names as patterns, so they must be valid ones.
     return _items(name, value, "a list of module names or None", _pattern)
 

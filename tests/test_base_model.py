@@ -94,7 +94,7 @@ def test_directories_that_are_no_checkpoint(tmp_path):
     with pytest.raises(AdapterFileError, match=r"config\.json"):
         base_shapes(tmp_path, [])
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(AdapterFileError, match="found neither$"):
+    with pytest.raises(AdapterFileError, match=r"found neither$"):
         base_shapes(tmp_path, [])
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(AdapterFileError, match=r"but pytorch_model\.bin"):
