@@ -17,7 +17,7 @@ from randlora_jax import RandLoraConfig, get_peft_model
 RATES = (1e-3, 2e-3, 4e-3, 1e-2)
 HEAD_RATES = (*RATES, 3e-2, 1e-1, 3e-1, 1.0)
 OTHER = ((16, 20, 2e-3), (16, 20, 2e-4))  # r, alpha / r, rate
-EPOCHS = 0.5  # enough to tell the settings apart
+EPOCHS = 0.4  # enough to tell the settings apart
 
 
 def main(
