@@ -91,7 +91,7 @@ def main() -> None:
     trained_head, head_curve = fit(
         head, fresh_head, {}, train_features, held_features, HEAD_SETTINGS, "head alone"
     )
-    best_head, _ = fit(
+    best_head, best_head_curve = fit(
         head, fresh_head, {}, train_features, held_features, HEAD_BEST_SETTINGS, "head, best rate"
     )
 
@@ -145,9 +145,15 @@ def main() -> None:
         "total_seconds": time.perf_counter() - began,
     }
     (OUT / "report.json").write_text(json.dumps(results, indent=2) + "\n")
-    runs = {"RandLoRA": curve, "head alone": head_curve}
-    finals = {"RandLoRA": results["test_accuracy"], "head alone": results["head_only_accuracy"]}
-    plots.curves(runs, finals, OUT / "curves.png")
+    runs = {
+        "RandLoRA": (curve, results["test_accuracy"]),
+        "head alone, its best rate": (
+            best_head_curve,
+            results["head_only_accuracy_at_its_best_rate"],
+        ),
+        "head alone, same rates": (head_curve, results["head_only_accuracy"]),
+    }
+    plots.curves(runs, OUT / "curves.png")
     plots.changes(model.delta_weights(), bert.KINDS, OUT / "changes.png")
     for name in ("curves.png", "changes.png", "report.json", "adapter/"):
         print(OUT / name)

@@ -10,17 +10,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 from training import Curve
 
-COLOURS = ("#0b6e99", "#d9730d")
+COLOURS = ("#0b6e99", "#d9730d", "#8a8a8a")
 
 
-def curves(runs: Mapping[str, Curve], finals: Mapping[str, float], path: Path) -> None:
-    """Loss and held-back accuracy against steps, the runs in one pair of axes each.
+def curves(runs: Mapping[str, tuple[Curve, float]], path: Path) -> None:
+    """Loss and held-back accuracy against steps, all runs in one pair of axes.
 
     Args:
-      finals: accuracy of each run on the test split, for the legend.
+      runs: name -> (curve, accuracy on the test split, for the legend).
     """
     figure, (losses, accuracies) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for colour, (name, run) in zip(COLOURS, runs.items(), strict=True):
+    for colour, (name, (run, final)) in zip(COLOURS, runs.items(), strict=True):
         steps = np.arange(1, len(run.losses) + 1)
         losses.plot(steps, run.losses, color=colour, alpha=0.25, linewidth=1)
         losses.plot(steps, smooth(np.array(run.losses)), color=colour, linewidth=2)
@@ -31,7 +31,7 @@ def curves(runs: Mapping[str, Curve], finals: Mapping[str, float], path: Path) -
             linewidth=2,
             marker="o",
             markersize=4,
-            label=f"{name}: {finals[name]:.3f} on the test split",
+            label=f"{name}: {final:.3f} on the test split",
         )
     losses.set(xlabel="step", ylabel="cross-entropy", title="Training loss", ylim=(0, None))
     accuracies.set(xlabel="step", ylabel="accuracy", title="Held-back documents", ylim=(0, 1))
