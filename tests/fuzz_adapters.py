@@ -238,7 +238,7 @@ class Fuzzer:
     def _open(self, folder: Path) -> tuple[Net, RandLoraError | None]:
         net = Net()
         try:
-            RandLoraModel.from_pretrained(net, folder, names=RULES)
+            RandLoraModel.from_pretrained(net, folder, names=RULES, rngs=nnx.Rngs(0))
         except RandLoraError as error:
             return net, error
         return net, None
