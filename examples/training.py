@@ -28,7 +28,7 @@ class Settings:
     """
 
     learning_rate: float
-    epochs: float = 2.0
+    epochs: float = 1.0
     batch_size: int = 32
     warmup_share: float = 0.1
     weight_decay: float = 0.01
