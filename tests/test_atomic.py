@@ -11,7 +11,7 @@ from pathlib import Path
 
 import peft
 import pytest
-from killed_saves import adapter_of, save_and_die, save_forever
+from doomed import adapter_of, save_and_die, save_forever
 from randlora_jax.interop import atomic
 from randlora_jax.interop.atomic import replacing_files
 from randlora_jax.interop.peft_dir import read_adapter, write_adapter

@@ -1,10 +1,6 @@
 """randlora-jax merge, against PyTorch PEFT's merge_and_unload and the unmerged PEFT model."""
 
 import json
-import shutil
-import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -215,40 +211,6 @@ def test_an_adapter_of_ours(tmp_path):
     merge(tmp_path / "adapter", base=tmp_path / "base", out=tmp_path / "out")
     found = pair.torch_logits(load("gpt2", tmp_path / "out"))
     assert_same_logits(found, pair.flax_logits(ours), pair.torch_logits())
-
-
-DOOMED = """
-import itertools, os, signal, sys
-from randlora_jax.interop.merge import merge
-steps = itertools.count()
-
-def hook(event, args):
-    if "randlora-saving" in str(args[:1]) and next(steps) == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-sys.addaudithook(hook)
-merge(sys.argv[2], base=sys.argv[3], out=sys.argv[4], force=True)
-"""
-
-
-def test_a_killed_merge_leaves_the_old_model_or_the_new(pair, tmp_path):
-    """Killed just before one of its file operations, over an existing model."""
-    merge(pair / "adapter", base=pair / "base", out=tmp_path / "new")
-    names = sorted(path.name for path in (pair / "base").iterdir())
-    old, new = (
-        [(folder / n).read_bytes() for n in names] for folder in (pair / "base", tmp_path / "new")
-    )
-    seen = []
-    for step in (0, 2, 4, 14, 19, 23, 26):
-        out = tmp_path / str(step)
-        shutil.copytree(pair / "base", out)
-        folders = pair / "adapter", pair / "base", out
-        doomed = subprocess.run([sys.executable, "-c", DOOMED, str(step), *folders], check=False)
-        assert doomed.returncode == -signal.SIGKILL
-        seen.append([old, new].index([(out / n).read_bytes() for n in names]))
-        merge(folders[0], base=folders[1], out=out, force=True)  # and the next one is not hindered
-        assert [(out / n).read_bytes() for n in names] == new
-    assert seen == sorted(seen) and {*seen} == {0, 1}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What the doomed processes of test_atomic.py run; imports little, since each one imports it."""
+"""What processes run that tests kill; imports little, since each of them imports it."""
 
 import os
 import signal
@@ -10,6 +10,7 @@ import numpy as np
 from randlora_jax.interop import atomic
 from randlora_jax.interop.peft_dir import Adapter, write_adapter
 
+from randlora_jax.cli import main
 from randlora_jax.config import RandLoraConfig
 
 # What Python announces (sys.audit) before it touches a file or a directory.
@@ -49,11 +50,8 @@ def forbid_exchange() -> None:
     atomic._exchange = refuse
 
 
-def save_and_die(directory: Path, version: int, in_place: bool, step: int) -> None:
-    """Be killed just before file operation number `step`; exit 0 where there are not so many."""
-    adapter = adapter_of(version)
-    if in_place:
-        forbid_exchange()
+def die_before(step: int) -> None:
+    """Have this process killed just before its file operation number `step`."""
     steps = count()
 
     def hook(event: str, args: tuple) -> None:
@@ -61,6 +59,21 @@ def save_and_die(directory: Path, version: int, in_place: bool, step: int) -> No
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+
+
+def command_and_die(command: list[str], step: int) -> None:
+    """Exit with the command's status where it has not so many file operations."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    die_before(step)
+    os._exit(main(command))
+
+
+def save_and_die(directory: Path, version: int, in_place: bool, step: int) -> None:
+    """Exit 0 where saving has not so many file operations."""
+    adapter = adapter_of(version)
+    if in_place:
+        forbid_exchange()
+    die_before(step)
     write_adapter(directory, adapter)
     os._exit(0)
 
