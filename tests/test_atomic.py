@@ -19,7 +19,7 @@ from randlora_jax.interop.peft_dir import read_adapter, write_adapter
 from randlora_jax.config import CONFIG_NAME
 from randlora_jax.errors import AdapterFileError, RandLoraError
 
-KILLS = int(os.environ.get("RANDLORA_KILLS", "10"))  # at random moments, for each way of saving
+KILLS = 200  # at random moments, for each way of saving
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["randlora_jax.interop.peft_dir"])
 

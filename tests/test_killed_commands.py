@@ -1,7 +1,6 @@
 """`compact` and `merge` are all or nothing: real processes are killed at file operations."""
 
 import multiprocessing
-import os
 import random
 import shutil
 import signal
@@ -13,7 +12,7 @@ from peft_side import save_adapter, save_base
 
 from randlora_jax.cli import main
 
-KILLS = int(os.environ.get("RANDLORA_KILLS", "3"))  # for each command, over each kind of target
+KILLS = 200  # of each command, over each kind of target
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["randlora_jax.interop.compact", "randlora_jax.interop.merge"])
 
@@ -90,4 +89,4 @@ def test_a_killed_command_leaves_all_or_nothing(folders, tmp_path, name, over):
         if killed % 5 == 0:
             assert main(command(tmp_path / "out")) == 0  # and the next one is not hindered
             assert contents(tmp_path / "out") == new
-    assert KILLS < 50 or len(seen) == 2, seen
+    assert len(seen) == 2, seen

@@ -1,6 +1,8 @@
 """randlora-jax merge, against PyTorch PEFT's merge_and_unload and the unmerged PEFT model."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
