@@ -164,7 +164,7 @@ def base_dtype(base: Mapping[Path, jax.Array], layers: Iterable[Layer]) -> np.dt
 
     PEFT moves one shared pair along layer by layer, so the last layer decides; here they agree.
     """
-    dtypes = {base[(*layer.path, "kernel")].dtype for layer in layers}
+    dtypes = {base[layer.kernel_path].dtype for layer in layers}
     return np.dtype(dtypes.pop()) if len(dtypes) == 1 else np.dtype(np.float32)
 
 
@@ -205,7 +205,7 @@ def _saved_leaves(
     saved, used = {}, set()
     for path, leaf in base.items():
         layer = book.layers.get(names.dotted(path[:-1]))
-        if path[-1] not in names.TORCH_LEAF:
+        if path[-1] not in names.TORCH_LEAF and not (layer and path == layer.kernel_path):
             continue
         keys = names.torch_keys(path, layer, book.names)
         present = [key for key in keys if key in tensors]

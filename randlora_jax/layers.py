@@ -39,6 +39,7 @@ class Layer:
       stated: the user gave the view; else the layer's type did.
       names: canonical names, PyTorch module paths: one for each matrix of the kernel, in the order
         of its stack axes. A stack that no rule names has one name for all.
+      leaf: the kernel's name in the layer.
     """
 
     name: str
@@ -48,6 +49,12 @@ class Layer:
     fan_in_fan_out: bool = False
     stated: bool = False
     names: tuple[str, ...] = ()
+    leaf: str = "kernel"
+
+    @property
+    def kernel_path(self) -> tuple[Any, ...]:
+        """Where the kernel lies in the model."""
+        return (*self.path, self.leaf)
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -72,41 +79,6 @@ class Layer:
     def matrix(self) -> tuple[int, int]:
         """(in, out) of one layer."""
         return self.view.sizes(self.shape)[1:]
-
-
-@dataclass(frozen=True)
-class LayerType:
-    """What a front end knows of a type of layer.
-
-    Args:
-      view: of its kernel, without stack axes.
-      contracts: it computes x @ W (+ bias) over the last axis of its input.
-      fan_in_fan_out: as in `Layer`.
-    """
-
-    view: View
-    contracts: bool = True
-    fan_in_fan_out: bool = False
-
-
-def check_call(layer: Layer, kernel: jax.Array, known: LayerType | None, kind: str) -> View:
-    """The view of `kernel` as a running layer of type `kind` holds it.
-
-    Raises:
-      ConfigError: the type is unknown and the user stated no view, or the two disagree.
-    """
-    view = layer.view.within(kernel.ndim)
-    if known is None and not layer.stated:
-        raise ConfigError(
-            f"layer {layer.name!r} is a {kind}, whose kernel layout is unknown: state it, such as "
-            f"views={{{layer.name.replace('.', '/')!r}: 'i o'}}, or leave it out of target_modules"
-        )
-    if known is not None and known.view != view:
-        raise ConfigError(
-            f"layer {layer.name!r} was taken for {view.axes!r}, but a {kind} holds its kernel as "
-            f"{known.view.axes!r}; state views={{...}} accordingly"
-        )
-    return view
 
 
 @dataclass(frozen=True)
@@ -149,7 +121,7 @@ def adapted(
     parts: Parts,
     view: View,
     *,
-    contracts: bool,
+    contracts: int,
     low_precision: bool,
     apply: Apply,
     where: str,
@@ -159,8 +131,10 @@ def adapted(
     Args:
       run: (kernel, x) -> output of the untouched layer, bias and dtype rules included.
       kernel: as the layer holds it, in the layout of `view`.
-      x: the layer's input; (..., in) where `contracts`.
+      x: the layer's input; (..., *in).
       parts: the active adapters' shares.
+      contracts: so many last axes of x are the kernel's in axes, and the kernel's out axes take
+        their place; 0 where the layer is anything else.
       low_precision: the layer multiplies in less than float32.
       apply: "auto" chooses the cheaper exact way; the others insist.
       where: the layer's name, for errors.
@@ -172,17 +146,17 @@ def adapted(
     dropped = any(part.drop for part in parts)
     if not contracts and (dropped or apply == "factored"):
         raise ConfigError(
-            f"layer {where!r} is not a plain contraction of its last input axis and can only run "
+            f"layer {where!r} is not a plain contraction of its last input axes and can only run "
             f"merged, so {'adapter dropout' if dropped else 'apply=factored'} is impossible there: "
             "leave it out of target_modules or set randlora_dropout=0 and apply='auto'"
         )
     lossless = not low_precision or apply == "merged"
     if not contracts or (not dropped and lossless and apply != "factored"):
         flat = max(part.term.lam.shape[-2] * part.term.lam.shape[-1] for part in parts)
-        tokens = math.prod(x.shape[:-1])
+        tokens = x.size // n_in
         if not contracts or apply == "merged" or cheaper(tokens, n_in, n_out, flat) == "merged":
             return _merged(run, kernel, x, parts, view)
-    return _beside(run, kernel, x, parts, n_in, n_out, apply)
+    return _beside(run, kernel, x, parts, contracts, n_in, n_out, apply)
 
 
 def kernel_delta(parts: Parts, view: View, shape: tuple[int, ...]) -> jax.Array:
@@ -219,17 +193,25 @@ def _merged(run: Run, kernel: jax.Array, x: jax.Array, parts: Parts, view: View)
 
 
 def _beside(
-    run: Run, kernel: jax.Array, x: jax.Array, parts: Parts, n_in: int, n_out: int, apply: Apply
+    run: Run,
+    kernel: jax.Array,
+    x: jax.Array,
+    parts: Parts,
+    contracts: int,
+    n_in: int,
+    n_out: int,
+    apply: Apply,
 ) -> jax.Array:
     out = run(kernel, x)
     total = out.astype(jnp.float32)
+    tokens = x.size // n_in
     for part in parts:
         r, n = part.term.lam.shape
-        tokens = math.prod(x.shape[:-1])
         merge = apply == "merged" or (
             apply == "auto" and cheaper(tokens, n_in, n_out, r * n) == "merged"
         )
         seen = part.drop(x) if part.drop else x
         through = through_delta if merge else through_factors
-        total = total + through(seen, part.term, n_in, n_out)
+        flat = seen.reshape(*x.shape[: x.ndim - contracts], n_in)
+        total = total + through(flat, part.term, n_in, n_out).reshape(out.shape)
     return total.astype(out.dtype)

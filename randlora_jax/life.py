@@ -154,7 +154,7 @@ class Life(FrontEnd):
             return
         base, merged, originals = self._base_leaves(), {}, dict(self._book.originals)
         for layer, parts in self._parts_by_layer(wanted).items():
-            path = (*self._book.layers[layer].path, "kernel")
+            path = self._book.layers[layer].kernel_path
             kernel = base[path]
             change = kernel_delta(parts, self._book.layers[layer].view, kernel.shape)
             merged[path] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
@@ -272,7 +272,7 @@ class Life(FrontEnd):
         _, n, smallest = used_box(layer.matrix, config.r)
         largest = max(n, smallest) if config.init_weights else max(layer.matrix)
         # PEFT makes gamma in the base layer's dtype and keeps it in float32 afterwards
-        dtype = self._base_leaves()[(*layer.path, "kernel")].dtype
+        dtype = self._base_leaves()[layer.kernel_path].dtype
         gamma = jnp.full((*layer.stack, n, smallest), 1 / largest, dtype).astype(jnp.float32)
         shape = (*layer.stack, config.r, n)
         if config.init_weights:

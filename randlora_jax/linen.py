@@ -15,7 +15,7 @@ runs. The bases do not vary along a scan; they enter by closure, as tracers of t
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -29,15 +29,16 @@ from randlora_jax.bases import Bases, BasisIdentity
 from randlora_jax.book import AdapterState, Book, Origin
 from randlora_jax.delta import Apply, Term
 from randlora_jax.errors import ConfigError
-from randlora_jax.layers import (
-    AdapterSpec,
-    Layer,
+from randlora_jax.layer_types import (
     LayerType,
-    Part,
-    adapted,
-    check_call,
-    dropout,
+    LayerTypes,
+    Table,
+    layer_at,
+    of_axes,
+    of_einsum,
+    running_type,
 )
+from randlora_jax.layers import AdapterSpec, Part, adapted, dropout
 from randlora_jax.model import RandLoraModel
 from randlora_jax.names import Names, Path, dotted
 from randlora_jax.views import View, Views
@@ -46,13 +47,28 @@ LAMBDA, GAMMA = "randlora_lambda", "randlora_gamma"
 TRAINED, FROZEN, BASES = "randlora", "randlora_frozen", "randlora_bases"
 
 
-def layer_type(module: nn.Module) -> LayerType | None:
-    """What is known of a linen module's type; None for one that holds no kernel we understand."""
-    if isinstance(module, nn.Dense):
-        return LayerType(View("io"))
-    if type(module).__name__ == "FlaxConv1D":  # Hugging Face's; Conv1D in PyTorch
-        return LayerType(View("oi"), fan_in_fan_out=True)
-    return None
+DENSE = LayerType(View("io"))
+
+
+def _dense_general(module: nn.DenseGeneral) -> LayerType:
+    axes, features = (
+        tuple(x) if isinstance(x, Iterable) else (x,) for x in (module.axis, module.features)
+    )
+    return of_axes(len(axes), len(features), axes, len(module.batch_dims))
+
+
+def _einsum(module: nn.Einsum) -> LayerType | None:
+    return of_einsum(module.einsum_str) if module.einsum_str else None  # else the call tells
+
+
+TYPES: Table = {
+    nn.Dense: DENSE,
+    nn.DenseGeneral: _dense_general,
+    nn.Einsum: _einsum,
+    "transformers.models.gpt2.modeling_flax_gpt2.FlaxConv1D": LayerType(
+        View("oi"), fan_in_fan_out=True
+    ),
+}
 
 
 class LinenRandLora(RandLoraModel):
@@ -62,14 +78,16 @@ class LinenRandLora(RandLoraModel):
     Adapter dropout is on exactly when a ``dropout`` rng is passed.
     """
 
-    def __init__(self, model: nn.Module, apply: Apply, views: Views, names: Names) -> None:
+    def __init__(
+        self, model: nn.Module, apply: Apply, views: Views, names: Names, types: Table
+    ) -> None:
         if model.scope is None:
             raise ConfigError(
                 f"the linen module {type(model).__name__} carries no variables: pass "
                 "module.bind(variables)"
             )
         module, variables = model.unbind()
-        self._start(module, unfreeze(variables), apply, views, names, {}, Origin())
+        self._start(module, unfreeze(variables), apply, views, names, types, {}, Origin())
 
     def _start(
         self,
@@ -78,6 +96,7 @@ class LinenRandLora(RandLoraModel):
         apply: Apply,
         views: Views,
         names: Names,
+        types: Table,
         found: Mapping[Path, nn.Module],
         origin: Origin,
     ) -> None:
@@ -86,31 +105,21 @@ class LinenRandLora(RandLoraModel):
         self._collections = collections
         self._trees: dict[str, dict[str, Any]] = {}
         self._bases: dict[str, Bases] = {}
-        leaves = flatten_dict(collections["params"])
-        layers = {}
-        for (*parts, leaf), value in leaves.items():
-            path = tuple(parts)
-            if leaf != "kernel":
-                continue
+        self._types = LayerTypes((types, TYPES))
+        owned: dict[Path, dict[str, tuple[int, ...]]] = {}
+        for (*parts, leaf), value in flatten_dict(collections["params"]).items():
+            owned.setdefault(tuple(parts), {})[leaf] = value.shape
+        layers, modules = {}, set()
+        for path, shapes in owned.items():
             stated = views.find(path)
-            if stated:
-                known: LayerType | None = LayerType(stated)
-            elif found:
-                known = layer_type(found[path])
-            else:  # a plain module is not traced: its matrices are taken for Dense's until called
-                known = LayerType(View("io")) if value.ndim == 2 else None
-            if known:
-                name, stack = dotted(path), known.view.sizes(value.shape)[0]
-                layers[name] = Layer(
-                    name,
-                    path,
-                    known.view,
-                    value.shape,
-                    known.fan_in_fan_out,
-                    stated is not None,
-                    names.of(path, stack),
-                )
-        modules = {names.first(path[:-1]) for path in leaves if dotted(path[:-1]) not in layers}
+            known = self._types.find(found[path]) if path in found else None
+            if not found and len(shapes.get("kernel", ())) == 2:
+                known = DENSE  # a plain module is not traced: so it is taken until it is called
+            layer = layer_at(path, shapes, known, stated, names)
+            if layer:
+                layers[layer.name] = layer
+            else:
+                modules.add(names.first(path))
         self._book = Book(layers, tuple(sorted(modules)), names, origin, apply)
 
     # Running.
@@ -193,13 +202,14 @@ class LinenRandLora(RandLoraModel):
         **kwargs: Any,
     ) -> jax.Array:
         layer = self._book.layers[dotted(module.path)]
-        known = layer_type(module)
-        kernel = own["kernel"]
+        kernel = own[layer.leaf]
+        kind = type(module).__name__
+        known = running_type(layer, kernel.ndim, self._types.find(module), kind)
         alone = module.clone(parent=None)
-        rest = {k: v for k, v in own.items() if k not in ("kernel", LAMBDA, GAMMA)}
+        rest = {k: v for k, v in own.items() if k not in (layer.leaf, LAMBDA, GAMMA)}
 
         def run(kernel: jax.Array, x: jax.Array) -> jax.Array:
-            out = alone.apply({"params": {**rest, "kernel": kernel}}, x, *args, **kwargs)
+            out = alone.apply({"params": {**rest, layer.leaf: kernel}}, x, *args, **kwargs)
             return cast(jax.Array, out)
 
         parts = []
@@ -217,8 +227,8 @@ class LinenRandLora(RandLoraModel):
             kernel,
             x,
             parts,
-            check_call(layer, kernel, known, type(module).__name__),
-            contracts=known is not None and known.contracts,
+            known.view,
+            contracts=known.contracts,
             low_precision=jnp.finfo(dtype).bits < 32,
             apply=self._book.apply,
             where=layer.name,
@@ -273,7 +283,7 @@ class HuggingFaceRandLora(LinenRandLora):
     other attribute is the model's own.
     """
 
-    def __init__(self, model: Any, apply: Apply, views: Views, names: Names) -> None:
+    def __init__(self, model: Any, apply: Apply, views: Views, names: Names, types: Table) -> None:
         self.model = model
         params = unfreeze(model.params)
         # models with batch statistics keep whole collections in .params
@@ -285,6 +295,7 @@ class HuggingFaceRandLora(LinenRandLora):
             apply,
             views,
             names,
+            types,
             found,
             _origin(model),
         )

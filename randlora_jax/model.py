@@ -22,6 +22,7 @@ from randlora_jax.delta import Apply, Term, delta
 from randlora_jax.errors import ConfigError
 from randlora_jax.interop import hub
 from randlora_jax.interop.peft_dir import write_adapter
+from randlora_jax.layer_types import Table
 from randlora_jax.life import Life
 from randlora_jax.names import Names, Rules
 from randlora_jax.strict_json import write_text
@@ -139,6 +140,7 @@ class RandLoraModel(Life):
         rngs: Any = None,
         views: Mapping[str, str] | None = None,
         names: Rules | None = None,
+        layer_types: Table | None = None,
         torch_generation: str | None = None,
         revision: str | None = None,
     ) -> Self:
@@ -147,10 +149,10 @@ class RandLoraModel(Life):
         Args:
           model: as for `get_peft_model`.
           is_trainable: the adapter's numbers are trained on; else they are frozen like the base.
-          apply, rngs, views, names: as for `get_peft_model`.
+          apply, rngs, views, names, layer_types: as for `get_peft_model`.
           torch_generation, revision: as for `load_adapter`.
         """
-        wrapped = wrap(model, apply, views, names)
+        wrapped = wrap(model, apply, views, names, layer_types)
         wrapped.load_adapter(
             directory,
             adapter_name,
@@ -173,6 +175,7 @@ def wrap(
     apply: Apply,
     views: Mapping[str, str] | None = None,
     names: Rules | None = None,
+    layer_types: Table | None = None,
 ) -> RandLoraModel:
     """The front end for `model`, with no adapter yet.
 
@@ -187,7 +190,7 @@ def wrap(
 
     if apply not in ("auto", "factored", "merged"):
         raise ConfigError(f"apply={apply!r}: expected 'auto', 'factored' or 'merged'")
-    rules = Views(views or {}), Names(names or {})
+    rules = Views(views or {}), Names(names or {}), layer_types or {}
     if isinstance(model, flax.nnx.Module):
         return NnxRandLora(model, apply, *rules)
     if isinstance(model, flax.linen.Module):
@@ -209,6 +212,7 @@ def get_peft_model(
     rngs: Any = None,
     views: Mapping[str, str] | None = None,
     names: Rules | None = None,
+    layer_types: Table | None = None,
 ) -> RandLoraModel:
     """Wraps `model` with a fresh RandLoRA adapter; before training it computes what `model` does.
 
@@ -222,11 +226,12 @@ def get_peft_model(
       views: kernel layouts that types do not tell, by regular expressions on layer paths, such as
         ``{"layers/mlp/.*": "s i o"}`` for scanned Dense layers (`randlora_jax.views`).
       names: rules from module paths to PyTorch's, where they differ (`randlora_jax.names.Names`).
+      layer_types: types of layers that this library does not know (`randlora_jax.layer_types`).
 
     Raises:
       ConfigError: `model` or `config` cannot be used.
       TargetError: `config` selects no layer of `model`.
     """
-    wrapped = wrap(model, apply, views, names)
+    wrapped = wrap(model, apply, views, names, layer_types)
     wrapped.add_adapter(adapter_name, config, rngs=rngs)
     return wrapped

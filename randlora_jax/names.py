@@ -22,7 +22,14 @@ Array = np.ndarray
 Rules = Mapping[str, str | Sequence[str]]
 
 # Flax leaf -> PyTorch parameter. Only kernels change their layout.
-TORCH_LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+TORCH_LEAF = {
+    "kernel": "weight",
+    "w": "weight",  # tunix
+    "scale": "weight",
+    "embedding": "weight",
+    "input_embedding": "weight",  # tunix
+    "bias": "bias",
+}
 
 
 def dotted(path: Path) -> str:
@@ -93,19 +100,19 @@ def torch_keys(path: Path, layer: Layer | None, names: Names) -> tuple[str, ...]
       TargetError: PyTorch's name for such a leaf is unknown.
     """
     *module, leaf = path
-    if leaf not in TORCH_LEAF:
+    if leaf not in TORCH_LEAF and not (layer and leaf == layer.leaf):
         raise TargetError(
             f"parameter {dotted(path)!r} has no known PyTorch name: expected one of "
             f"{sorted(TORCH_LEAF)}; leave its module out of modules_to_save"
         )
     modules = layer.names if layer else names.of(tuple(module))
-    return tuple(f"{name}.{TORCH_LEAF[leaf]}" for name in modules)
+    return tuple(f"{name}.{TORCH_LEAF.get(leaf, 'weight')}" for name in modules)
 
 
 def to_torch(value: jax.Array, path: Path, layer: Layer | None, names: Names) -> dict[str, Array]:
     """A Flax leaf by PyTorch key, in PyTorch's layout: kernels (out, in), a Conv1D's (in, out)."""
     keys = torch_keys(path, layer, names)
-    if path[-1] != "kernel":
+    if not _is_kernel(path, layer, value):
         if layer is None:
             return {keys[0]: np.asarray(value)}
         return dict(zip(keys, np.asarray(value).reshape(len(keys), -1), strict=True))
@@ -122,7 +129,7 @@ def from_torch(arrays: list[Array], path: Path, layer: Layer | None, like: jax.A
     Raises:
       TargetError: the shapes do not fit.
     """
-    if path[-1] != "kernel":
+    if not _is_kernel(path, layer, like):
         expected = like.shape if layer is None else (like.size // len(arrays),)
     else:
         known = _linear(layer, path)
@@ -134,11 +141,17 @@ def from_torch(arrays: list[Array], path: Path, layer: Layer | None, like: jax.A
                 "(in PyTorch's layout); load it into the model it was trained on"
             )
     stacked = jnp.asarray(np.stack(arrays))
-    if path[-1] != "kernel":
+    if not _is_kernel(path, layer, like):
         return stacked.reshape(like.shape)
     if not known.fan_in_fan_out:
         stacked = stacked.swapaxes(1, 2)
     return known.view.to_kernel(stacked.reshape(*known.stack, *known.matrix), like.shape)
+
+
+def _is_kernel(path: Path, layer: Layer | None, value: jax.Array) -> bool:
+    if layer:
+        return path[-1] == layer.leaf
+    return path[-1] in ("kernel", "w") and value.ndim > 1  # tunix names norms' scales w, too
 
 
 def _linear(layer: Layer | None, path: Path) -> Layer:

@@ -22,7 +22,16 @@ from randlora_jax.bases import Bases, BasisIdentity
 from randlora_jax.book import AdapterState, Book, Origin
 from randlora_jax.delta import Apply, Term
 from randlora_jax.errors import ConfigError
-from randlora_jax.layers import AdapterSpec, Layer, LayerType, Part, adapted, check_call
+from randlora_jax.layer_types import (
+    LayerType,
+    LayerTypes,
+    Table,
+    layer_at,
+    of_axes,
+    of_einsum,
+    running_type,
+)
+from randlora_jax.layers import AdapterSpec, Layer, Part, adapted
 from randlora_jax.model import RandLoraModel
 from randlora_jax.names import Names, Path, dotted
 from randlora_jax.views import View, Views
@@ -48,9 +57,16 @@ _open: contextvars.ContextVar[Mapping[str, Bases] | None] = contextvars.ContextV
 )
 
 
-def layer_type(module: nnx.Module) -> LayerType | None:
-    """What is known of an nnx module's type; None for one whose kernel layout is unknown."""
-    return LayerType(View("io")) if isinstance(module, nnx.Linear) else None
+def _linear_general(module: nnx.LinearGeneral) -> LayerType:
+    sides = len(module.in_features), len(module.out_features)
+    return of_axes(*sides, module.axis, len(module.batch_axis))
+
+
+TYPES: Table = {
+    nnx.Linear: LayerType(View("io")),
+    nnx.LinearGeneral: _linear_general,
+    nnx.Einsum: lambda module: of_einsum(module.einsum_str),
+}
 
 
 class RandLoraLayer(nnx.Module):
@@ -59,9 +75,12 @@ class RandLoraLayer(nnx.Module):
     Args:
       base_layer: the module it replaces; unknown attributes are looked up there.
       layer: None where only whole leaves are trained.
+      known: the type of `base_layer`, None if unknown.
     """
 
-    def __init__(self, base_layer: nnx.Module, layer: Layer | None, apply: Apply) -> None:
+    def __init__(
+        self, base_layer: nnx.Module, layer: Layer | None, known: LayerType | None, apply: Apply
+    ) -> None:
         self.base_layer = base_layer
         self.randlora_lambda: dict[str, nnx.Variable[jax.Array]] = nnx.data({})
         self.randlora_gamma: dict[str, nnx.Variable[jax.Array]] = nnx.data({})
@@ -70,6 +89,7 @@ class RandLoraLayer(nnx.Module):
         self.specs: tuple[AdapterSpec, ...] = ()  # of the active adapters
         self.merged: tuple[str, ...] = ()
         self.layer = layer
+        self.known = known
         self.apply_ = apply
 
     def __getattr__(self, name: str) -> Any:
@@ -115,23 +135,25 @@ class RandLoraLayer(nnx.Module):
         parts = self._parts()
         if self.layer is None or not parts:
             return base(x, *args, **kwargs)
+        leaf = self.layer.leaf
         graph, state = nnx.split(base)
-        kernel = state["kernel"][...]
-        rest = nnx.State({k: v for k, v in state.items() if k != "kernel"})
+        kernel = state[leaf][...]
+        rest = nnx.State({k: v for k, v in state.items() if k != leaf})
 
         def run(kernel: jax.Array, x: jax.Array) -> jax.Array:
-            whole = nnx.State({**rest, "kernel": state["kernel"].replace(kernel)})
+            whole = nnx.State({**rest, leaf: state[leaf].replace(kernel)})
             return cast(jax.Array, nnx.merge(graph, whole)(x, *args, **kwargs))
 
-        known = layer_type(self.base_layer)
+        kind = type(self.base_layer).__name__
+        known = running_type(self.layer, kernel.ndim, self.known, kind)
         dtype = getattr(self.base_layer, "dtype", None) or jnp.result_type(x, kernel)
         return adapted(
             run,
             kernel,
             x,
             parts,
-            check_call(self.layer, kernel, known, type(self.base_layer).__name__),
-            contracts=known is not None and known.contracts,
+            known.view,
+            contracts=known.contracts,
             low_precision=jnp.finfo(dtype).bits < 32,
             apply=self.apply_,
             where=self.layer.name,
@@ -172,21 +194,19 @@ class NnxRandLora(RandLoraModel, nnx.Module):
     model are reached through the wrapper, which opens the scope with the shared bases.
     """
 
-    def __init__(self, model: nnx.Module, apply: Apply, views: Views, names: Names) -> None:
+    def __init__(
+        self, model: nnx.Module, apply: Apply, views: Views, names: Names, types: Table
+    ) -> None:
         self.model = model
+        self.types = LayerTypes((types, TYPES))
         self.bases: dict[str, dict[str, SharedBasis]] = nnx.data({})
         layers, modules = {}, set()
         for path, module in nnx.iter_modules(model):
-            name, stated, known = dotted(path), views.find(path), layer_type(module)
-            owns = [v for v in vars(module).values() if isinstance(v, nnx.Variable)]
-            kernel = getattr(module, "kernel", None)
-            shape = kernel.shape if isinstance(kernel, nnx.Variable) else ()
-            view = stated or (known and _stacked(known.view, len(shape)))
-            if shape and view:
-                canonical = names.of(path, view.sizes(shape)[0])
-                layers[name] = Layer(
-                    name, path, view, shape, stated=stated is not None, names=canonical
-                )
+            known, stated = self.types.find(module), views.find(path)
+            owns = {k: v.shape for k, v in vars(module).items() if isinstance(v, nnx.Variable)}
+            layer = layer_at(path, owns, known, stated, names)
+            if layer:
+                layers[layer.name] = layer
             elif owns:
                 modules.add(names.first(path))
         self._book = Book(layers, tuple(sorted(modules)), names, Origin(), apply)
@@ -238,7 +258,8 @@ class NnxRandLora(RandLoraModel, nnx.Module):
         if path not in here:
             base = _module_at(self.model, path)
             layer = self._book.layers.get(dotted(path))
-            _replace(self.model, base, RandLoraLayer(base, layer, self._book.apply))
+            known = self.types.find(base)
+            _replace(self.model, base, RandLoraLayer(base, layer, known, self._book.apply))
             here = self._wrappers()
         return here[path]
 
@@ -306,11 +327,6 @@ class NnxRandLora(RandLoraModel, nnx.Module):
 def _retyped(leaf: nnx.Variable[jax.Array], trained: bool) -> nnx.Variable[jax.Array]:
     kind = AdapterParam if trained else FrozenAdapterParam
     return leaf if type(leaf) is kind else kind(leaf[...])
-
-
-def _stacked(view: View, ndim: int) -> View:
-    """`view` with leading stack axes, as ``nnx.vmap`` leaves them; the user may state others."""
-    return View("s" * (ndim - len(view.axes)) + view.axes)
 
 
 def _module_at(root: nnx.Module, path: Path) -> nnx.Module:

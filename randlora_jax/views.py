@@ -48,6 +48,13 @@ class View:
         """The view inside scans that took the outer stack axes and left `ndim` axes."""
         return View(self.axes.replace("s", "", len(self.axes) - ndim))
 
+    def splits(self, whole: "View") -> bool:
+        """Whether this is `whole`, but for out axes of it that are taken for a stack of layers."""
+        pairs = list(zip(self.axes, whole.axes, strict=False))
+        return len(self.axes) == len(whole.axes) and all(
+            mine == theirs or (mine, theirs) == ("s", "o") for mine, theirs in pairs
+        )
+
     def to_kernel(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """(*stack, in, out) laid out as a kernel of `shape`."""
         order = [i for c in "sio" for i, a in enumerate(self.axes) if a == c]
