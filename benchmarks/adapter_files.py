@@ -1,6 +1,6 @@
 """What the commands on adapter files cost, on a file as PEFT 0.21.2 writes it for a 3B model.
 
-    python benchmarks/adapter_files.py           four of its 28 layers, 7.8 GB, deleted afterwards
+    python benchmarks/adapter_files.py           four of its 28 layers, 9 GB, deleted afterwards
     python benchmarks/adapter_files.py --small   the same shapes divided by 16, a quick check
 
 PEFT writes the shared bases once at the top and again under every adapted layer, so nearly all of
@@ -8,7 +8,7 @@ the file is copies. `compact` must read every one, since it refuses copies that 
 read of the file is the floor for its time. Each round measures the plain read, then each command
 in a process of its own; the time's ratio to the plain read of its round is what counts, because
 another program on the machine slows both. Measured with the file in the system's memory and, as
-for a file just opened, on the disk.
+for a file just opened, on the disk. Allowed memory: one copy of the bases, one tensor and 300 MB.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
+from randlora_jax.interop.tensor_file import write_tensors
 from randlora_jax.interop.torch_rng import Generation, torch_bases
 
 from randlora_jax.config import RandLoraConfig
@@ -42,6 +44,7 @@ COMMANDS: Mapping[str, list[str]] = {
     "inspect": ["inspect", "{source}"],
     "compact": ["compact", "{source}", "{target}"],
     "compact --drop-bases": ["compact", "{source}", "{target}", "--drop-bases"],
+    "merge": ["merge", "{source}", "--base", "{base}", "{target}"],
 }
 
 Shapes = dict[str, tuple[int, int]]  # (out, in) by the layer's name in the model
@@ -117,6 +120,26 @@ def write_as_peft(folder: Path, shapes: Shapes) -> None:
     ).save_pretrained(folder)
 
 
+def write_base(folder: Path, shapes: Shapes) -> None:
+    """Write a base model in bfloat16, one file for each of its layers."""
+    rng = np.random.default_rng(1)
+    folder.mkdir(parents=True)
+    places: dict[str, str] = {}
+    for number in range(LAYERS):
+        name = f"model-{number + 1:05}-of-{LAYERS:05}.safetensors"
+        mine = {k: s for k, s in shapes.items() if k.startswith(f"model.layers.{number}.")}
+        places |= {f"{k}.weight": name for k in mine}
+        tensors = {
+            f"{k}.weight": (rng.standard_normal(s, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
+            for k, s in mine.items()
+        }
+        write_tensors(folder / name, tensors, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def plain_read(path: Path) -> None:
     """Read a file from end to end into one small buffer."""
     buffer = bytearray(1 << 20)
@@ -154,11 +177,12 @@ def forget(path: Path) -> None:
 
 def measure(folder: Path, shapes: Shapes, rounds: int, *, cold: bool) -> None:
     """Print a table: every command against the plain read of its round."""
-    source, target = folder / "source", folder / "target"
+    source, target, base = folder / "source", folder / "target", folder / "base"
     weights = source / "adapter_model.safetensors"
     tensors = peft_tensors(shapes)
     part = {key.rpartition("randlora_")[2]: 4 * int(np.prod(s)) for key, s in tensors.items()}
-    limit = (part["A"] + 2 * part["B"] + 300e6) / 1e6
+    one_tensor = dict.fromkeys(COMMANDS, part["B"])
+    one_tensor["merge"] = max(2 * int(np.prod(shape)) for shape in shapes.values())
     reads: list[float] = []
     taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in COMMANDS}
     written: dict[str, int] = {}
@@ -173,15 +197,16 @@ def measure(folder: Path, shapes: Shapes, rounds: int, *, cold: bool) -> None:
             prepare()
             reads.append(seconds(lambda: plain_read(weights)))
             prepare()
-            elapsed, peak = run([a.format(source=source, target=target) for a in arguments])
+            places = {"source": source, "target": target, "base": base}
+            elapsed, peak = run([argument.format(**places) for argument in arguments])
             taken[name].append((elapsed, elapsed / reads[-1], peak))
-            if target.exists():
-                written[name] = (target / weights.name).stat().st_size
+            written[name] = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     print(f"\nfrom {'the disk' if cold else 'memory'}, medians of {rounds} rounds")
     print(f"{'':22}{'seconds':>9}{'ratio':>8}{'peak MB':>9}{'allowed':>9}{'bytes written':>16}")
     print(f"{'plain read':22}{statistics.median(reads):9.2f}")
     for name, rows in taken.items():
         elapsed, ratio, peak = map(statistics.median, zip(*rows, strict=True))
+        limit = (part["A"] + part["B"] + one_tensor[name] + 300e6) / 1e6
         print(
             f"{name:22}{elapsed:9.2f}{ratio:8.2f}{peak:9.0f}{limit:9.0f}{written.get(name, 0):16,}"
         )
@@ -205,6 +230,7 @@ def main() -> None:
         # In a process of its own: a child's peak memory starts from its parent's.
         with ProcessPoolExecutor(1) as pool:
             pool.submit(write_as_peft, folder / "source", shapes).result()
+            pool.submit(write_base, folder / "base", shapes).result()
         for cold in (False, True):
             measure(folder, shapes, args.rounds, cold=cold)
     finally:
