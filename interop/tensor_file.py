@@ -49,9 +49,10 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_RANK = 32  # NumPy 1's limit, far above any weight's
-CHUNK = 1 << 18  # bytes; fits the processor's cache, so comparing costs little over reading
+CHUNK = 1 << 20  # bytes; fits the processor's cache, so comparing costs little over reading
+PIECE = 1 << 18  # bytes; of an array that is written or looked through
 BLOCK = 1 << 24  # bytes; what one thread reads in one go, long enough for a disk
-THREADS = 4  # that compare; reading lets go of Python's lock
+THREADS = 2  # that compare; reading lets go of Python's lock
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class TensorFile:
 
     def _holds_block(self, expected: memoryview, block: tuple[Tensor, int]) -> bool:
         tensor, start = block
-        found = bytearray(CHUNK)  # compares with memcmp, which a memoryview does not
+        found = bytearray(min(CHUNK, len(expected)))  # compares with memcmp, which a memoryview does not
         for at in range(start, min(start + BLOCK, len(expected)), CHUNK):
             piece = expected[at : min(at + CHUNK, start + BLOCK)]
             del found[len(piece) :]
@@ -279,7 +280,7 @@ def write_tensors(
 def pieces(array: np.ndarray) -> Iterator[np.ndarray]:
     """A contiguous array's items in order, a quarter of a megabyte at a time."""
     flat = np.ascontiguousarray(array).reshape(-1)
-    step = CHUNK // array.dtype.itemsize
+    step = PIECE // array.dtype.itemsize
     return (flat[at : at + step] for at in range(0, flat.size, step))
 
 
