@@ -27,7 +27,7 @@ from .draws import agreeing_dtypes, in_words
 from .keys import LAYER_PARTS, roles_of
 from .peft_dir import WEIGHTS_NAME, load_once, open_adapter, write_adapter
 from .tensor_file import TensorFile, show
-from .torch_rng import Generation, identify
+from .torch_rng import Generation, identify, word_bytes
 
 DESCRIPTION = """\
 Write the adapter in SRC to DST with one copy of its random bases. PEFT up to 0.21.2 writes one
@@ -118,7 +118,9 @@ def without_bases(
     assert adapter.bases is not None
     config, recorded = adapter.config, adapter.provenance
     key = config.projection_prng_key
-    origin = identify(*adapter.bases, key)
+    a, b = adapter.bases
+    with progress("drawing PyTorch's bases", word_bytes(len(a), a.shape[2], len(b))) as advance:
+        origin = identify(a, b, key, advance)
     if origin is None or origin.kind != config.kind:
         source = f"; they are recorded as {show(recorded.source)}" if recorded else ""
         raise AdapterFileError(

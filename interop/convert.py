@@ -59,8 +59,10 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--torch-generation",
+        metavar="GENERATION",
         choices=[str(generation) for generation in Generation],
-        help="how PyTorch drew the bases of an adapter that was saved without them",
+        help="how PyTorch drew the bases of an adapter that was saved without them: "
+        + ", ".join(Generation),
     )
     parser.add_argument("--force", action="store_true", help="replace an adapter in DST")
     return parser

@@ -23,8 +23,10 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--torch-generation",
+        metavar="GENERATION",
         choices=[str(generation) for generation in Generation],
-        help="how PyTorch drew the bases of an adapter that was saved without them",
+        help="how PyTorch drew the bases of an adapter that was saved without them: "
+        + ", ".join(Generation),
     )
 
 

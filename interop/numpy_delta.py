@@ -12,9 +12,9 @@ from randlora_jax.errors import AdapterFileError
 
 from .adapter import BASE_DTYPES, Adapter, Bases, bases_digest
 from .base_model import BaseLayer, BaseModel
-from .command import Misuse
+from .command import Misuse, progress
 from .tensor_file import show
-from .torch_rng import Generation, torch_bases
+from .torch_rng import Generation, torch_bases, word_bytes
 
 BLOCK = 1 << 24  # bytes of one block, of which a few exist at a time
 
@@ -120,15 +120,16 @@ def _drawn(
             stacklevel=5,
         )
     for dtype in dict.fromkeys((stored, *BASE_DTYPES)) if recorded else (stored,):
-        bases = torch_bases(
-            config.projection_prng_key,
-            config.r,
-            box[1],
-            box[0],
-            kind=config.kind,
-            generation=generation,
-            base_dtype=dtype,
-        )
+        extents = config.r, box[1], box[0]
+        with progress("drawing PyTorch's bases", word_bytes(*extents)) as advance:
+            bases = torch_bases(
+                config.projection_prng_key,
+                *extents,
+                kind=config.kind,
+                generation=generation,
+                base_dtype=dtype,
+                advance=advance,
+            )
         if recorded is None or bases_digest(*bases) == recorded.digest:
             return bases
     assert recorded is not None

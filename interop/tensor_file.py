@@ -149,7 +149,9 @@ class TensorFile:
 
     def _holds_block(self, expected: memoryview, block: tuple[Tensor, int]) -> bool:
         tensor, start = block
-        found = bytearray(min(CHUNK, len(expected)))  # compares with memcmp, which a memoryview does not
+        found = bytearray(
+            min(CHUNK, len(expected))
+        )  # compares with memcmp, which a memoryview does not
         for at in range(start, min(start + BLOCK, len(expected)), CHUNK):
             piece = expected[at : min(at + CHUNK, start + BLOCK)]
             del found[len(piece) :]

@@ -37,11 +37,21 @@ import numpy.typing as npt
 from randlora_jax.errors import ConfigError
 
 Kind = Literal["dense", "sparse", "very_sparse"]
+Advance = Callable[[int], object]
 
 _CHUNK = 1 << 16  # elements in flight at a time: a cache's worth, so memory is the result's own
 _F32 = np.dtype(np.float32)
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 _F16 = np.dtype(np.float16)
+
+
+def no_bar(nbytes: int) -> None:
+    """Tells nobody how far a draw has come."""
+
+
+def word_bytes(r: int, MIN: int, MAX: int) -> int:
+    """The bytes of all random words behind a pair of these extents."""
+    return 4 * (r * MIN + MAX * math.ceil(MIN / r) * r)
 
 
 class Generation(enum.StrEnum):
@@ -123,6 +133,7 @@ def torch_bases(
     kind: Kind = "dense",
     generation: Generation | str | None = None,
     base_dtype: npt.DTypeLike = np.float32,
+    advance: Advance = no_bar,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The pair A (r, 1, MIN), B (MAX, ceil(MIN / r), r) that PEFT draws for `key`.
 
@@ -134,6 +145,7 @@ def torch_bases(
       kind: dense; sparse (s = 3); or very sparse (s = sqrt(MIN)).
       generation: which dense draw; required for dense bases, without meaning for the others.
       base_dtype: float32, bfloat16 or float16, that of the base model's adapted layers.
+      advance: told how many words (`word_bytes` in all) have been drawn, in bytes.
 
     Returns:
       Exactly the numbers that PEFT computes with (in float32). Dense ones come in the dtype of the
@@ -144,7 +156,7 @@ def torch_bases(
       ConfigError: arguments out of range; a dense draw without a generation; extents for which the
         standard deviation is zero or undefined, so that PEFT's bases are not finite.
     """
-    source = _Source(kind, generation, base_dtype)
+    source = _Source(kind, generation, base_dtype, advance)
     words = _words(key)
     return source.draw_a(words, r, MIN, MAX), source.draw_b(words, r, MIN, MAX)
 
@@ -162,15 +174,19 @@ class Origin(NamedTuple):
     base_dtype: np.dtype
 
 
-def identify(A: np.ndarray, B: np.ndarray | None, key: int) -> Origin | None:
+def identify(
+    A: np.ndarray, B: np.ndarray | None, key: int, advance: Advance = no_bar
+) -> Origin | None:
     """How PyTorch drew A (r, 1, MIN) and B (MAX, N, r) from `key`, or None if it did not.
 
     With B None, A alone decides (the draws with and without fused multiply-add often share A).
     """
-    return next((origin for origin in _origins() if is_drawn(A, B, key, origin)), None)
+    return next((origin for origin in _origins() if is_drawn(A, B, key, origin, advance)), None)
 
 
-def is_drawn(A: np.ndarray, B: np.ndarray | None, key: int, origin: Origin) -> bool:
+def is_drawn(
+    A: np.ndarray, B: np.ndarray | None, key: int, origin: Origin, advance: Advance = no_bar
+) -> bool:
     """Whether PyTorch draws A (r, 1, MIN) and B (MAX, N, r) from `key` in the way `origin` says.
 
     Every element is compared, by value, so the arrays may be in float32 or any narrower dtype. A
@@ -182,7 +198,7 @@ def is_drawn(A: np.ndarray, B: np.ndarray | None, key: int, origin: Origin) -> b
     MAX = MIN if B is None else B.shape[0]
     if B is not None and (MAX < MIN or B.shape != (MAX, math.ceil(MIN / r), r)):
         return False
-    source, words = _Source(*origin), _words(key)
+    source, words = _Source(*origin, advance), _words(key)
     try:
         return _equal(A, source.draw_a(words, r, MIN, MAX)) and (
             B is None or _equal(B, source.draw_b(words, r, MIN, MAX))
@@ -221,17 +237,17 @@ def _words(key: int) -> np.random.RandomState:
     return np.random.RandomState(key & 0xFFFFFFFF)
 
 
-def _take(words: np.random.RandomState, count: int) -> Iterator[tuple[slice, np.ndarray]]:
-    """The next `count` words (uint32), chunk by chunk, and where each chunk goes."""
-    for start in range(0, count, _CHUNK):
-        part = slice(start, min(start + _CHUNK, count))
-        yield part, words.randint(0, 2**32, part.stop - part.start, dtype=np.uint32)
-
-
 class _Source:
     """One way to draw: A, then B from the same words."""
 
-    def __init__(self, kind: Kind, generation: Generation | str | None, base_dtype: npt.DTypeLike):
+    def __init__(
+        self,
+        kind: Kind,
+        generation: Generation | str | None,
+        base_dtype: npt.DTypeLike,
+        advance: Advance,
+    ):
+        self.advance = advance
         if kind not in ("dense", "sparse", "very_sparse"):
             raise ConfigError(f"kind {kind!r}: expected 'dense', 'sparse' or 'very_sparse'")
         self.base_dtype = np.dtype(base_dtype)
@@ -262,6 +278,14 @@ class _Source:
             return self._dense(words, [(MAX, 1, r)] * n, fan_in=r)
         return self._ternary(words, (MAX, n, r), self._sparsity(MIN))
 
+    def _take(self, words: np.random.RandomState, count: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """The next `count` words (uint32), chunk by chunk, and where each chunk goes."""
+        for start in range(0, count, _CHUNK):
+            part = slice(start, min(start + _CHUNK, count))
+            chunk = words.randint(0, 2**32, part.stop - part.start, dtype=np.uint32)
+            yield part, chunk
+            self.advance(chunk.nbytes)
+
     def _sparsity(self, MIN: int) -> float:
         return 3 if self.kind == "sparse" else math.sqrt(MIN)
 
@@ -275,7 +299,7 @@ class _Source:
         block = np.empty(rows * columns, dtype)
         total = squares = 0.0
         for b in range(len(blocks)):
-            for part, chunk in _take(words, block.size):
+            for part, chunk in self._take(words, block.size):
                 block[part] = to_dtype(chunk)
                 exact = block[part].astype(np.float64)
                 total += float(exact.sum())
@@ -302,7 +326,7 @@ class _Source:
         low = _F32.type(1 / (2 * s)) * _F32.type(2**24)
         high = _F32.type(1 - 1 / (2 * s)) * _F32.type(2**24)
         total = squares = 0
-        for part, chunk in _take(words, signs.size):
+        for part, chunk in self._take(words, signs.size):
             chunk &= 0xFFFFFF
             up, down = chunk > high, chunk < low
             np.subtract(up, down, out=signs[part], dtype=_F32)

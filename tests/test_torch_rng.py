@@ -14,7 +14,13 @@ import pytest
 import torch
 from peft import RandLoraConfig as PeftConfig
 from peft import get_peft_model
-from randlora_jax.interop.torch_rng import Generation, generation_of, identify, torch_bases
+from randlora_jax.interop.torch_rng import (
+    Generation,
+    generation_of,
+    identify,
+    torch_bases,
+    word_bytes,
+)
 from torch import nn
 
 from randlora_jax.errors import ConfigError
@@ -268,3 +274,10 @@ def test_dense_bases_have_unit_deviation_and_the_older_ones_few_values():
     for b in (old, new):
         assert b.dtype == ml_dtypes.bfloat16
         assert math.isclose(b.astype(np.float64).std(), 1, rel_tol=4e-3)
+
+
+def test_progress_ends_where_it_was_said_to():
+    for kind in ("dense", "sparse"):
+        told = []
+        torch_bases(3, 5, 12, 40, kind=kind, generation="bf16-24bit", advance=told.append)
+        assert sum(told) == word_bytes(5, 12, 40)
