@@ -47,8 +47,9 @@ def replacing_files(
 ) -> Iterator[Path]:
     """Give an empty folder to write new files to, and put them all in place at once on leaving.
 
-    Files of `directory` that are not written again stay, subfolders too, except those that an
-    `obsolete` pattern names. If the block raises, `directory` stays as it was.
+    The new files may lie in subfolders. Files of `directory` that are not written again stay, in
+    subfolders too, except those at its top that an `obsolete` pattern names. If the block raises,
+    `directory` stays as it was.
 
     Args:
       directory: made if missing; a symbolic link is followed.
@@ -70,9 +71,8 @@ def replacing_files(
         staged.mkdir()
         try:
             yield staged
-            for name in {entry, *os.listdir(staged)}:
-                _sync(staged / name)
-            _sync(staged)
+            for path in (staged / entry, *staged.rglob("*"), staged):
+                _sync(path)
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
             if is_new:
@@ -101,7 +101,7 @@ def _place(target: Path, entry: str, obsolete: Sequence[str]) -> None:
     ready = _ready(target, entry)
     if not ready.is_dir():
         return
-    new = {file.name for file in ready.iterdir()}
+    new = _files(ready)
     if entry in new:
         (target / entry).unlink(missing_ok=True)
         _sync(target)
@@ -109,10 +109,11 @@ def _place(target: Path, entry: str, obsolete: Sequence[str]) -> None:
             if _is_obsolete(file.name, obsolete) and file.is_file():
                 file.unlink()
         for name in new - {entry}:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(ready / name, target / name)
         _sync(target)
         os.replace(ready / entry, target / entry)
-    ready.rmdir()
+    shutil.rmtree(ready)
     _sync(target)
 
 
@@ -122,14 +123,16 @@ def _swap(target: Path, staged: Path, obsolete: Sequence[str]) -> bool:
         return False
     twin = target.with_name(f".{target.name}.randlora-saving")
     shutil.rmtree(twin, ignore_errors=True)
-    replaced = {staged.name, *os.listdir(staged)}
+    new = _files(staged)
+    replaced = {staged.name, *new}
     replaced.update(name for name in os.listdir(target) if _is_obsolete(name, obsolete))
     with ExitStack() as locks:
         try:
             _link_tree(target, twin, leave=replaced)
-            for file in staged.iterdir():
-                os.link(file, twin / file.name)
-            _sync(twin)
+            for name in new:
+                (twin / name).parent.mkdir(parents=True, exist_ok=True)
+                os.link(staged / name, twin / name)
+                _sync((twin / name).parent)
             locks.enter_context(_locked(twin))  # the next writer will lock it as the directory
             _exchange(twin, target)
         except OSError:
@@ -151,16 +154,27 @@ def _exchange(one: Path, other: Path) -> None:
         raise OSError(ctypes.get_errno(), "the directories could not be exchanged", str(one))
 
 
-def _link_tree(source: Path, copy: Path, leave: Collection[str] = ()) -> None:
-    """Make `copy` a directory like `source`, its files the same files by hard links."""
+def _files(folder: Path) -> set[str]:
+    """The paths of all files in a folder, relative to it."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+
+
+def _link_tree(source: Path, copy: Path, leave: Collection[str], within: str = "") -> None:
+    """Make `copy` a directory like `source`, its files the same files by hard links.
+
+    Args:
+      leave: paths of files that are not linked.
+      within: `source`'s own path, as `leave` counts paths.
+    """
     if os.path.ismount(source):
         raise OSError(errno.EXDEV, "a mount point cannot be moved", str(source))
     copy.mkdir()
     for item in os.scandir(source):
-        if item.name in leave:
+        path = os.path.join(within, item.name)
+        if path in leave:
             continue
         if item.is_dir(follow_symlinks=False):
-            _link_tree(source / item.name, copy / item.name)
+            _link_tree(source / item.name, copy / item.name, leave, path)
         else:
             os.link(item.path, copy / item.name, follow_symlinks=False)
     status = source.stat()
@@ -169,16 +183,16 @@ def _link_tree(source: Path, copy: Path, leave: Collection[str] = ()) -> None:
     _sync(copy)
 
 
-def _rescue(old: Path, new: Path, leave: Collection[str] = ()) -> None:
+def _rescue(old: Path, new: Path, leave: Collection[str], within: str = "") -> None:
     """Bring over what others wrote into the old directory while its twin was being made."""
     for item in os.scandir(old):
-        there = new / item.name
-        if item.name in leave:
+        there, path = new / item.name, os.path.join(within, item.name)
+        if path in leave:
             continue
         if not os.path.lexists(there):
             os.rename(item.path, there)
         elif item.is_dir(follow_symlinks=False):
-            _rescue(old / item.name, there)
+            _rescue(old / item.name, there, leave, path)
         elif item.stat(follow_symlinks=False).st_mtime_ns > there.lstat().st_mtime_ns:
             os.rename(item.path, there)
 

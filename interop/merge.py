@@ -113,16 +113,13 @@ def merge(
             for name in model.files:
                 _write_file(name, staged, model, deltas, todo, advance)
             for path in keep:
-                if path.parent == Path("."):
-                    shutil.copyfile(model.folder / path, staged / path)
+                (staged / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(model.folder / path, staged / path)
             if todo.config:
                 changed = read_object(staged / MODEL_CONFIG) | todo.config
                 (staged / MODEL_CONFIG).write_text(json.dumps(changed, indent=2) + "\n")
             if (model.folder / INDEX).exists():
                 (staged / INDEX).write_text(_index(model, todo))
-            for path in keep:  # last, when nothing can fail but the copying itself
-                if path.parent != Path("."):
-                    _copy_inside(model.folder / path, out / path)
     return _report(deltas, todo, out, total, leave)
 
 
@@ -200,14 +197,6 @@ def _walk(folder: Path) -> Iterator[Path]:
         for name in sorted(files):
             if not name.startswith("."):
                 yield Path(parent, name).relative_to(folder)
-
-
-def _copy_inside(source: Path, target: Path) -> None:
-    """Copy a small file of a subfolder so that it is seen whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.randlora-saving")
-    shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
 
 
 def _check_place(out: Path, base: Path, *, force: bool) -> None:

@@ -41,13 +41,13 @@ def adapter_of(version: int, width: int = 4) -> Adapter:
     )
 
 
+def refuse_exchange(one: Path, other: Path) -> None:
+    """As on a system that cannot exchange two directories."""
+    raise OSError("no exchange here")
+
+
 def forbid_exchange() -> None:
-    """Behave as on a system that cannot exchange two directories."""
-
-    def refuse(one: Path, other: Path) -> None:
-        raise OSError("no exchange here")
-
-    atomic._exchange = refuse
+    atomic._exchange = refuse_exchange
 
 
 def die_before(step: int) -> None:

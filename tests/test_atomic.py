@@ -11,7 +11,7 @@ from pathlib import Path
 
 import peft
 import pytest
-from doomed import adapter_of, save_and_die, save_forever
+from doomed import adapter_of, refuse_exchange, save_and_die, save_forever
 from randlora_jax.interop import atomic
 from randlora_jax.interop.atomic import replacing_files
 from randlora_jax.interop.peft_dir import read_adapter, write_adapter
@@ -179,6 +179,26 @@ def test_a_process_keeps_its_working_directory(tmp_path, monkeypatch):
     write_adapter("..", adapter_of(2))
     assert seen_by_us(Path("..")) == 2
     assert Path.cwd() == tmp_path / "a" / "logs"
+
+
+@ways
+def test_files_in_subfolders_are_replaced_with_the_rest(tmp_path, monkeypatch, in_place):
+    if in_place:
+        monkeypatch.setattr(atomic, "_exchange", refuse_exchange)
+    target = tmp_path / "a"
+    for name in ("entry", "sub/changed", "sub/deep/kept", "sub/deep/changed"):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text("old")
+    for text in ("new", "newer"):
+        with replacing_files(target, entry="entry") as staged:
+            for name in ("entry", "sub/changed", "sub/deep/changed", "fresh/one"):
+                (staged / name).parent.mkdir(parents=True, exist_ok=True)
+                (staged / name).write_text(text)
+        found = {
+            str(f.relative_to(target)): f.read_text() for f in target.rglob("*") if f.is_file()
+        }
+        names = ("entry", "sub/changed", "sub/deep/changed", "fresh/one")
+        assert found == {**dict.fromkeys(names, text), "sub/deep/kept": "old"}
 
 
 def test_two_writers_are_told_apart(tmp_path):

@@ -39,13 +39,18 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
     save_base("llama", folder / "base")
     save_adapter("llama", folder / "base", folder / "adapter")
+    inner = Path("1_Pooling", "config.json")  # a file that goes along with a merged model
+    (folder / "base" / inner).parent.mkdir()
+    (folder / "base" / inner).write_text("new")
+    shutil.copytree(folder / "base", folder / "an old model")
+    (folder / "an old model" / inner).write_text("old")
     return folder
 
 
 @pytest.mark.parametrize("over", ["an old one", "nothing"])
 @pytest.mark.parametrize("name", ["compact", "merge"])
 def test_a_killed_command_leaves_all_or_nothing(folders, tmp_path, name, over):
-    source = {"compact": folders / "adapter", "merge": folders / "base"}[name]
+    source = {"compact": folders / "adapter", "merge": folders / "an old model"}[name]
     more = {"compact": [], "merge": ["--base", str(folders / "base")]}[name]
 
     def command(out: Path) -> list[str]:
