@@ -18,7 +18,7 @@ from randlora_jax.delta import Term
 from randlora_jax.errors import ConfigError
 from randlora_jax.frontend import FrontEnd
 from randlora_jax.layers import AdapterSpec, Layer, Part, kernel_delta
-from randlora_jax.names import Path, dotted
+from randlora_jax.names import TORCH_LEAF, Path, dotted
 from randlora_jax.origins import Stored
 
 
@@ -291,7 +291,7 @@ class Life(FrontEnd):
         patterns = targets.saved_modules(config)
         saved = {}
         for path, leaf in self._base_leaves().items():
-            bias = path[-1] == "bias" and (
+            bias = TORCH_LEAF.get(path[-1]) == "bias" and (
                 config.bias == "all"
                 or (config.bias == "randlora_only" and dotted(path[:-1]) in chosen)
             )

@@ -1,12 +1,7 @@
 """The front end for ``flax.linen`` modules and Hugging Face Flax models.
 
-Where the arrays live. Linen keeps state in collections, so trained and frozen numbers get one each:
-
-    {"params": ...,                       the base model, frozen, untouched
-     "randlora": {adapter: tree},         what an optimizer trains
-     "randlora_frozen": {adapter: tree},  adapters that are applied but not trained
-     "randlora_bases": {identity: pair}}  the shared bases, once
-
+Where the arrays live. Linen keeps state in collections, so trained and frozen numbers get one each
+(`randlora_jax.functional`).
 For a call the adapters' leaves are laid *beside the kernels they adapt* inside ``params``: there,
 and only there, ``nn.scan``, ``nn.vmap`` and ``nn.remat`` slice and carry them as they do kernels.
 An interceptor then finds a layer's own leaves in its own scope, under whatever transformation it
@@ -25,10 +20,11 @@ import jax.numpy as jnp
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from randlora_jax.bases import Bases, BasisIdentity
-from randlora_jax.book import AdapterState, Book, Origin
+from randlora_jax.bases import Bases
+from randlora_jax.book import Book, Origin
 from randlora_jax.delta import Apply, Term
 from randlora_jax.errors import ConfigError
+from randlora_jax.functional import BASES, FROZEN, GAMMA, LAMBDA, TRAINED, FunctionalRandLora
 from randlora_jax.layer_types import (
     LayerType,
     LayerTypes,
@@ -38,14 +34,9 @@ from randlora_jax.layer_types import (
     of_einsum,
     running_type,
 )
-from randlora_jax.layers import AdapterSpec, Part, adapted, dropout
-from randlora_jax.model import RandLoraModel
+from randlora_jax.layers import Part, adapted, dropout
 from randlora_jax.names import Names, Path, dotted
 from randlora_jax.views import View, Views
-
-LAMBDA, GAMMA = "randlora_lambda", "randlora_gamma"
-TRAINED, FROZEN, BASES = "randlora", "randlora_frozen", "randlora_bases"
-
 
 DENSE = LayerType(View("io"))
 
@@ -71,7 +62,7 @@ TYPES: Table = {
 }
 
 
-class LinenRandLora(RandLoraModel):
+class LinenRandLora(FunctionalRandLora):
     """A linen module with adapters: ``model.apply(variables, ...)`` as linen's own.
 
     ``variables = model.variables`` holds the collections above; train ``variables["randlora"]``.
@@ -102,9 +93,7 @@ class LinenRandLora(RandLoraModel):
     ) -> None:
         """`found`: the linen module at each path, where a trace of the model told."""
         self.module = module
-        self._collections = collections
-        self._trees: dict[str, dict[str, Any]] = {}
-        self._bases: dict[str, Bases] = {}
+        self._begin(collections)
         self._types = LayerTypes((types, TYPES))
         owned: dict[Path, dict[str, tuple[int, ...]]] = {}
         for (*parts, leaf), value in flatten_dict(collections["params"]).items():
@@ -123,34 +112,6 @@ class LinenRandLora(RandLoraModel):
         self._book = Book(layers, tuple(sorted(modules)), names, origin, apply)
 
     # Running.
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        """Every collection that `apply` takes; assign it back after training."""
-        book = self._book
-        trees = {name: self._tree(name) for name in book.active}
-        trained = {n: t for n, t in trees.items() if n in book.trained and n not in book.merged}
-        frozen = {n: t for n, t in trees.items() if n not in trained}
-        return {**self._collections, TRAINED: trained, FROZEN: frozen, BASES: dict(self._bases)}
-
-    @variables.setter
-    def variables(self, variables: Mapping[str, Any]) -> None:
-        unknown = set(variables.get(TRAINED, {})) - set(self._trees)
-        if unknown:
-            raise ConfigError(
-                f"no adapter named {sorted(unknown)}; add it before assigning its leaves"
-            )
-        self._trees |= variables.get(TRAINED, {})
-        kept = {k: v for k, v in variables.items() if k not in (TRAINED, FROZEN, BASES)}
-        self._collections = unfreeze(kept)
-
-    def _tree(self, adapter_name: str) -> dict[str, Any]:
-        """An adapter's leaves; those whose delta is merged into the kernels left out."""
-        tree = self._trees[adapter_name]
-        if adapter_name not in self._book.merged:
-            return tree
-        leaves = flatten_dict(tree)
-        return unflatten_dict({p: x for p, x in leaves.items() if p[-1] not in (LAMBDA, GAMMA)})
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Linen's ``Module.apply`` with the adapters in `variables` joined in."""
@@ -243,37 +204,8 @@ class LinenRandLora(RandLoraModel):
         params = {**flatten_dict(self._collections["params"]), **leaves}
         self._collections = {**self._collections, "params": unflatten_dict(params)}
 
-    def _install(self, spec: AdapterSpec, state: AdapterState, rngs: Any) -> None:
-        leaves = dict(state.saved)
-        for name, (lam, gamma) in state.layers.items():
-            path = self._book.layers[name].path
-            leaves[(*path, LAMBDA)], leaves[(*path, GAMMA)] = lam, gamma
-        self._trees[spec.name] = unflatten_dict(leaves)
-
-    def _remove(self, adapter_name: str) -> None:
-        del self._trees[adapter_name]
-
-    def _sync(self) -> None:
-        pass  # `variables` follows the book
-
     def _release(self) -> Any:
         return self.module.bind(self._collections)
-
-    def _state(self, adapter_name: str) -> AdapterState:
-        leaves = flatten_dict(unfreeze(self._trees[adapter_name]))
-        layers = {
-            dotted(path[:-1]): (lam, leaves[(*path[:-1], GAMMA)])
-            for path, lam in leaves.items()
-            if path[-1] == LAMBDA
-        }
-        saved = {path: x for path, x in leaves.items() if path[-1] not in (LAMBDA, GAMMA)}
-        return AdapterState(layers, saved)
-
-    def _trainable_leaves(self) -> list[jax.Array]:
-        return jax.tree.leaves(self.variables[TRAINED])
-
-    def _set_bases(self, bases: Mapping[BasisIdentity, Bases]) -> None:
-        self._bases = {str(identity): pair for identity, pair in bases.items()}
 
 
 class HuggingFaceRandLora(LinenRandLora):

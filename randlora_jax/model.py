@@ -187,6 +187,7 @@ def wrap(
 
     from randlora_jax.linen import HuggingFaceRandLora, LinenRandLora
     from randlora_jax.nnx import NnxRandLora
+    from randlora_jax.pytree import PytreeRandLora
 
     if apply not in ("auto", "factored", "merged"):
         raise ConfigError(f"apply={apply!r}: expected 'auto', 'factored' or 'merged'")
@@ -205,9 +206,12 @@ def wrap(
         return LinenRandLora(model, apply, *stated)
     if isinstance(getattr(model, "module", None), flax.linen.Module):
         return HuggingFaceRandLora(model, apply, *stated)
+    if views and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model)):
+        return PytreeRandLora(model, apply, *stated[:2])
     raise ConfigError(
         f"cannot wrap a {type(model).__name__}: expected a flax.nnx.Module, a flax.linen module "
-        "bound to its variables (module.bind(variables)) or a Hugging Face Flax model"
+        "bound to its variables (module.bind(variables)), a Hugging Face Flax model, or a pytree "
+        "of arrays with views= of its kernels"
     )
 
 
@@ -226,7 +230,8 @@ def get_peft_model(
 
     Args:
       model: a ``flax.nnx.Module`` (its layers are replaced in place, as PEFT does), a
-        ``flax.linen`` module bound to its variables, or a Hugging Face ``FlaxPreTrainedModel``.
+        ``flax.linen`` module bound to its variables, a Hugging Face ``FlaxPreTrainedModel``, or,
+        of any other library, a pytree of arrays with the `views` of its kernels.
       config: what to adapt and how.
       apply: how layers apply the adapter: "auto" takes the cheaper exact way per layer, "factored"
         and "merged" insist on one. Belongs to the run and is never saved.

@@ -28,7 +28,9 @@ TORCH_LEAF = {
     "scale": "weight",
     "embedding": "weight",
     "input_embedding": "weight",  # tunix
+    "weight": "weight",  # Equinox, in PyTorch's layout
     "bias": "bias",
+    "b": "bias",  # Haiku
 }
 
 
