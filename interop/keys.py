@@ -108,7 +108,7 @@ def _other_role(
                 f"{show(PREFIX + candidates[0])}, where every reader looks for it; found none"
             )
         name = candidates[1]
-    if not _is_explained(name, tensor, config):
+    if not _is_explained(name, tensor, keys, config):
         fail(
             f"{show(tensor.key)}: expected only tensors that adapter_config.json asks for "
             f"(bias={config.bias!r}, modules_to_save={show(str(config.modules_to_save))}), and "
@@ -117,7 +117,7 @@ def _other_role(
     return Role("saved", name)
 
 
-def _is_explained(name: str, tensor: Tensor, config: RandLoraConfig) -> bool:
+def _is_explained(name: str, tensor: Tensor, keys: set[str], config: RandLoraConfig) -> bool:
     """Whether a config, read as PEFT reads it, lets a state-dict key into the file."""
     module, _, leaf = name.rpartition(".")
     if leaf == "bias" and config.bias != "none":
@@ -128,7 +128,10 @@ def _is_explained(name: str, tensor: Tensor, config: RandLoraConfig) -> bool:
         ".".join(ancestors[:end]).endswith(wanted) for end in range(1, len(ancestors) + 1)
     ):
         return True
-    # PEFT adds the embeddings of its own accord where the vocabulary was resized.
+    # PEFT adds embeddings and output heads of its own accord, where the vocabulary was resized or
+    # the head is adapted: the weight and, if there is one, its bias.
+    if leaf == "bias":
+        return f"{PREFIX}{module}.weight" in keys
     return leaf == "weight" and len(tensor.shape) == 2
 
 

@@ -39,7 +39,7 @@ class Origin:
     model_type: str | None = None
     name_or_path: str | None = None
     auto_mapping: Mapping[str, str] | None = None
-    output_embedding: str | None = None
+    has_output_head: bool = False  # and names it as Hugging Face does
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,12 +86,13 @@ class Book:
           TargetError: it selects none, or a part of what one array holds.
         """
         owners = self.owners()
+        heads = [name for name in owners if targets.is_output_head(name)]
         chosen = targets.select(
             config,
             list(owners),
             [m for m in self.modules if m not in owners],
             model_type=self.origin.model_type,
-            output_embedding=self.origin.output_embedding,
+            output_embedding=heads[0] if heads and self.origin.has_output_head else None,
         )
         for layer in {owners[name].name: owners[name] for name in chosen}.values():
             left_out = sorted(set(layer.names) - set(chosen))

@@ -67,7 +67,7 @@ def _tunix(package: str, torch_class: str, torch_package: str, model_type: str) 
                 "base_model_class": torch_class,
                 "parent_library": f"transformers.models.{torch_package}.modeling_{torch_package}",
             },
-            output_embedding="lm_head",
+            has_output_head=True,
         ),
     )
 

@@ -305,5 +305,5 @@ def _origin(model: Any) -> Origin:
             "base_model_class": name.removeprefix("Flax"),
             "parent_library": type(model).__module__.replace("modeling_flax_", "modeling_"),
         },
-        output_embedding="lm_head",
+        has_output_head=True,
     )

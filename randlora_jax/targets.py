@@ -25,9 +25,24 @@ _HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
+# The layers that make a language model's logits, as Hugging Face's classes name them.
+OUTPUT_HEADS = (
+    "lm_head",
+    "proj_out",
+    "lm_head.decoder",
+    "predictions.decoder",
+    "generator_lm_head",
+    "vocab_projector",
+)
+
 # PEFT refuses these in state-space models: fused kernels there read the weights, not the layer.
 _MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _MAMBA_REFUSED = ("out_proj", "conv1d")
+
+
+def is_output_head(name: str) -> bool:
+    """Whether a Hugging Face model makes its logits with the layer `name`."""
+    return f".{name}".endswith(tuple(f".{head}" for head in OUTPUT_HEADS))
 
 
 def default_target_modules(model_type: str | None) -> tuple[str, ...] | str:
@@ -205,6 +220,12 @@ def _nothing_matched(
     elif found:
         message += f" It would match {_some(found)}, but {saved_modules(config)} are trained whole."
     elif targets and not isinstance(targets, str):
+        heads = [t for t in targets if is_output_head(t)]
+        if heads:
+            message += (
+                f" An output head such as {heads[0]!r} has no kernel of its own where its weights "
+                "are the embedding's (tied word embeddings), and cannot be adapted then."
+            )
         leaves = {n.split(".")[-1] for n in linear}
         near = {n for t in targets for n in difflib.get_close_matches(t, [*leaves, *linear], 2)}
         message += f" Near: {sorted(near)}." if near else ""
