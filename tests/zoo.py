@@ -224,6 +224,15 @@ FAMILIES = {
         {**IMAGE, "decoder_input_ids": IDS[:2]},
         tied=("decoder.lm_head",),
     ),
+    "vision-text-dual-encoder": Family(
+        "VisionTextDualEncoderModel",
+        lambda: hf.VisionTextDualEncoderConfig.from_vision_text_configs(
+            hf.ViTConfig(**VISION), hf.BertConfig(**ENCODER), projection_dim=20
+        ),
+        "vision",
+        {**TEXT, **IMAGE},
+        "logits_per_image",
+    ),
     "vit": Family(
         "ViTForImageClassification", lambda: hf.ViTConfig(**VISION, num_labels=3), "vision", IMAGE
     ),
@@ -304,14 +313,18 @@ class Twins:
         return np.asarray(getattr(model(**inputs), self.family.output))
 
     def torch_layers(self) -> dict[str, tuple[int, int]]:
-        """(in, out) of every linear layer."""
-        found = {}
-        for name, module in self.torch.named_modules():
-            if isinstance(module, torch.nn.Linear):
-                found[name] = (module.in_features, module.out_features)
-            elif isinstance(module, hf.pytorch_utils.Conv1D):
-                found[name] = tuple(module.weight.shape)
-        return found
+        return torch_layers(self.torch)
+
+
+def torch_layers(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """(in, out) of every linear layer."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            found[name] = (module.in_features, module.out_features)
+        elif isinstance(module, hf.pytorch_utils.Conv1D):
+            found[name] = tuple(module.weight.shape)
+    return found
 
 
 def mend_clip() -> None:
