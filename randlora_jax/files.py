@@ -78,6 +78,24 @@ def export(book: Book, adapter_name: str, state: AdapterState) -> Adapter:
     )
 
 
+def warn_if_apart(adapters: Mapping[str, Adapter]) -> None:
+    """Warn where PEFT refuses to open these adapters in one model, or would mix them up."""
+    first, *others = adapters
+    bases = {name: a.provenance.digest for name, a in adapters.items() if a.provenance}
+    other = [name for name in others if bases[name] != bases[first]]
+    biased = [name for name, adapter in adapters.items() if adapter.config.bias != "none"]
+    reason = ""
+    if other:
+        reason = f"{other} have other bases than {first!r}: other targets, rank or kind"
+    elif len(biased) > 1:
+        reason = f"{biased} all train biases"
+    if reason:
+        warnings.warn(
+            f"PEFT cannot open these adapters in one PyTorch model, only one at a time: {reason}",
+            stacklevel=4,
+        )
+
+
 def _saved_tensors(book: Book, state: AdapterState) -> dict[str, np.ndarray]:
     """What is trained whole, by PyTorch key."""
     saved: dict[str, np.ndarray] = {}

@@ -76,12 +76,14 @@ class RandLoraModel(Life):
 
         Each is written atomically and holds one copy of its bases, of the extents PEFT expects.
 
+        Warns where PEFT could not open all of them in one PyTorch model.
+
         Raises:
           RandLoraError: something cannot be written as PEFT reads it; nothing was written.
         """
-        for name, adapter in [
-            (n, files.export(self._book, n, self._state(n))) for n in self._book.specs
-        ]:
+        adapters = {n: files.export(self._book, n, self._state(n)) for n in self._book.specs}
+        files.warn_if_apart(adapters)
+        for name, adapter in adapters.items():
             folder = FilePath(directory) / ("" if name == "default" else name)
             write_adapter(folder, adapter)
             card = folder / hub.CARD_NAME
