@@ -11,7 +11,7 @@ import transformers as hf
 
 RNG = np.random.default_rng(3)
 IDS = RNG.integers(3, 97, (3, 11))
-PIXELS = RNG.normal(size=(2, 3, 30, 30)).astype(np.float32)
+PIXELS = RNG.normal(size=(12, 3, 30, 30)).astype(np.float32)
 TEXT = {"input_ids": IDS, "attention_mask": np.ones_like(IDS)}
 PAIR = {**TEXT, "decoder_input_ids": RNG.integers(3, 97, (3, 7))}
 IMAGE = {"pixel_values": PIXELS}
@@ -221,7 +221,7 @@ FAMILIES = {
         "VisionEncoderDecoderModel",
         _image_pair,
         "vision",
-        {**IMAGE, "decoder_input_ids": IDS[:2]},
+        {**IMAGE, "decoder_input_ids": np.tile(IDS, (4, 1))},
         tied=("decoder.lm_head",),
     ),
     "vision-text-dual-encoder": Family(
@@ -305,12 +305,22 @@ class Twins:
 
     def torch_output(self, model) -> np.ndarray:
         inputs = {k: torch.tensor(v) for k, v in self.family.inputs.items()}
+        inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
         with torch.no_grad():
-            return getattr(model.eval()(**inputs), self.family.output).numpy()
+            return getattr(model.eval()(**inputs), self.family.output).float().numpy()
 
     def flax_output(self, model) -> np.ndarray:
         inputs = {k: jnp.asarray(v) for k, v in self.family.inputs.items()}
-        return np.asarray(getattr(model(**inputs), self.family.output))
+        return np.asarray(getattr(model(**inputs), self.family.output), np.float32)
+
+    def in_bfloat16(self) -> tuple[object, object]:
+        """The models in Flax and in PyTorch, weights and arithmetic in bfloat16."""
+        name = self.family.torch_class
+        kind = getattr(hf, f"Flax{name}")
+        flax = kind.from_pretrained(self.path, from_pt=True, dtype=jnp.bfloat16)
+        flax.params = flax.to_bf16(flax.params)
+        low = {"attn_implementation": "eager", "dtype": torch.bfloat16}
+        return flax, getattr(hf, name).from_pretrained(self.path, **low).eval()
 
     def torch_layers(self) -> dict[str, tuple[int, int]]:
         return torch_layers(self.torch)

@@ -95,6 +95,15 @@ def measure(pair: Twins, folder: Path) -> Found:
     )
 
 
+def in_bfloat16(pair: Twins, adapter: Path) -> float:
+    """How far we are from the float32 outputs, as a share of how far PEFT is."""
+    exact = pair.torch_output(peft.PeftModel.from_pretrained(fresh(pair), adapter))
+    flax, torch_model = pair.in_bfloat16()
+    ours = pair.flax_output(RandLoraModel.from_pretrained(flax, adapter)) - exact
+    theirs = pair.torch_output(peft.PeftModel.from_pretrained(torch_model, adapter)) - exact
+    return float(np.sqrt((ours**2).mean() / (theirs**2).mean()))
+
+
 def share(found: np.ndarray, expected: np.ndarray) -> float:
     """The largest difference as a share of the largest number."""
     return float(np.abs(found - expected).max() / np.abs(expected).max())
@@ -124,19 +133,21 @@ def difference(ours: RandLoraModel, theirs) -> float:
 def main() -> None:
     mend_clip()
     print(
-        "| family | class | kind | layers | unadapted | ours in PEFT | PEFT's here | delta_W | |\n"
-        "|---|---|---|---|---|---|---|---|---|"
+        "| family | class | kind | layers | unadapted | ours in PEFT | PEFT's here | delta_W "
+        "| bfloat16 | |\n|---|---|---|---|---|---|---|---|---|---|"
     )
     for name, family in FAMILIES.items():
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = measure(twins(name, folder), Path(folder))
+            pair = twins(name, folder)
+            found = measure(pair, Path(folder))
+            low = in_bfloat16(pair, Path(folder) / "theirs")
         tied = f"tied {', '.join(family.tied)}" if family.tied else ""
         remark = "; ".join(filter(None, (REMARKS.get(name), tied)))
         print(
             f"| {name} | {family.torch_class} | {family.kind} | {found.layers} "
             f"| {found.unadapted:.1e} | {found.ours_in_peft:.1e} | {found.theirs_here:.1e} "
-            f"| {found.deltas:.1e} | {remark} |",
+            f"| {found.deltas:.1e} | {low:.2f} | {remark} |",
             flush=True,
         )
 
