@@ -27,8 +27,8 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+from config_mutations import CONFIG, MUTATIONS, PREFIX, WEIGHTS, Files
 from flax import nnx
-from mutations import CONFIG, MUTATIONS, PREFIX, WEIGHTS, Files
 from peft_nets import cast, jax_adapter, peft_net, rewrite, with_adapter_names
 from randlora_jax.interop.peft_dir import Adapter, read_adapter, write_adapter
 from safetensors import safe_open

@@ -5,8 +5,8 @@ from pathlib import Path
 import fuzz_adapters
 import numpy as np
 import pytest
+from config_mutations import MUTATIONS
 from fuzz_adapters import Failure, fuzzer
-from mutations import MUTATIONS
 
 CASES = 3000
 SEED = 1  # `make fuzz` begins with 0

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from mlp import TARGETS, X, linen_net, nnx_net, torch_net
 
-from randlora_jax import AdapterParam, RandLoraConfig, get_peft_model
+from randlora_jax import AdapterParam, RandLoraConfig, RandLoraModel, get_peft_model
 
 CONFIG = RandLoraConfig(r=5, randlora_alpha=10, target_modules=TARGETS)
 
@@ -136,3 +136,35 @@ def test_a_bfloat16_base_keeps_float32_leaves():
     }
     after = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model.unload(), nnx.Param)))
     jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def go_on(model, state, tx, steps):
+    """The leaves and the optimizer's state after some steps."""
+    trained, frozen = parts(model)
+    state = tx.init(trained) if state is None else state
+    for _ in range(steps):
+        grads = jax.grad(lambda t: loss(model, t, frozen, X))(trained)
+        updates, state = tx.update(grads, state, trained)
+        trained = optax.apply_updates(trained, updates)
+    model.variables = {**frozen, "randlora": trained}
+    return trained, state
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "dropped"])
+def test_training_goes_on_from_a_file(keep, tmp_path):
+    """The file holds what trains to the bit; whether the optimizer's state stays is the user's."""
+    tx, whole = optax.adamw(1e-2), wrapped()
+    whole.variables = {**whole.variables, "randlora": moved(whole.variables["randlora"])}
+    _, state = go_on(whole, None, tx, 5)
+    whole.save_pretrained(tmp_path)
+    expected, _ = go_on(whole, state if keep else None, tx, 5)
+    again = RandLoraModel.from_pretrained(linen_net(torch_net()), tmp_path, is_trainable=True)
+    found, _ = go_on(again, state if keep else None, tx, 5)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    other, _ = go_on(
+        RandLoraModel.from_pretrained(linen_net(torch_net()), tmp_path, is_trainable=True),
+        None if keep else state,
+        tx,
+        5,
+    )
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).any(), found, other)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from zoo import FAMILIES, mend_clip, torch_layers, twins
-from zoo_table import measure
+from zoo_table import in_bfloat16, measure
 
 from randlora_jax import RandLoraConfig, TargetError, get_peft_model
 from randlora_jax.model import wrap
@@ -82,3 +82,9 @@ def test_family(pair, tmp_path):
     assert found.moved >= 0.1, "the adapter hardly moves the outputs"
     assert found.ours_in_peft <= found.allowed and found.theirs_here <= found.allowed
     assert found.deltas <= 1e-6
+
+
+def test_in_bfloat16_no_more_is_lost_than_in_peft(pair, tmp_path):
+    ratio = in_bfloat16(pair, tmp_path)
+    print(f"our error in bfloat16 is {ratio:.2f} of PEFT's")
+    assert ratio <= 1.5

@@ -9,6 +9,7 @@ adapter moves the outputs by about their own size: more makes small random model
 every rounding grows.
 """
 
+import copy
 import os
 import sys
 import tempfile
@@ -62,11 +63,10 @@ class Found:
 
 def measure(pair: Twins, folder: Path) -> Found:
     """Take an adapter from ours to PEFT, and one from PEFT to ours."""
-    names = sorted(set(pair.torch_layers()) - {*pair.family.tied, *pair.family.left_out})
-    settings = {"r": 5, "randlora_alpha": 10, "target_modules": names, "projection_prng_key": 3}
+    chosen = settings(pair)
     base = pair.torch_output(pair.torch)
 
-    ours = get_peft_model(pair.flax, RandLoraConfig(**settings))
+    ours = get_peft_model(pair.flax, RandLoraConfig(**chosen))
     rng = np.random.default_rng(1)
     move = lambda x: x + jnp.asarray(rng.normal(0, NOISE, x.shape), x.dtype)  # noqa: E731
     ours.params = {**ours.params, "randlora": jax.tree.map(move, ours.params["randlora"])}
@@ -75,18 +75,12 @@ def measure(pair: Twins, folder: Path) -> Found:
     opened = peft.PeftModel.from_pretrained(fresh(pair), folder / "ours").eval()
     ours_in_peft = share(pair.torch_output(opened), expected)
 
-    theirs = peft.get_peft_model(fresh(pair), peft.RandLoraConfig(**settings)).eval()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for p in theirs.parameters():
-            if p.requires_grad:
-                p.add_(NOISE * torch.randn_like(p))
-    theirs.save_pretrained(folder / "theirs")
+    theirs = by_peft(pair, folder / "theirs", seed=1)
     loaded = RandLoraModel.from_pretrained(pair.flax, folder / "theirs")
     found = pair.torch_output(theirs)
     theirs_here = share(pair.flax_output(loaded), found)
     return Found(
-        len(names),
+        len(chosen["target_modules"]),
         share(pair.flax_output(pair.flax), base),
         ours_in_peft,
         theirs_here,
@@ -95,13 +89,38 @@ def measure(pair: Twins, folder: Path) -> Found:
     )
 
 
-def in_bfloat16(pair: Twins, adapter: Path) -> float:
-    """How far we are from the float32 outputs, as a share of how far PEFT is."""
-    exact = pair.torch_output(peft.PeftModel.from_pretrained(fresh(pair), adapter))
+def settings(pair: Twins) -> dict:
+    """Every linear layer that both sides can adapt."""
+    names = sorted(set(pair.torch_layers()) - {*pair.family.tied, *pair.family.left_out})
+    return {"r": 5, "randlora_alpha": 10, "target_modules": names, "projection_prng_key": 3}
+
+
+def by_peft(pair: Twins, folder: Path, seed: int) -> peft.PeftModel:
+    """PEFT's model with an adapter of random numbers, saved in `folder`."""
+    theirs = peft.get_peft_model(fresh(pair), peft.RandLoraConfig(**settings(pair))).eval()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(NOISE * torch.randn_like(p))
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def in_bfloat16(pair: Twins, folder: Path, adapters: int = 4) -> float:
+    """How far we are from the float32 outputs, as a share of how far PEFT is (root mean squares).
+
+    Both are chance for a single small adapter, so several are taken together.
+    """
     flax, torch_model = pair.in_bfloat16()
-    ours = pair.flax_output(RandLoraModel.from_pretrained(flax, adapter)) - exact
-    theirs = pair.torch_output(peft.PeftModel.from_pretrained(torch_model, adapter)) - exact
-    return float(np.sqrt((ours**2).mean() / (theirs**2).mean()))
+    ours, theirs = 0.0, 0.0
+    for seed in range(adapters):
+        exact = pair.torch_output(by_peft(pair, folder / str(seed), seed))
+        loaded = RandLoraModel.from_pretrained(flax, folder / str(seed))
+        opened = peft.PeftModel.from_pretrained(copy.deepcopy(torch_model), folder / str(seed))
+        ours += ((pair.flax_output(loaded) - exact) ** 2).mean()
+        theirs += ((pair.torch_output(opened) - exact) ** 2).mean()
+    return float(np.sqrt(ours / theirs))
 
 
 def share(found: np.ndarray, expected: np.ndarray) -> float:
@@ -141,7 +160,7 @@ def main() -> None:
             warnings.simplefilter("ignore")
             pair = twins(name, folder)
             found = measure(pair, Path(folder))
-            low = in_bfloat16(pair, Path(folder) / "theirs")
+            low = in_bfloat16(pair, Path(folder))
         tied = f"tied {', '.join(family.tied)}" if family.tied else ""
         remark = "; ".join(filter(None, (REMARKS.get(name), tied)))
         print(
