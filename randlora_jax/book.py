@@ -9,9 +9,8 @@ import numpy as np
 from randlora_jax import targets
 from randlora_jax.bases import Box, peft_box
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.delta import Apply
 from randlora_jax.errors import TargetError
-from randlora_jax.layers import AdapterSpec, Layer
+from randlora_jax.layers import AdapterSpec, How, Layer
 from randlora_jax.names import Names, Path
 from randlora_jax.origins import Stored
 
@@ -53,7 +52,7 @@ class Book:
     modules: tuple[str, ...]  # canonical names of every module that owns arrays
     names: Names
     origin: Origin
-    apply: Apply
+    how: How
     configs: Mapping[str, RandLoraConfig] = field(default_factory=dict)
     specs: Mapping[str, AdapterSpec] = field(default_factory=dict)
     stored: Stored = field(default_factory=dict)

@@ -14,16 +14,13 @@ gives other numbers. Both flattenings are reshapes, so nothing is transposed in 
 JAX kernels are (in, out), so functions here return delta_W.T and call it the delta.
 """
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from randlora_jax.bases import Bases
-
-Apply = Literal["auto", "factored", "merged"]
 
 
 class Term(NamedTuple):
@@ -58,6 +55,11 @@ def delta(term: Term, n_in: int, n_out: int) -> jax.Array:
     return b_flat @ a_flat
 
 
+def through_delta(x: jax.Array, term: Term, n_in: int, n_out: int) -> jax.Array:
+    """x @ delta by forming delta: (..., in) to (..., out) in float32."""
+    return x.astype(jnp.float32) @ delta(term, n_in, n_out)
+
+
 def through_factors(x: jax.Array, term: Term, n_in: int, n_out: int) -> jax.Array:
     """x @ delta without forming delta: (..., in) to (..., out) in float32."""
     b_flat, a_flat = flat_factors(term, max(n_in, n_out))
@@ -66,29 +68,3 @@ def through_factors(x: jax.Array, term: Term, n_in: int, n_out: int) -> jax.Arra
     if n_in <= n_out:
         return jnp.einsum("...j,sj->...s", x, a_flat) @ b_flat.T
     return (x @ b_flat) @ a_flat
-
-
-def through_delta(x: jax.Array, term: Term, n_in: int, n_out: int) -> jax.Array:
-    """x @ delta by forming delta, which is rebuilt rather than kept for the backward pass."""
-
-    def product(x: jax.Array, term: Term) -> jax.Array:
-        return x.astype(jnp.float32) @ delta(term, n_in, n_out)
-
-    return rebuilt(product)(x, term)
-
-
-def rebuilt(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`f` saves nothing but its inputs for the backward pass: no delta_W, no W + delta_W."""
-    return jax.checkpoint(f)
-
-
-def cheaper(tokens: int, n_in: int, n_out: int, flat: int) -> Literal["factored", "merged"]:
-    """Which association costs fewer multiply-adds over a whole training step.
-
-    With s = r*n the flattened rank: factored pays s*(in + out) for each token in the forward pass,
-    as much again for the input's gradient, and half of it for lambda's and gamma's; forming delta
-    pays s*in*out three times (forward, rebuilt, gradient) and in*out a token for delta's gradient.
-    """
-    factored = 2.5 * tokens * flat * (n_in + n_out)
-    merged = 3 * flat * n_in * n_out + tokens * n_in * n_out
-    return "merged" if merged < factored else "factored"

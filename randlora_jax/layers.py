@@ -1,13 +1,16 @@
 """One adapted layer, whatever framework it lives in.
 
 A front end hands over `run`, which is the untouched layer as a function of its kernel; this module
-decides how the adapters join in and does it. Two ways are exact:
+decides how the adapters join in and does it. Three ways are exact:
 
-- *merged*: run the layer once with kernel W + delta. Works for every layer type.
-- *beside*: add dropout(x) @ delta to the layer's output, in float32, with delta formed or left in
-  its factors, whichever is cheaper. Needs the layer to be a plain contraction of its input. It is
-  the way for adapter dropout (the base layer must see x as it is) and for a low-precision layer,
-  where a small delta would drown in the rounding of W.
+- *joined*: run the layer once with kernel W + delta. Works for every layer type.
+- *beside*: add dropout(x) @ delta to the layer's output, in float32. Needs the layer to be a plain
+  contraction of its input. It takes the place of *joined* under adapter dropout (the base layer
+  must see x as it is) and in a low-precision layer, where a small delta would drown in the rounding
+  of W.
+- *factored*: the same with delta left in its factors.
+
+Which one runs is decided for each pass on its own (`cost`, `passes`).
 """
 
 import math
@@ -21,8 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from randlora_jax.bases import Bases, BasisIdentity, Box
-from randlora_jax.delta import Apply, Term, cheaper, delta, rebuilt, through_delta, through_factors
+from randlora_jax.cost import Apply, cheapest
+from randlora_jax.delta import Term, delta, through_delta, through_factors
 from randlora_jax.errors import ConfigError
+from randlora_jax.passes import Way, each_pass_its_way
 from randlora_jax.views import View
 
 
@@ -93,6 +98,19 @@ class AdapterSpec:
 
 
 @dataclass(frozen=True)
+class How:
+    """How layers apply their adapters.
+
+    Args:
+      apply: "auto" takes the cheapest exact way of each pass; the others insist.
+      token_shards: over so many devices a batch is spread where a trace cannot see it.
+    """
+
+    apply: Apply = "auto"
+    token_shards: int = 1
+
+
+@dataclass(frozen=True)
 class Part:
     """One active adapter's contribution to one call."""
 
@@ -100,8 +118,12 @@ class Part:
     drop: Callable[[jax.Array], jax.Array] | None = None
 
 
-Run = Callable[[jax.Array, jax.Array], jax.Array]
+Run = Callable[..., jax.Array]
 Parts = Sequence[Part]
+Terms = Sequence[Term]
+Through = Callable[[jax.Array, Term, int, int], jax.Array]
+# kernel, input, what each adapter sees of it if it drops some, what else `run` reads
+Arguments = tuple[jax.Array, jax.Array, Sequence[jax.Array | None], Sequence[jax.Array]]
 
 
 def dropout(rate: float, key: jax.Array) -> Callable[[jax.Array], jax.Array]:
@@ -123,7 +145,7 @@ def adapted(
     *,
     contracts: int,
     low_precision: bool,
-    apply: Apply,
+    how: How,
     where: str,
 ) -> jax.Array:
     """The layer's output with all `parts` joined in.
@@ -136,7 +158,7 @@ def adapted(
       contracts: so many last axes of x are the kernel's in axes, and the kernel's out axes take
         their place; 0 where the layer is anything else.
       low_precision: the layer multiplies in less than float32.
-      apply: "auto" chooses the cheaper exact way; the others insist.
+      how: the user's word on it.
       where: the layer's name, for errors.
 
     Raises:
@@ -144,28 +166,56 @@ def adapted(
     """
     _, n_in, n_out = view.sizes(kernel.shape)
     dropped = any(part.drop for part in parts)
-    if not contracts and (dropped or apply == "factored"):
+    if not contracts and (dropped or how.apply == "factored"):
         raise ConfigError(
             f"layer {where!r} is not a plain contraction of its last input axes and can only run "
             f"merged, so {'adapter dropout' if dropped else 'apply=factored'} is impossible there: "
             "leave it out of target_modules or set randlora_dropout=0 and apply='auto'"
         )
-    lossless = not low_precision or apply == "merged"
-    if not contracts or (not dropped and lossless and apply != "factored"):
-        flat = max(part.term.lam.shape[-2] * part.term.lam.shape[-1] for part in parts)
-        tokens = x.size // n_in
-        if not contracts or apply == "merged" or cheaper(tokens, n_in, n_out, flat) == "merged":
-            return _merged(run, kernel, x, parts, view)
-    return _beside(run, kernel, x, parts, contracts, n_in, n_out, apply)
+    joins = not contracts or (not dropped and (not low_precision or how.apply == "merged"))
+    plan = cheapest(
+        max(1, x.size // n_in // how.token_shards),
+        n_in,
+        n_out,
+        sum(math.prod(part.term.lam.shape[-2:]) for part in parts),
+        joins=joins,
+        factors=contracts > 0,
+        apply=how.apply,
+    )
+    seen = [part.drop(x) if part.drop else None for part in parts]
+    run, carried = jax.closure_convert(run, kernel, x)
+
+    def joined(arguments: Arguments, terms: Terms) -> jax.Array:
+        kernel, x, _, carried = arguments
+        whole = kernel.astype(jnp.float32) + kernel_delta(terms, view, kernel.shape)
+        # formed in float32 and rounded once to what the layer holds
+        return run(whole.astype(kernel.dtype), x, *carried)
+
+    def beside(through: Through) -> Way:
+        def way(arguments: Arguments, terms: Terms) -> jax.Array:
+            kernel, x, seen, carried = arguments
+            out = run(kernel, x, *carried)
+            total = out.astype(jnp.float32)
+            for term, dropped in zip(terms, seen, strict=True):
+                flat = (x if dropped is None else dropped).reshape(
+                    *x.shape[: x.ndim - contracts], n_in
+                )
+                total = total + through(flat, term, n_in, n_out).reshape(out.shape)
+            return total.astype(out.dtype)
+
+        return way
+
+    ways = {"merged": joined if joins else beside(through_delta)}
+    ways["factored"] = beside(through_factors)
+    product = each_pass_its_way(ways[plan.forward], ways[plan.inputs], ways[plan.trained])
+    return product((kernel, x, seen, carried), [part.term for part in parts])
 
 
-def kernel_delta(parts: Parts, view: View, shape: tuple[int, ...]) -> jax.Array:
-    """The summed deltas of `parts` in the kernel's layout, float32; stacks one layer at a time."""
+def kernel_delta(terms: Terms, view: View, shape: tuple[int, ...]) -> jax.Array:
+    """The summed deltas of `terms` in the kernel's layout, float32; stacks one layer at a time."""
     stack, n_in, n_out = view.sizes(shape)
     total = jnp.zeros((), jnp.float32)
-    for part in parts:
-        lam, gamma, bases, scaling = part.term
-
+    for lam, gamma, bases, scaling in terms:
         one = partial(_of_one_layer, bases=bases, scaling=scaling, n_in=n_in, n_out=n_out)
         for _ in stack:
             one = jax.vmap(one)
@@ -177,41 +227,3 @@ def _of_one_layer(
     lam: jax.Array, gamma: jax.Array, bases: Bases, scaling: float, n_in: int, n_out: int
 ) -> jax.Array:
     return delta(Term(lam, gamma, bases, scaling), n_in, n_out)
-
-
-def _merged(run: Run, kernel: jax.Array, x: jax.Array, parts: Parts, view: View) -> jax.Array:
-    terms = [part.term for part in parts]
-
-    def product(kernel: jax.Array, x: jax.Array, terms: list[Term]) -> jax.Array:
-        joined = kernel.astype(jnp.float32) + kernel_delta(
-            [Part(t) for t in terms], view, kernel.shape
-        )
-        # formed in float32 and rounded once to what the layer holds
-        return run(joined.astype(kernel.dtype), x)
-
-    return rebuilt(product)(kernel, x, terms)
-
-
-def _beside(
-    run: Run,
-    kernel: jax.Array,
-    x: jax.Array,
-    parts: Parts,
-    contracts: int,
-    n_in: int,
-    n_out: int,
-    apply: Apply,
-) -> jax.Array:
-    out = run(kernel, x)
-    total = out.astype(jnp.float32)
-    tokens = x.size // n_in
-    for part in parts:
-        r, n = part.term.lam.shape
-        merge = apply == "merged" or (
-            apply == "auto" and cheaper(tokens, n_in, n_out, r * n) == "merged"
-        )
-        seen = part.drop(x) if part.drop else x
-        through = through_delta if merge else through_factors
-        flat = seen.reshape(*x.shape[: x.ndim - contracts], n_in)
-        total = total + through(flat, part.term, n_in, n_out).reshape(out.shape)
-    return total.astype(out.dtype)

@@ -17,7 +17,7 @@ from randlora_jax.config import RandLoraConfig
 from randlora_jax.delta import Term
 from randlora_jax.errors import ConfigError
 from randlora_jax.frontend import FrontEnd
-from randlora_jax.layers import AdapterSpec, Layer, Part, kernel_delta
+from randlora_jax.layers import AdapterSpec, Layer, kernel_delta
 from randlora_jax.names import TORCH_LEAF, Path, dotted
 from randlora_jax.origins import Stored
 
@@ -153,10 +153,10 @@ class Life(FrontEnd):
             warnings.warn("all these adapters are merged already: nothing to do", stacklevel=2)
             return
         base, merged, originals = self._base_leaves(), {}, dict(self._book.originals)
-        for layer, parts in self._parts_by_layer(wanted).items():
+        for layer, terms in self._terms_by_layer(wanted).items():
             path = self._book.layers[layer].kernel_path
             kernel = base[path]
-            change = kernel_delta(parts, self._book.layers[layer].view, kernel.shape)
+            change = kernel_delta(terms, self._book.layers[layer].view, kernel.shape)
             merged[path] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
             if safe_merge and not jnp.isfinite(merged[path]).all():
                 raise ConfigError(
@@ -300,16 +300,15 @@ class Life(FrontEnd):
                 saved[path] = jnp.asarray(leaf, jnp.float32)
         return saved
 
-    def _parts_by_layer(self, adapter_names: Sequence[str]) -> dict[str, list[Part]]:
+    def _terms_by_layer(self, adapter_names: Sequence[str]) -> dict[str, list[Term]]:
         """What each layer gets from the named adapters."""
-        parts: dict[str, list[Part]] = {}
+        terms: dict[str, list[Term]] = {}
         for name in adapter_names:
             spec, state = self._spec(name), self._state(name)
             bases = self._pair(spec.identity, self._extents(spec, state))
             for layer, (lam, gamma) in state.layers.items():
-                part = Part(Term(lam, gamma, bases, spec.scaling))
-                parts.setdefault(layer, []).append(part)
-        return parts
+                terms.setdefault(layer, []).append(Term(lam, gamma, bases, spec.scaling))
+        return terms
 
     # Bases.
 

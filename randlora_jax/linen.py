@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from randlora_jax.bases import Bases
 from randlora_jax.book import Book, Origin
-from randlora_jax.delta import Apply, Term
+from randlora_jax.delta import Term
 from randlora_jax.errors import ConfigError
 from randlora_jax.functional import BASES, FROZEN, GAMMA, LAMBDA, TRAINED, FunctionalRandLora
 from randlora_jax.layer_types import (
@@ -34,7 +34,7 @@ from randlora_jax.layer_types import (
     of_einsum,
     running_type,
 )
-from randlora_jax.layers import Part, adapted, dropout
+from randlora_jax.layers import How, Part, adapted, dropout
 from randlora_jax.names import Names, Path, dotted
 from randlora_jax.views import View, Views
 
@@ -70,7 +70,7 @@ class LinenRandLora(FunctionalRandLora):
     """
 
     def __init__(
-        self, model: nn.Module, apply: Apply, views: Views, names: Names, types: Table
+        self, model: nn.Module, how: How, views: Views, names: Names, types: Table
     ) -> None:
         if model.scope is None:
             raise ConfigError(
@@ -78,13 +78,13 @@ class LinenRandLora(FunctionalRandLora):
                 "module.bind(variables)"
             )
         module, variables = model.unbind()
-        self._start(module, unfreeze(variables), apply, views, names, types, {}, Origin())
+        self._start(module, unfreeze(variables), how, views, names, types, {}, Origin())
 
     def _start(
         self,
         module: nn.Module,
         collections: dict[str, Any],
-        apply: Apply,
+        how: How,
         views: Views,
         names: Names,
         types: Table,
@@ -109,7 +109,7 @@ class LinenRandLora(FunctionalRandLora):
                 layers[layer.name] = layer
             else:
                 modules.add(names.first(path))
-        self._book = Book(layers, tuple(sorted(modules)), names, origin, apply)
+        self._book = Book(layers, tuple(sorted(modules)), names, origin, how)
 
     # Running.
 
@@ -191,7 +191,7 @@ class LinenRandLora(FunctionalRandLora):
             known.view,
             contracts=known.contracts,
             low_precision=jnp.finfo(dtype).bits < 32,
-            apply=self._book.apply,
+            how=self._book.how,
             where=layer.name,
         )
 
@@ -215,7 +215,7 @@ class HuggingFaceRandLora(LinenRandLora):
     other attribute is the model's own.
     """
 
-    def __init__(self, model: Any, apply: Apply, views: Views, names: Names, types: Table) -> None:
+    def __init__(self, model: Any, how: How, views: Views, names: Names, types: Table) -> None:
         self.model = model
         params = unfreeze(model.params)
         # models with batch statistics keep whole collections in .params
@@ -224,7 +224,7 @@ class HuggingFaceRandLora(LinenRandLora):
         self._start(
             model.module,
             params if self._nested else {"params": params},
-            apply,
+            how,
             views,
             names,
             types,

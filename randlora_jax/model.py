@@ -13,16 +13,19 @@ from pathlib import Path as FilePath
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from randlora_jax import files, known_models
-from randlora_jax.bases import Bases
+from randlora_jax.bases import Bases, used_box
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.delta import Apply, Term, delta
+from randlora_jax.cost import Apply, explained
+from randlora_jax.delta import Term, delta
 from randlora_jax.errors import ConfigError
 from randlora_jax.interop import hub
 from randlora_jax.interop.peft_dir import write_adapter
 from randlora_jax.layer_types import Table
+from randlora_jax.layers import How, Layer
 from randlora_jax.life import Life
 from randlora_jax.names import Names, Rules
 from randlora_jax.strict_json import write_text
@@ -68,6 +71,27 @@ class RandLoraModel(Life):
             f"trainable params: {trained:,d} || all params: {total:,d} || "
             f"trainable%: {100 * trained / total:.4f}"
         )
+
+    def explain(self, tokens: int, adapter_name: str = "default") -> str:
+        """Which way each pass of each layer takes and what it costs (`randlora_jax.cost`).
+
+        One line for each size of layer, as it runs without dropout and in its kernel's precision.
+
+        Args:
+          tokens: rows of a layer's input on one device: batch times length.
+        """
+        spec, state, base = self._spec(adapter_name), self._state(adapter_name), self._base_leaves()
+        groups: dict[tuple[int, int, bool], list[Layer]] = {}
+        for name in state.layers:
+            layer = self._book.layers[name]
+            low = jnp.finfo(base[layer.kernel_path].dtype).bits < 32
+            groups.setdefault((*layer.matrix, not low), []).append(layer)
+        lines = []
+        for (n_in, n_out, joins), layers in groups.items():
+            flat = used_box((n_in, n_out), spec.identity.r).n * spec.identity.r
+            names = layers[0].name + (f" and {len(layers) - 1} more" if len(layers) > 1 else "")
+            lines.append(explained(names, tokens, n_in, n_out, flat, joins, self._book.how.apply))
+        return "\n".join(lines)
 
     # Files.
 
@@ -139,6 +163,7 @@ class RandLoraModel(Life):
         is_trainable: bool = False,
         *,
         apply: Apply = "auto",
+        token_shards: int = 1,
         rngs: Any = None,
         views: Mapping[str, str] | None = None,
         names: Rules | None = None,
@@ -151,10 +176,10 @@ class RandLoraModel(Life):
         Args:
           model: as for `get_peft_model`.
           is_trainable: the adapter's numbers are trained on; else they are frozen like the base.
-          apply, rngs, views, names, layer_types: as for `get_peft_model`.
+          apply, token_shards, rngs, views, names, layer_types: as for `get_peft_model`.
           torch_generation, revision: as for `load_adapter`.
         """
-        wrapped = wrap(model, apply, views, names, layer_types)
+        wrapped = wrap(model, How(apply, token_shards), views, names, layer_types)
         wrapped.load_adapter(
             directory,
             adapter_name,
@@ -174,7 +199,7 @@ def _torch_delta(
 
 def wrap(
     model: Any,
-    apply: Apply,
+    how: How,
     views: Mapping[str, str] | None = None,
     names: Rules | None = None,
     layer_types: Table | None = None,
@@ -191,25 +216,27 @@ def wrap(
     from randlora_jax.nnx import NnxRandLora
     from randlora_jax.pytree import PytreeRandLora
 
-    if apply not in ("auto", "factored", "merged"):
-        raise ConfigError(f"apply={apply!r}: expected 'auto', 'factored' or 'merged'")
+    if how.apply not in ("auto", "factored", "merged"):
+        raise ConfigError(f"apply={how.apply!r}: expected 'auto', 'factored' or 'merged'")
+    if how.token_shards < 1:
+        raise ConfigError(f"token_shards={how.token_shards}: expected a number of devices, from 1")
     stated = Views(views or {}), Names(names or {}), layer_types or {}
     if isinstance(model, flax.nnx.Module):
         known = known_models.about(model)
         return NnxRandLora(
             model,
-            apply,
+            how,
             Views({**(views or {}), **known.views}),
             Names({**(names or {}), **known.names}),
             {**(layer_types or {}), **known.layer_types},
             known.origin,
         )
     if isinstance(model, flax.linen.Module):
-        return LinenRandLora(model, apply, *stated)
+        return LinenRandLora(model, how, *stated)
     if isinstance(getattr(model, "module", None), flax.linen.Module):
-        return HuggingFaceRandLora(model, apply, *stated)
+        return HuggingFaceRandLora(model, how, *stated)
     if views and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model)):
-        return PytreeRandLora(model, apply, *stated[:2])
+        return PytreeRandLora(model, how, *stated[:2])
     raise ConfigError(
         f"cannot wrap a {type(model).__name__}: expected a flax.nnx.Module, a flax.linen module "
         "bound to its variables (module.bind(variables)), a Hugging Face Flax model, or a pytree "
@@ -223,6 +250,7 @@ def get_peft_model(
     adapter_name: str = "default",
     *,
     apply: Apply = "auto",
+    token_shards: int = 1,
     rngs: Any = None,
     views: Mapping[str, str] | None = None,
     names: Rules | None = None,
@@ -235,8 +263,11 @@ def get_peft_model(
         ``flax.linen`` module bound to its variables, a Hugging Face ``FlaxPreTrainedModel``, or,
         of any other library, a pytree of arrays with the `views` of its kernels.
       config: what to adapt and how.
-      apply: how layers apply the adapter: "auto" takes the cheaper exact way per layer, "factored"
-        and "merged" insist on one. Belongs to the run and is never saved.
+      apply: how layers apply the adapter: "auto" takes the cheapest exact way for each pass of each
+        layer (`RandLoraModel.explain` says which), "factored" and "merged" insist on one. Belongs
+        to the run and is never saved.
+      token_shards: over how many devices a batch is spread, where a trace cannot see it (automatic
+        mesh axes); what is cheapest depends on the tokens of one device.
       rngs: an ``nnx.Rngs`` or a jax key, for ``init_weights=False`` and, in nnx, adapter dropout.
       views: kernel layouts that types do not tell, by regular expressions on layer paths, such as
         ``{"layers/mlp/.*": "s i o"}`` for scanned Dense layers (`randlora_jax.views`).
@@ -247,6 +278,6 @@ def get_peft_model(
       ConfigError: `model` or `config` cannot be used.
       TargetError: `config` selects no layer of `model`.
     """
-    wrapped = wrap(model, apply, views, names, layer_types)
+    wrapped = wrap(model, How(apply, token_shards), views, names, layer_types)
     wrapped.add_adapter(adapter_name, config, rngs=rngs)
     return wrapped

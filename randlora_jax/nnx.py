@@ -20,7 +20,7 @@ from flax import nnx
 
 from randlora_jax.bases import Bases, BasisIdentity
 from randlora_jax.book import AdapterState, Book, Origin
-from randlora_jax.delta import Apply, Term
+from randlora_jax.delta import Term
 from randlora_jax.errors import ConfigError
 from randlora_jax.layer_types import (
     LayerType,
@@ -31,7 +31,7 @@ from randlora_jax.layer_types import (
     of_einsum,
     running_type,
 )
-from randlora_jax.layers import AdapterSpec, Layer, Part, adapted
+from randlora_jax.layers import AdapterSpec, How, Layer, Part, adapted
 from randlora_jax.model import RandLoraModel
 from randlora_jax.names import Names, Path, dotted
 from randlora_jax.views import View, Views
@@ -79,7 +79,7 @@ class RandLoraLayer(nnx.Module):
     """
 
     def __init__(
-        self, base_layer: nnx.Module, layer: Layer | None, known: LayerType | None, apply: Apply
+        self, base_layer: nnx.Module, layer: Layer | None, known: LayerType | None, how: How
     ) -> None:
         self.base_layer = base_layer
         self.randlora_lambda: dict[str, nnx.Variable[jax.Array]] = nnx.data({})
@@ -90,7 +90,7 @@ class RandLoraLayer(nnx.Module):
         self.merged: tuple[str, ...] = ()
         self.layer = layer
         self.known = known
-        self.apply_ = apply
+        self.how = how
 
     def __getattr__(self, name: str) -> Any:
         if name == "base_layer" or name.startswith("_"):
@@ -155,7 +155,7 @@ class RandLoraLayer(nnx.Module):
             known.view,
             contracts=known.contracts,
             low_precision=jnp.finfo(dtype).bits < 32,
-            apply=self.apply_,
+            how=self.how,
             where=self.layer.name,
         )
 
@@ -197,7 +197,7 @@ class NnxRandLora(RandLoraModel, nnx.Module):
     def __init__(
         self,
         model: nnx.Module,
-        apply: Apply,
+        how: How,
         views: Views,
         names: Names,
         types: Table,
@@ -215,7 +215,7 @@ class NnxRandLora(RandLoraModel, nnx.Module):
                 layers[layer.name] = layer
             elif owns:
                 modules.add(names.first(path))
-        self._book = Book(layers, tuple(sorted(modules)), names, origin, apply)
+        self._book = Book(layers, tuple(sorted(modules)), names, origin, how)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model."""
@@ -265,7 +265,7 @@ class NnxRandLora(RandLoraModel, nnx.Module):
             base = _module_at(self.model, path)
             layer = self._book.layers.get(dotted(path))
             known = self.types.find(base)
-            _replace(self.model, base, RandLoraLayer(base, layer, known, self._book.apply))
+            _replace(self.model, base, RandLoraLayer(base, layer, known, self._book.how))
             here = self._wrappers()
         return here[path]
 

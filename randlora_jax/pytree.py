@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from randlora_jax.book import AdapterState, Book, Origin
-from randlora_jax.delta import Apply, Term
+from randlora_jax.delta import Term
 from randlora_jax.errors import ConfigError
 from randlora_jax.functional import BASES, FROZEN, TRAINED, FunctionalRandLora
 from randlora_jax.layer_types import layer_at
-from randlora_jax.layers import AdapterSpec, Part, kernel_delta
+from randlora_jax.layers import AdapterSpec, How, kernel_delta
 from randlora_jax.names import Names, Path, dotted
 from randlora_jax.views import Views
 
@@ -28,8 +28,8 @@ Tree = Any
 class PytreeRandLora(FunctionalRandLora):
     """A params pytree with adapters; ``model.variables`` as `randlora_jax.functional` has them."""
 
-    def __init__(self, params: Tree, apply: Apply, views: Views, names: Names) -> None:
-        if apply == "factored":
+    def __init__(self, params: Tree, how: How, views: Views, names: Names) -> None:
+        if how.apply == "factored":
             raise ConfigError(
                 "apply='factored' needs to see a layer's input, and a params pytree has none; "
                 "use 'auto' or 'merged'"
@@ -48,7 +48,7 @@ class PytreeRandLora(FunctionalRandLora):
         found = {p: layer_at(p, s, None, views.find(p), names) for p, s in owned.items()}
         layers = {layer.name: layer for layer in found.values() if layer}
         modules = {names.first(path) for path, layer in found.items() if not layer}
-        self._book = Book(layers, tuple(sorted(modules)), names, Origin(), apply)
+        self._book = Book(layers, tuple(sorted(modules)), names, Origin(), how)
 
     def merged(self, variables: Mapping[str, Any]) -> Tree:
         """The params with the active adapters' deltas added: formed in float32, rounded once.
@@ -57,7 +57,7 @@ class PytreeRandLora(FunctionalRandLora):
         """
         leaves = dict(zip(self._paths, jax.tree.leaves(variables["params"]), strict=True))
         book = self._book
-        parts: dict[str, list[Part]] = {}
+        terms: dict[str, list[Term]] = {}
         trees = {**variables.get(FROZEN, {}), **variables.get(TRAINED, {})}
         for adapter, tree in trees.items():
             spec, state = book.specs[adapter], self._state_of(tree)
@@ -65,8 +65,8 @@ class PytreeRandLora(FunctionalRandLora):
             for path, value in state.saved.items():
                 leaves[path] = value.astype(leaves[path].dtype)
             for name, (lam, gamma) in state.layers.items():
-                parts.setdefault(name, []).append(Part(Term(lam, gamma, bases, spec.scaling)))
-        for name, mine in parts.items():
+                terms.setdefault(name, []).append(Term(lam, gamma, bases, spec.scaling))
+        for name, mine in terms.items():
             path, kernel = book.layers[name].kernel_path, leaves[book.layers[name].kernel_path]
             change = kernel_delta(mine, book.layers[name].view, kernel.shape)
             leaves[path] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)

@@ -11,6 +11,7 @@ from zoo import FAMILIES, mend_clip, torch_layers, twins
 from zoo_table import in_bfloat16, measure
 
 from randlora_jax import RandLoraConfig, TargetError, get_peft_model
+from randlora_jax.layers import How
 from randlora_jax.model import wrap
 
 CONFIGS = {type(family.make()): family.make for family in FAMILIES.values()}
@@ -37,7 +38,7 @@ def old_clip(monkeypatch):
 
 def owners(model) -> dict[str, tuple[int, int]]:
     """(in, out) of every layer we can adapt, by canonical name."""
-    return {name: layer.matrix for name, layer in wrap(model, "auto")._book.owners().items()}
+    return {name: layer.matrix for name, layer in wrap(model, How())._book.owners().items()}
 
 
 def test_all_of_transformers_flax_classes_are_known():

@@ -1,0 +1,65 @@
+"""A function with several exact ways to compute it, a way of its own for each pass.
+
+A layer is computed forward, then differentiated with respect to its input and to what it trains.
+The cheapest association differs between these three, and none may keep what it built for another:
+delta_W and W + delta_W are as large as the model.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.custom_derivatives import SymbolicZero
+
+Tree = Any
+Way = Callable[[Tree, Tree], jax.Array]  # (arguments, what is trained) -> the result
+
+
+def each_pass_its_way(forward: Way, inputs: Way, trained: Way) -> Way:
+    """The function that all three compute: by `forward` where its value is wanted, ...
+
+    ... by `inputs` and `trained` where it is differentiated with respect to its first and second
+    argument. A rule for tangents, not for cotangents, so that forward mode and higher derivatives
+    work; its tangents are rebuilt (``jax.checkpoint``), so nothing but the arguments is kept for
+    the backward pass. Where `inputs` and `trained` are the same way, they share what they can.
+    """
+
+    @jax.custom_jvp
+    def function(arguments: Tree, terms: Tree) -> jax.Array:
+        return forward(arguments, terms)
+
+    def rule(primals: tuple[Tree, Tree], tangents: tuple[Tree, Tree]) -> tuple[Any, Any]:
+        leaves, tree = jax.tree.flatten(primals)
+        first = len(jax.tree.leaves(primals[0]))
+        is_zero = lambda t: isinstance(t, SymbolicZero)  # noqa: E731
+        steps = {
+            i: step
+            for i, step in enumerate(jax.tree.leaves(tangents, is_leaf=is_zero))
+            if not is_zero(step)
+        }
+
+        def tangent(leaves: list[jax.Array], steps: dict[int, jax.Array]) -> jax.Array:
+            def along(way: Way, moving: Sequence[int]) -> jax.Array:
+                def moved(values: list[jax.Array]) -> jax.Array:
+                    now = {**dict(enumerate(leaves)), **dict(zip(moving, values, strict=True))}
+                    return way(*jax.tree.unflatten(tree, [now[i] for i in range(len(leaves))]))
+
+                here, there = [leaves[i] for i in moving], [steps[i] for i in moving]
+                return jax.jvp(moved, (here,), (there,))[1]
+
+            if inputs is trained:
+                return along(inputs, list(steps))
+            shares = [
+                along(way, moving)
+                for way, moving in (
+                    (inputs, [i for i in steps if i < first]),
+                    (trained, [i for i in steps if i >= first]),
+                )
+                if moving
+            ]
+            return shares[0] if len(shares) == 1 else shares[0] + shares[1]
+
+        return function(*primals), jax.checkpoint(tangent)(leaves, steps)
+
+    function.defjvp(rule, symbolic_zeros=True)
+    return function
