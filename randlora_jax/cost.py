@@ -70,12 +70,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one layer on one device: tokens, (in, out), flattened rank r * n of all its adapters."""
+    """Of one layer on one device: tokens, (in, out), flattened rank r * n of all its adapters.
+
+    shards: the devices that share in forming delta, each a part of it.
+    """
 
     tokens: int
     n_in: int
     n_out: int
     flat: int
+    shards: int = 1
 
     def work(self, plan: Plan) -> tuple[Work, Work]:
         """Forward, and both gradients, beyond the frozen layer's own."""
@@ -85,7 +89,8 @@ class Sizes:
     @property
     def _delta(self) -> Work:
         """Forming delta from the factors: bfloat16 B, float32 A_flat and delta."""
-        area, low, high = self.n_in * self.n_out, *sorted((self.n_in, self.n_out))
+        low, high = sorted((self.n_in, self.n_out))
+        area = low * high / self.shards
         return Work(2 * self.flat * area, 2 * high * self.flat + 4 * low * self.flat + 8 * area)
 
     @property
@@ -119,6 +124,7 @@ def cheapest(
     joins: bool = True,
     factors: bool = True,
     apply: Apply = "auto",
+    shards: int = 1,
 ) -> Plan:
     """The plan with the least work.
 
@@ -128,11 +134,12 @@ def cheapest(
       joins: the layer may run with W + delta, so that delta alone need not be applied.
       factors: the layer is a plain contraction of its input, which the factored way needs.
       apply: "factored" and "merged" insist.
+      shards: the devices over which the kernel is cut.
     """
     if apply != "auto" or not factors:
         way: Way = "factored" if apply == "factored" and factors else "merged"
         return Plan(way, way, way, joins)
-    sizes, ways = Sizes(tokens, n_in, n_out, flat), get_args(Way)
+    sizes, ways = Sizes(tokens, n_in, n_out, flat, shards), get_args(Way)
     plans = [Plan(f, i, t, joins) for f, i, t in product(ways, repeat=3)]
     return min(plans, key=lambda plan: sum(work.cost for work in sizes.work(plan)))
 

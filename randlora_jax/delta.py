@@ -36,23 +36,42 @@ class Term(NamedTuple):
     scaling: float
 
 
-def flat_factors(term: Term, largest: int) -> tuple[jax.Array, jax.Array]:
-    """B_flat (max, n*r) in the bases' dtype and scaled A_flat (r*n, min) in float32."""
+def sliced(term: Term, n_in: int, n_out: int) -> Term:
+    """`term` with just the corners of its bases that an (in, out) matrix uses."""
+    a, b = term.bases
+    n = term.lam.shape[1]
+    return term._replace(bases=Bases(a[:, : min(n_in, n_out)], b[: max(n_in, n_out), :n]))
+
+
+def flat_factors(term: Term) -> tuple[jax.Array, jax.Array]:
+    """B_flat (max, n*r) and scaled A_flat (r*n, min) of a sliced term, both float32."""
     r, n = term.lam.shape
-    smallest = term.gamma.shape[1]
-    a = term.bases.A[:, None, :smallest].astype(jnp.float32)  # (r, 1, min)
-    a_flat = (term.lam[:, :, None] * a * term.gamma).reshape(r * n, smallest) * term.scaling
-    b_flat = term.bases.B[:largest, :n].reshape(largest, n * r)
-    return b_flat, a_flat
+    a, b = term.bases
+    scaled = term.lam[:, :, None] * a[:, None].astype(jnp.float32) * term.gamma  # (r, n, min)
+    a_flat = scaled.reshape(r * n, a.shape[1]) * term.scaling
+    return b.reshape(b.shape[0], n * r).astype(jnp.float32), a_flat
+
+
+def formed(b_flat: jax.Array, a_flat: jax.Array, wide: bool) -> jax.Array:
+    """delta (in, out) of the flat factors; `wide`: in <= out, square layers included.
+
+    Then delta_W is M, so delta is A_flat.T B_flat.T: neither is transposed in memory.
+    """
+    if wide:
+        return lax.dot_general(a_flat, b_flat, (((0,), (1,)), ((), ())))
+    return b_flat @ a_flat
+
+
+def through(x: jax.Array, b_flat: jax.Array, a_flat: jax.Array, wide: bool) -> jax.Array:
+    """x (..., in) @ delta by way of the flat factors, (..., out)."""
+    if wide:
+        return jnp.einsum("...j,sj->...s", x, a_flat) @ b_flat.T
+    return (x @ b_flat) @ a_flat
 
 
 def delta(term: Term, n_in: int, n_out: int) -> jax.Array:
     """delta_W.T, (in, out) in float32, scaling included."""
-    b_flat, a_flat = flat_factors(term, max(n_in, n_out))
-    b_flat = b_flat.astype(jnp.float32)
-    if n_in <= n_out:  # min == in, square layers included: delta_W is M, so here A_flat.T B_flat.T
-        return lax.dot_general(a_flat, b_flat, (((0,), (1,)), ((), ())))
-    return b_flat @ a_flat
+    return formed(*flat_factors(sliced(term, n_in, n_out)), n_in <= n_out)
 
 
 def through_delta(x: jax.Array, term: Term, n_in: int, n_out: int) -> jax.Array:
@@ -62,9 +81,5 @@ def through_delta(x: jax.Array, term: Term, n_in: int, n_out: int) -> jax.Array:
 
 def through_factors(x: jax.Array, term: Term, n_in: int, n_out: int) -> jax.Array:
     """x @ delta without forming delta: (..., in) to (..., out) in float32."""
-    b_flat, a_flat = flat_factors(term, max(n_in, n_out))
-    b_flat = b_flat.astype(jnp.float32)
-    x = x.astype(jnp.float32)
-    if n_in <= n_out:
-        return jnp.einsum("...j,sj->...s", x, a_flat) @ b_flat.T
-    return (x @ b_flat) @ a_flat
+    factors = flat_factors(sliced(term, n_in, n_out))
+    return through(x.astype(jnp.float32), *factors, n_in <= n_out)

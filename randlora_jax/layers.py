@@ -22,11 +22,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from randlora_jax.bases import Bases, BasisIdentity, Box
 from randlora_jax.cost import Apply, cheapest
 from randlora_jax.delta import Term, delta, through_delta, through_factors
 from randlora_jax.errors import ConfigError
+from randlora_jax.mesh import layout_of
 from randlora_jax.passes import Way, each_pass_its_way
 from randlora_jax.views import View
 
@@ -45,6 +47,7 @@ class Layer:
       names: canonical names, PyTorch module paths: one for each matrix of the kernel, in the order
         of its stack axes. A stack that no rule names has one name for all.
       leaf: the kernel's name in the layer.
+      sharding: of the kernel when its model was wrapped; None if it lay on no mesh.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Layer:
     stated: bool = False
     names: tuple[str, ...] = ()
     leaf: str = "kernel"
+    sharding: NamedSharding | None = None
 
     @property
     def kernel_path(self) -> tuple[Any, ...]:
@@ -103,11 +107,11 @@ class How:
 
     Args:
       apply: "auto" takes the cheapest exact way of each pass; the others insist.
-      token_shards: over so many devices a batch is spread where a trace cannot see it.
+      token_axes: the mesh axes that split a batch, where a trace cannot see it.
     """
 
     apply: Apply = "auto"
-    token_shards: int = 1
+    token_axes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,6 @@ class Part:
 Run = Callable[..., jax.Array]
 Parts = Sequence[Part]
 Terms = Sequence[Term]
-Through = Callable[[jax.Array, Term, int, int], jax.Array]
 # kernel, input, what each adapter sees of it if it drops some, what else `run` reads
 Arguments = tuple[jax.Array, jax.Array, Sequence[jax.Array | None], Sequence[jax.Array]]
 
@@ -146,7 +149,7 @@ def adapted(
     contracts: int,
     low_precision: bool,
     how: How,
-    where: str,
+    layer: Layer,
 ) -> jax.Array:
     """The layer's output with all `parts` joined in.
 
@@ -159,7 +162,7 @@ def adapted(
         their place; 0 where the layer is anything else.
       low_precision: the layer multiplies in less than float32.
       how: the user's word on it.
-      where: the layer's name, for errors.
+      layer: what is known of it apart from the call.
 
     Raises:
       ConfigError: the way asked for is impossible for this layer.
@@ -167,31 +170,42 @@ def adapted(
     _, n_in, n_out = view.sizes(kernel.shape)
     dropped = any(part.drop for part in parts)
     if not contracts and (dropped or how.apply == "factored"):
+        asked = "adapter dropout" if dropped else "apply=factored"
         raise ConfigError(
-            f"layer {where!r} is not a plain contraction of its last input axes and can only run "
-            f"merged, so {'adapter dropout' if dropped else 'apply=factored'} is impossible there: "
+            f"layer {layer.name!r} is not a plain contraction of its last input axes and can only "
+            f"run merged, so {asked} is impossible there: "
             "leave it out of target_modules or set randlora_dropout=0 and apply='auto'"
         )
     joins = not contracts or (not dropped and (not low_precision or how.apply == "merged"))
+    layout = layout_of(x, kernel, view, contracts, layer.sharding, how.token_axes)
+    split = layout.size(layout.tokens) if layout else 1
     plan = cheapest(
-        max(1, x.size // n_in // how.token_shards),
+        max(1, x.size // n_in // split),
         n_in,
         n_out,
         sum(math.prod(part.term.lam.shape[-2:]) for part in parts),
         joins=joins,
         factors=contracts > 0,
         apply=how.apply,
+        shards=layout.size((*layout.n_in, *layout.n_out)) if layout else 1,
     )
     seen = [part.drop(x) if part.drop else None for part in parts]
     run, carried = jax.closure_convert(run, kernel, x)
 
+    def through(x: jax.Array, term: Term, factored: bool) -> jax.Array:
+        if layout:
+            return layout.applied(x, term, n_in, n_out, factored)
+        return (through_factors if factored else through_delta)(x, term, n_in, n_out)
+
     def joined(arguments: Arguments, terms: Terms) -> jax.Array:
         kernel, x, _, carried = arguments
+        if layout:
+            terms = [layout.cut(term, n_in, n_out) for term in terms]
         whole = kernel.astype(jnp.float32) + kernel_delta(terms, view, kernel.shape)
         # formed in float32 and rounded once to what the layer holds
         return run(whole.astype(kernel.dtype), x, *carried)
 
-    def beside(through: Through) -> Way:
+    def beside(factored: bool) -> Way:
         def way(arguments: Arguments, terms: Terms) -> jax.Array:
             kernel, x, seen, carried = arguments
             out = run(kernel, x, *carried)
@@ -200,14 +214,16 @@ def adapted(
                 flat = (x if dropped is None else dropped).reshape(
                     *x.shape[: x.ndim - contracts], n_in
                 )
-                total = total + through(flat, term, n_in, n_out).reshape(out.shape)
+                total = total + through(flat, term, factored).reshape(out.shape)
             return total.astype(out.dtype)
 
         return way
 
-    ways = {"merged": joined if joins else beside(through_delta)}
-    ways["factored"] = beside(through_factors)
-    product = each_pass_its_way(ways[plan.forward], ways[plan.inputs], ways[plan.trained])
+    ways = {"merged": joined if joins else beside(False), "factored": beside(True)}
+    # on a mesh, what trains is summed where it is small
+    apart = layout is not None and contracts > 0 and plan.trained == "merged"
+    trained = beside(False) if apart else ways[plan.trained]
+    product = each_pass_its_way(ways[plan.forward], ways[plan.inputs], trained)
     return product((kernel, x, seen, carried), [part.term for part in parts])
 
 

@@ -192,7 +192,7 @@ class LinenRandLora(FunctionalRandLora):
             contracts=known.contracts,
             low_precision=jnp.finfo(dtype).bits < 32,
             how=self._book.how,
-            where=layer.name,
+            layer=layer,
         )
 
     # What RandLoraModel asks of a front end.

@@ -7,7 +7,7 @@ framework finds them.
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path as FilePath
 from typing import Any, Self
@@ -163,7 +163,7 @@ class RandLoraModel(Life):
         is_trainable: bool = False,
         *,
         apply: Apply = "auto",
-        token_shards: int = 1,
+        token_axes: Sequence[str] = (),
         rngs: Any = None,
         views: Mapping[str, str] | None = None,
         names: Rules | None = None,
@@ -176,10 +176,10 @@ class RandLoraModel(Life):
         Args:
           model: as for `get_peft_model`.
           is_trainable: the adapter's numbers are trained on; else they are frozen like the base.
-          apply, token_shards, rngs, views, names, layer_types: as for `get_peft_model`.
+          apply, token_axes, rngs, views, names, layer_types: as for `get_peft_model`.
           torch_generation, revision: as for `load_adapter`.
         """
-        wrapped = wrap(model, How(apply, token_shards), views, names, layer_types)
+        wrapped = wrap(model, How(apply, tuple(token_axes)), views, names, layer_types)
         wrapped.load_adapter(
             directory,
             adapter_name,
@@ -218,8 +218,6 @@ def wrap(
 
     if how.apply not in ("auto", "factored", "merged"):
         raise ConfigError(f"apply={how.apply!r}: expected 'auto', 'factored' or 'merged'")
-    if how.token_shards < 1:
-        raise ConfigError(f"token_shards={how.token_shards}: expected a number of devices, from 1")
     stated = Views(views or {}), Names(names or {}), layer_types or {}
     if isinstance(model, flax.nnx.Module):
         known = known_models.about(model)
@@ -250,7 +248,7 @@ def get_peft_model(
     adapter_name: str = "default",
     *,
     apply: Apply = "auto",
-    token_shards: int = 1,
+    token_axes: Sequence[str] = (),
     rngs: Any = None,
     views: Mapping[str, str] | None = None,
     names: Rules | None = None,
@@ -266,8 +264,9 @@ def get_peft_model(
       apply: how layers apply the adapter: "auto" takes the cheapest exact way for each pass of each
         layer (`RandLoraModel.explain` says which), "factored" and "merged" insist on one. Belongs
         to the run and is never saved.
-      token_shards: over how many devices a batch is spread, where a trace cannot see it (automatic
-        mesh axes); what is cheapest depends on the tokens of one device.
+      token_axes: the mesh axes that split a batch's first axis, where a trace cannot see it
+        (automatic axes): what is cheapest depends on the tokens of one device, and each device
+        then sums its own tokens' gradient of lambda and gamma (`randlora_jax.mesh`).
       rngs: an ``nnx.Rngs`` or a jax key, for ``init_weights=False`` and, in nnx, adapter dropout.
       views: kernel layouts that types do not tell, by regular expressions on layer paths, such as
         ``{"layers/mlp/.*": "s i o"}`` for scanned Dense layers (`randlora_jax.views`).
@@ -278,6 +277,6 @@ def get_peft_model(
       ConfigError: `model` or `config` cannot be used.
       TargetError: `config` selects no layer of `model`.
     """
-    wrapped = wrap(model, How(apply, token_shards), views, names, layer_types)
+    wrapped = wrap(model, How(apply, tuple(token_axes)), views, names, layer_types)
     wrapped.add_adapter(adapter_name, config, rngs=rngs)
     return wrapped

@@ -156,7 +156,7 @@ class RandLoraLayer(nnx.Module):
             contracts=known.contracts,
             low_precision=jnp.finfo(dtype).bits < 32,
             how=self.how,
-            where=self.layer.name,
+            layer=self.layer,
         )
 
     def _parts(self) -> list[Part]:

@@ -12,7 +12,7 @@ from randlora_jax import layers
 from randlora_jax.bases import Bases
 from randlora_jax.cost import Plan, Sizes, cheapest, explained
 from randlora_jax.delta import Term, delta
-from randlora_jax.layers import How, Part, adapted
+from randlora_jax.layers import How, Layer, Part, adapted
 from randlora_jax.views import View
 
 SHAPES = {"square": (24, 24), "wide": (16, 36), "tall": (36, 16)}
@@ -43,7 +43,7 @@ def layer(kernel, x, term, dropped=None):
         contracts=1,
         low_precision=False,
         how=How(),
-        where="here",
+        layer=Layer("here", (), View("io"), kernel.shape),
     )
 
 
