@@ -51,17 +51,17 @@ def minilm() -> Shape:
 
 
 def opt() -> Shape:
-    """Four of OPT-125m's twelve layers: 768 wide, 3072 in the MLP."""
+    """Two of OPT-125m's twelve layers: 768 wide, 3072 in the MLP."""
     config = hf.OPTConfig(
         vocab_size=VOCABULARY,
         hidden_size=768,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         ffn_dim=3072,
         num_attention_heads=12,
         word_embed_proj_dim=768,
         dropout=0.0,
     )
-    return _made_up("OPT-125m, 4 layers", "OPTModel", config)
+    return _made_up("OPT-125m, 2 layers", "OPTModel", config)
 
 
 def llama() -> Shape:

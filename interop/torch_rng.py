@@ -303,7 +303,7 @@ class _Source:
                 block[part] = to_dtype(chunk)
                 exact = block[part].astype(np.float64)
                 total += float(exact.sum())
-                squares += float(np.square(exact, out=exact).sum())
+                squares += float(exact @ exact)
             joined[:, b] = block.reshape(rows, columns)
         std = dtype.type(_deviation(total, squares, joined.size))
         # 16 bits have few patterns: the quotient of each one, computed once.

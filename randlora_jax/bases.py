@@ -17,7 +17,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
 
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.interop.torch_rng import Kind
@@ -26,8 +29,9 @@ from randlora_jax.interop.torch_rng import Kind
 class Bases(NamedTuple):
     """One pair of shared bases, as layers use it.
 
-    A: (r, MIN), B: (MAX, N, r); bfloat16 wherever that loses nothing, else float32. PEFT keeps a
-    middle axis of length one in A; it exists only in files (``randlora_jax.interop``).
+    A: (r, MIN), B: (MAX, N, r); bfloat16 wherever that loses nothing, else float32. Ternary ones
+    are int8, -1, 0 or 1, and their unit is a part of the adapter's scaling. PEFT keeps a middle
+    axis of length one in A; it exists only in files (``randlora_jax.interop``).
     """
 
     A: jax.Array
@@ -64,6 +68,11 @@ class BasisIdentity:
     r: int
     sparsity: float = 0.0
 
+    @property
+    def unit(self) -> float:
+        """What an integer of a pair drawn here stands for; 1 for dense pairs."""
+        return float(ml_dtypes.bfloat16(math.sqrt(self.sparsity))) if self.sparsity else 1.0
+
     def __str__(self) -> str:
         return f"{self.source}-{self.key}-{self.kind}-r{self.r}" + (
             f"-s{self.sparsity:.6g}" if self.kind == "very_sparse" else ""
@@ -97,33 +106,60 @@ def prng_key(key: int) -> jax.Array:
     return jax.random.wrap_key_data(jnp.asarray(halves), impl="threefry2x32")
 
 
-def draw(identity: BasisIdentity, box: Box) -> Bases:
-    """Draws a pair of `identity` with the extents of `box`, in bfloat16, on the default device.
+def draw(identity: BasisIdentity, box: Box, sharding: NamedSharding | None = None) -> Bases:
+    """Draws a pair of `identity` with the extents of `box`: bfloat16, or int8 if it is ternary.
+
+    On the default device, or right where `sharding` wants it: each device draws what it holds.
 
     Row k of A comes from ``fold_in(fold_in(key, 0), k)`` and basis b of B from
     ``fold_in(fold_in(key, 1), b)``, so draws of different extents agree wherever they overlap.
-    Dense entries are uniform with unit standard deviation; ternary ones are -1, 0 or 1 divided by
-    the standard deviation of their distribution, as PEFT's (there it is the sample's).
+    Dense entries are uniform with unit standard deviation; ternary ones are -1, 0 or 1, to be
+    divided by the standard deviation of their distribution (`BasisIdentity.unit`), as PEFT's are by
+    the sample's.
     """
     if identity.source != "jax":
         raise ValueError(f"bases of {identity} come from a file and cannot be drawn")
-    with jax.threefry_partitionable(True):
-        return _draw(prng_key(identity.key), identity.kind, identity.r, identity.sparsity, box)
+    numbers = jax.jit(_draw, static_argnums=(1, 2, 3, 4), out_shardings=sharding)
+    return numbers(prng_key(identity.key), identity.kind, identity.r, identity.sparsity, box)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _draw(key: jax.Array, kind: Kind, r: int, sparsity: float, box: Box) -> Bases:
-    def words(side: int, count: int, shape: tuple[int, ...]) -> jax.Array:
-        def one(i: jax.Array) -> jax.Array:
-            return jax.random.bits(jax.random.fold_in(side_key, i), shape, jnp.uint32)
-
-        side_key = jax.random.fold_in(key, np.uint32(side))
-        return jax.vmap(one)(jnp.arange(count, dtype=jnp.uint32))
-
     numbers = _uniform if kind == "dense" else functools.partial(_ternary, s=sparsity)
-    a = numbers(words(0, r, (box.min,)))  # (r, MIN)
-    b = numbers(words(1, box.n, (box.max, r)))  # (N, MAX, r)
-    return Bases(a, b.transpose(1, 0, 2))  # (MAX, N, r)
+
+    def keys(side: int, count: int) -> tuple[jax.Array, jax.Array]:
+        each = jax.vmap(jax.random.fold_in, (None, 0))
+        of_side = jax.random.fold_in(key, np.uint32(side))
+        halves = jax.random.key_data(each(of_side, jnp.arange(count, dtype=jnp.uint32)))
+        return halves[:, 0], halves[:, 1]
+
+    def counter(shape: tuple[int, ...], axis: int) -> jax.Array:
+        return lax.broadcasted_iota(jnp.uint32, shape, axis)
+
+    high, low = keys(0, r)
+    a = _words(high[:, None], low[:, None], counter((r, box.min), 1))  # (r, MIN)
+    high, low = keys(1, box.n)
+    shape = (box.max, box.n, r)
+    place = counter(shape, 0) * np.uint32(r) + counter(shape, 2)  # within a basis, row by row
+    b = _words(high[:, None], low[:, None], place)  # (MAX, N, r)
+    return Bases(numbers(a), numbers(b))
+
+
+def _words(high: jax.Array, low: jax.Array, counters: jax.Array) -> jax.Array:
+    """``jax.random.bits`` of keys (high, low) at `counters`, uint32: threefry2x32, partitionable.
+
+    Written out, since ``jax.random`` passes over the whole array in each of its rounds: that took
+    five times as long. `tests/test_bases.py` compares the two.
+    """
+    turns = ((13, 15, 26, 6), (17, 29, 16, 24))
+    schedule = (high, low, high ^ low ^ np.uint32(0x1BD11BDA))
+    x, y = jnp.broadcast_to(high, counters.shape), counters + low
+    for i in range(5):
+        for turn in turns[i % 2]:
+            x = x + y
+            y = x ^ (y << np.uint32(turn) | y >> np.uint32(32 - turn))
+        x = x + schedule[(i + 1) % 3]
+        y = y + schedule[(i + 2) % 3] + np.uint32(i + 1)
+    return x ^ y
 
 
 def _uniform(words: jax.Array) -> jax.Array:
@@ -133,9 +169,16 @@ def _uniform(words: jax.Array) -> jax.Array:
 
 
 def _ternary(words: jax.Array, s: float) -> jax.Array:
-    """-1 and 1 with probability 1/(2s) each, else 0; divided by their deviation 1/sqrt(s)."""
+    """-1 and 1 with probability 1/(2s) each, else 0."""
     edge = round(2**32 / (2 * s))
-    sign = (words >= jnp.uint32(2**32 - edge)).astype(jnp.float32) - (
-        words < jnp.uint32(edge)
-    ).astype(jnp.float32)
-    return (sign * jnp.float32(math.sqrt(s))).astype(jnp.bfloat16)
+    high = (words >= jnp.uint32(2**32 - edge)).astype(jnp.int8)
+    return high - (words < jnp.uint32(edge)).astype(jnp.int8)
+
+
+def in_full(identity: BasisIdentity, pair: Bases) -> tuple[np.ndarray, np.ndarray]:
+    """A (r, 1, MIN) and B (MAX, N, r) of a pair drawn here, as files hold them: bfloat16."""
+
+    def numbers(x: jax.Array) -> np.ndarray:
+        return (np.asarray(x, np.float32) * np.float32(identity.unit)).astype(ml_dtypes.bfloat16)
+
+    return numbers(pair.A)[:, None], numbers(pair.B)

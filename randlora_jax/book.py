@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from randlora_jax import targets
 from randlora_jax.bases import Box, peft_box
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.errors import TargetError
 from randlora_jax.layers import AdapterSpec, How, Layer
+from randlora_jax.mesh import on_host
 from randlora_jax.names import Names, Path
 from randlora_jax.origins import Stored
 
@@ -25,6 +27,13 @@ class AdapterState:
 
     layers: dict[str, tuple[jax.Array, jax.Array]]
     saved: dict[Path, jax.Array] = field(default_factory=dict)
+
+    def on_host(self) -> "AdapterState":
+        """In host memory, whole; called by every process that holds a part."""
+        return AdapterState(
+            {n: (on_host(lam), on_host(gamma)) for n, (lam, gamma) in self.layers.items()},
+            {path: on_host(x) for path, x in self.saved.items()},
+        )
 
     def size(self) -> int:
         """How many numbers it trains."""
@@ -60,6 +69,12 @@ class Book:
     trained: frozenset[str] = frozenset()  # adapters that train when they are active
     merged: tuple[str, ...] = ()  # adapters whose deltas are in the base kernels
     originals: Mapping[Path, np.ndarray] = field(default_factory=dict)  # kernels before merging
+
+    @property
+    def replicated(self) -> NamedSharding | None:
+        """Where to put what every device needs whole: on the mesh that holds the base kernels."""
+        meshes = {layer.sharding.mesh for layer in self.layers.values() if layer.sharding}
+        return NamedSharding(meshes.pop(), PartitionSpec()) if len(meshes) == 1 else None
 
     def owners(self) -> dict[str, Layer]:
         """The layer that holds the matrix of each canonical name.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from randlora_jax import names, origins, targets
-from randlora_jax.bases import draw, used_box
+from randlora_jax.bases import draw, in_full, used_box
 from randlora_jax.book import AdapterState, Book
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.errors import AdapterFileError, RandLoraError, TargetError, nearest, shown
@@ -117,8 +117,7 @@ def peft_pair(book: Book, spec: AdapterSpec) -> Pair:
     """The adapter's pair with exactly the extents PEFT expects in a file."""
     if spec.identity in book.stored:
         return book.stored[spec.identity]
-    pair = draw(spec.identity, spec.box)
-    return np.asarray(pair.A)[:, None], np.asarray(pair.B)
+    return in_full(spec.identity, draw(spec.identity, spec.box))
 
 
 def restore(
@@ -155,7 +154,8 @@ def restore(
         identity, stored, config = origins.of_adapter(
             adapter, box, dtype, torch_generation, directory
         )
-        spec = AdapterSpec(adapter_name, config.scaling, config.randlora_dropout, identity, box)
+        scaling = config.scaling * origins.unit(identity, stored)
+        spec = AdapterSpec(adapter_name, scaling, config.randlora_dropout, identity, box)
         saved = _saved_leaves(book, base, adapter, directory)
         lams = {name: lam for name, (lam, _) in adapter.layers.items()}
         gammas = {name: gamma for name, (_, gamma) in adapter.layers.items()}

@@ -15,6 +15,7 @@ from typing import Any
 
 from randlora_jax.errors import ConfigError
 from randlora_jax.layers import Layer
+from randlora_jax.mesh import on_mesh
 from randlora_jax.names import Names, Path, dotted
 from randlora_jax.views import View
 
@@ -96,7 +97,7 @@ def of_einsum(equation: str, leaf: str = "kernel") -> LayerType:
 
 def layer_at(
     path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
+    arrays: Mapping[str, Any],
     known: LayerType | None,
     stated: View | None,
     names: Names,
@@ -104,7 +105,7 @@ def layer_at(
     """The layer at `path`, None where no array is known to be a kernel.
 
     Args:
-      shapes: of the arrays it owns.
+      arrays: that it owns, or their shapes and dtypes.
       known: its type, if a table has it.
       stated: the user's word for its kernel's layout; else surplus leading axes stack layers, as
         scans and vmaps leave them.
@@ -112,6 +113,7 @@ def layer_at(
     Raises:
       ConfigError: `stated` is about none of the arrays.
     """
+    shapes = {name: x.shape for name, x in arrays.items()}
     leaf = known.leaf if known else _leaf_of(path, stated, shapes) if stated else None
     view = stated or (known.view if known else None)
     if leaf not in shapes or leaf is None or view is None:
@@ -128,6 +130,7 @@ def layer_at(
         stated=stated is not None,
         names=names.of(path, view.sizes(shape)[0]),
         leaf=leaf,
+        sharding=on_mesh(arrays[leaf]),
     )
 
 

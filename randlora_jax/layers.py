@@ -16,7 +16,6 @@ Which one runs is decided for each pass on its own (`cost`, `passes`).
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -28,7 +27,7 @@ from randlora_jax.bases import Bases, BasisIdentity, Box
 from randlora_jax.cost import Apply, cheapest
 from randlora_jax.delta import Term, delta, through_delta, through_factors
 from randlora_jax.errors import ConfigError
-from randlora_jax.mesh import layout_of
+from randlora_jax.mesh import Layout, layout_of
 from randlora_jax.passes import Way, each_pass_its_way
 from randlora_jax.views import View
 
@@ -92,7 +91,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What a layer must know of an adapter and cannot train: all static under ``jit``."""
+    """What a layer must know of an adapter and cannot train: all static under ``jit``.
+
+    scaling: alpha / r, times what the product of two integers of ternary bases stands for.
+    """
 
     name: str
     scaling: float
@@ -177,7 +179,9 @@ def adapted(
             "leave it out of target_modules or set randlora_dropout=0 and apply='auto'"
         )
     joins = not contracts or (not dropped and (not low_precision or how.apply == "merged"))
-    layout = layout_of(x, kernel, view, contracts, layer.sharding, how.token_axes)
+    layout = layout_of(kernel, view, layer.sharding)
+    if layout:
+        layout = layout.of_call(x, contracts, how.token_axes)
     split = layout.size(layout.tokens) if layout else 1
     plan = cheapest(
         max(1, x.size // n_in // split),
@@ -193,15 +197,13 @@ def adapted(
     run, carried = jax.closure_convert(run, kernel, x)
 
     def through(x: jax.Array, term: Term, factored: bool) -> jax.Array:
-        if layout:
+        if layout and layout.used:
             return layout.applied(x, term, n_in, n_out, factored)
         return (through_factors if factored else through_delta)(x, term, n_in, n_out)
 
     def joined(arguments: Arguments, terms: Terms) -> jax.Array:
         kernel, x, _, carried = arguments
-        if layout:
-            terms = [layout.cut(term, n_in, n_out) for term in terms]
-        whole = kernel.astype(jnp.float32) + kernel_delta(terms, view, kernel.shape)
+        whole = kernel.astype(jnp.float32) + kernel_delta(terms, view, kernel.shape, layout)
         # formed in float32 and rounded once to what the layer holds
         return run(whole.astype(kernel.dtype), x, *carried)
 
@@ -227,19 +229,21 @@ def adapted(
     return product((kernel, x, seen, carried), [part.term for part in parts])
 
 
-def kernel_delta(terms: Terms, view: View, shape: tuple[int, ...]) -> jax.Array:
+def kernel_delta(
+    terms: Terms, view: View, shape: tuple[int, ...], layout: Layout | None = None
+) -> jax.Array:
     """The summed deltas of `terms` in the kernel's layout, float32; stacks one layer at a time."""
     stack, n_in, n_out = view.sizes(shape)
     total = jnp.zeros((), jnp.float32)
     for lam, gamma, bases, scaling in terms:
-        one = partial(_of_one_layer, bases=bases, scaling=scaling, n_in=n_in, n_out=n_out)
+
+        def one(
+            lam: jax.Array, gamma: jax.Array, bases: Bases = bases, scaling: float = scaling
+        ) -> jax.Array:
+            term = Term(lam, gamma, bases, scaling)
+            return delta(layout.cut(term, n_in, n_out) if layout else term, n_in, n_out)
+
         for _ in stack:
             one = jax.vmap(one)
         total = total + one(lam, gamma)
     return view.to_kernel(total, shape)
-
-
-def _of_one_layer(
-    lam: jax.Array, gamma: jax.Array, bases: Bases, scaling: float, n_in: int, n_out: int
-) -> jax.Array:
-    return delta(Term(lam, gamma, bases, scaling), n_in, n_out)

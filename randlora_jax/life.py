@@ -18,6 +18,7 @@ from randlora_jax.delta import Term
 from randlora_jax.errors import ConfigError
 from randlora_jax.frontend import FrontEnd
 from randlora_jax.layers import AdapterSpec, Layer, kernel_delta
+from randlora_jax.mesh import on_host, on_mesh
 from randlora_jax.names import TORCH_LEAF, Path, dotted
 from randlora_jax.origins import Stored
 
@@ -62,7 +63,8 @@ class Life(FrontEnd):
         layers = {layer.name: layer for layer in chosen.values()}
         dtype = files.base_dtype(self._base_leaves(), layers.values())
         identity, stored = origins.fresh(config, box, dtype)
-        spec = AdapterSpec(adapter_name, config.scaling, config.randlora_dropout, identity, box)
+        scaling = config.scaling * origins.unit(identity, stored)
+        spec = AdapterSpec(adapter_name, scaling, config.randlora_dropout, identity, box)
         leaves = {
             name: self._fresh(layer, config, rngs, i)
             for i, (name, layer) in enumerate(layers.items())
@@ -157,13 +159,14 @@ class Life(FrontEnd):
             path = self._book.layers[layer].kernel_path
             kernel = base[path]
             change = kernel_delta(terms, self._book.layers[layer].view, kernel.shape)
-            merged[path] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
+            whole = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
+            merged[path] = jax.device_put(whole, on_mesh(kernel))
             if safe_merge and not jnp.isfinite(merged[path]).all():
                 raise ConfigError(
                     f"merging {wanted} into {layer!r} gives numbers that are not finite: an "
                     "adapter is broken; nothing was merged"
                 )
-            originals.setdefault(path, np.asarray(kernel))
+            originals.setdefault(path, on_host(kernel))
         self._set_base_leaves(merged)
         self._update(merged=(*self._book.merged, *wanted), originals=originals)
 
@@ -172,7 +175,9 @@ class Life(FrontEnd):
         if not self._book.merged:
             warnings.warn("no adapter is merged: nothing to do", stacklevel=2)
             return
-        self._set_base_leaves({p: jnp.asarray(x) for p, x in self._book.originals.items()})
+        base = self._base_leaves()
+        originals = self._book.originals.items()
+        self._set_base_leaves({p: jax.device_put(x, on_mesh(base[p])) for p, x in originals})
         self._update(merged=(), originals={})
 
     @property
@@ -245,7 +250,7 @@ class Life(FrontEnd):
             )
         self._refuse_while_merged("add_adapter")
         self._check_against_others(config)
-        self._install(spec, state, rngs)
+        self._install(spec, self._placed(state), rngs)
         self._update(
             configs={**book.configs, spec.name: config},
             specs={**book.specs, spec.name: spec},
@@ -328,6 +333,17 @@ class Life(FrontEnd):
 
     def _pair(self, identity: BasisIdentity, box: Box) -> Bases:
         if identity not in self._book.stored:
-            return draw(identity, box)
-        a, b = self._book.stored[identity]  # (r, 1, MIN), (MAX, N, r)
-        return Bases(jnp.asarray(a[:, 0, : box.min]), jnp.asarray(b[: box.max, : box.n]))
+            return draw(identity, box, self._book.replicated)
+        pair = self._book.stored[identity]  # (r, 1, MIN), (MAX, N, r)
+        a, b = pair if identity.kind == "dense" else origins.integers(pair)[0]
+        return Bases(self._put(a[:, 0, : box.min]), self._put(b[: box.max, : box.n]))
+
+    def _put(self, x: jax.Array | np.ndarray) -> jax.Array:
+        """`x` on every device that holds the base model."""
+        return jax.device_put(jnp.asarray(x), self._book.replicated)
+
+    def _placed(self, state: AdapterState) -> AdapterState:
+        layers = {n: (self._put(lam), self._put(gamma)) for n, (lam, gamma) in state.layers.items()}
+        base = self._base_leaves()
+        saved = {p: jax.device_put(x, on_mesh(base[p])) for p, x in state.saved.items()}
+        return AdapterState(layers, saved)

@@ -95,16 +95,16 @@ class LinenRandLora(FunctionalRandLora):
         self.module = module
         self._begin(collections)
         self._types = LayerTypes((types, TYPES))
-        owned: dict[Path, dict[str, tuple[int, ...]]] = {}
+        owned: dict[Path, dict[str, jax.Array]] = {}
         for (*parts, leaf), value in flatten_dict(collections["params"]).items():
-            owned.setdefault(tuple(parts), {})[leaf] = value.shape
+            owned.setdefault(tuple(parts), {})[leaf] = value
         layers, modules = {}, set()
-        for path, shapes in owned.items():
+        for path, arrays in owned.items():
             stated = views.find(path)
             known = self._types.find(found[path]) if path in found else None
-            if not found and len(shapes.get("kernel", ())) == 2:
+            if not found and "kernel" in arrays and arrays["kernel"].ndim == 2:
                 known = DENSE  # a plain module is not traced: so it is taken until it is called
-            layer = layer_at(path, shapes, known, stated, names)
+            layer = layer_at(path, arrays, known, stated, names)
             if layer:
                 layers[layer.name] = layer
             else:

@@ -8,14 +8,20 @@ partitioner would sum delta's gradient, which is as large as the kernel.
 
 Explicit mesh axes are part of an array's type. Automatic ones a trace cannot see: then the kernel
 counts as it lay when its model was wrapped, and the user names the axes that split the tokens.
+Where the layout cannot be followed (an inner axis of several that form one side of the matrix is
+cut), the partitioner decides.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -28,23 +34,43 @@ Axes = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """Of one layer's call.
+    """Of one layer.
 
     Args:
       mesh: of devices.
-      rows: for each leading axis of x, the mesh axes that split it.
       n_in, n_out: the mesh axes that split the kernel's matrix.
+      rows: in a call, for each leading axis of x, the mesh axes that split it.
     """
 
     mesh: Any
-    rows: tuple[Axes, ...]
     n_in: Axes
     n_out: Axes
+    rows: tuple[Axes, ...] = ()
+
+    def of_call(self, x: jax.Array, contracts: int, token_axes: Axes) -> "Layout":
+        """With the rows of `x`, of whose axes the last `contracts` are summed over.
+
+        Args:
+          token_axes: mesh axes that split x's first axis, where its type does not say.
+        """
+        leading = x.ndim - contracts
+        if _explicit(self.mesh):
+            return replace(
+                self, rows=tuple(_entries(jax.typeof(x).sharding.spec, x.ndim)[:leading])
+            )
+        split = leading and x.shape[0] % self.size(token_axes) == 0
+        rows = [token_axes if split else (), *[()] * (leading - 1)] if leading else []
+        return replace(self, rows=tuple(rows))
 
     @property
     def tokens(self) -> Axes:
         """Mesh axes that split the tokens."""
         return tuple(axis for axes in self.rows for axis in axes)
+
+    @property
+    def used(self) -> Axes:
+        """Mesh axes that split something."""
+        return tuple(dict.fromkeys((*self.tokens, *self.n_in, *self.n_out)))
 
     def size(self, axes: Axes) -> int:
         """How many devices lie along `axes`."""
@@ -73,13 +99,14 @@ class Layout:
         kept = [tuple(a for a in axes if a not in self.tokens) for axes in (self.n_in, self.n_out)]
         cuts = kept if factored else [self.n_in, self.n_out]
         small, large = cuts if wide else cuts[::-1]
-        manual = {*self.tokens, *self.n_in, *self.n_out}
 
-        def local(x: jax.Array, lam: jax.Array, gamma: jax.Array, bases: Bases) -> jax.Array:
+        def local(x: jax.Array, lam: jax.Array, gamma: jax.Array, *bases: jax.Array) -> jax.Array:
             # from here on they differ, as far as a device knows: so their gradients stay apart
-            lam = jax.lax.pcast(lam, tuple(manual), to="varying")
-            gamma = jax.lax.pcast(gamma, tuple(manual - set(small)), to="varying")
-            factors = flat_factors(Term(lam, gamma, bases, term.scaling))
+            lam = jax.lax.pcast(lam, self.used, to="varying")
+            gamma = jax.lax.pcast(
+                gamma, tuple(a for a in self.used if a not in small), to="varying"
+            )
+            factors = flat_factors(Term(lam, gamma, Bases(*bases), term.scaling))
             if factored:
                 return jax.lax.psum(through(x, *factors, wide), kept[0])
             whole = formed(*factors, wide)
@@ -90,16 +117,17 @@ class Layout:
 
         rows = [axes or None for axes in self.rows]
         columns = P(None, small or None)
-        specs = (P(*rows, kept[0] or None), P(), columns, Bases(columns, P(large or None)))
-        arrays = (x.astype(jnp.float32), term.lam, term.gamma, term.bases)
+        specs = (P(*rows, kept[0] or None), P(), columns, columns, P(large or None))
+        arrays: tuple[jax.Array, ...]
+        arrays = (x.astype(jnp.float32), term.lam, term.gamma, *term.bases)
         if _explicit(self.mesh):
-            arrays = jax.tree.map(self._placed, arrays, specs)
+            arrays = tuple(map(self._placed, arrays, specs))
         mapped = jax.shard_map(
             local,
             mesh=None if _explicit(self.mesh) else self.mesh,
             in_specs=specs,
             out_specs=P(*rows, kept[1] or None),
-            axis_names=manual,
+            axis_names=set(self.used),
         )
         return mapped(*arrays)
 
@@ -109,43 +137,51 @@ class Layout:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
 
-def layout_of(
-    x: jax.Array,
-    kernel: jax.Array,
-    view: View,
-    contracts: int,
-    base: NamedSharding | None,
-    token_axes: Axes,
-) -> Layout | None:
-    """The layout of a call, None where there is no mesh or nothing is known of it.
+def on_mesh(x: Any) -> NamedSharding | None:
+    """How an array lies on a mesh of devices, None where it does not."""
+    sharding = getattr(x, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def on_host(x: jax.Array) -> Any:
+    """NumPy's copy of an array, which may lie on devices of several processes: all call this."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+@contextmanager
+def alone_among_processes(what: str) -> Iterator[bool]:
+    """True in the first process; the others go on when it is done."""
+    try:
+        yield jax.process_index() == 0
+    finally:
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"randlora_jax.{what}")
+
+
+def layout_of(kernel: jax.Array, view: View, base: NamedSharding | None) -> Layout | None:
+    """The layout of a layer by its kernel, None where there is no mesh, or no way to follow it.
 
     Args:
-      contracts: so many last axes of x are summed over.
-      base: the kernel's sharding when its model was wrapped.
-      token_axes: mesh axes that split x's first axis, for automatic meshes.
+      base: the kernel's sharding when its model was wrapped, for automatic meshes.
     """
-    types = jax.typeof(x).sharding, jax.typeof(kernel).sharding
-    if _explicit(types[0].mesh):
-        mesh, rows = types[0].mesh, _entries(types[0].spec, x.ndim)[: x.ndim - contracts]
-        spec = _entries(types[1].spec, kernel.ndim)
+    sharding = jax.typeof(kernel).sharding
+    if _explicit(sharding.mesh):
+        spec = _entries(sharding.spec, kernel.ndim)
     elif base is not None:
-        mesh, leading = base.mesh, x.ndim - contracts
-        size = math.prod(mesh.shape[axis] for axis in token_axes)
-        split = token_axes if leading and x.shape[0] % size == 0 else ()
-        rows = [split, *[()] * (leading - 1)] if leading else []
-        # scans take the leading axes off
-        whole = _entries(base.spec, max(len(base.spec), kernel.ndim))
-        spec = whole[len(whole) - kernel.ndim :]
+        sharding, whole = base, _entries(base.spec, max(len(base.spec), kernel.ndim))
+        spec = whole[len(whole) - kernel.ndim :]  # scans take the leading axes off
     else:
         return None
     sides: dict[str, list[Axes]] = {"i": [], "o": [], "s": []}
     for letter, axes in zip(view.axes, spec, strict=True):
         sides[letter].append(axes)
-    # a matrix axis made of several is cut evenly only along the first of them
-    plain = not any(any(rest) for _, *rest in (sides["i"], sides["o"]))
-    if not plain or any(sides["s"]):
+    # a side made of several axes is cut in contiguous parts only along the first of them
+    inner = [axes for side in "io" for axes in sides[side][1:]]
+    if any(inner) or any(sides["s"]):
         return None
-    return Layout(mesh, tuple(rows), sides["i"][0], sides["o"][0])
+    return Layout(sharding.mesh, sides["i"][0], sides["o"][0])
 
 
 def _explicit(mesh: Any) -> bool:

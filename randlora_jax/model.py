@@ -27,6 +27,7 @@ from randlora_jax.interop.peft_dir import write_adapter
 from randlora_jax.layer_types import Table
 from randlora_jax.layers import How, Layer
 from randlora_jax.life import Life
+from randlora_jax.mesh import alone_among_processes
 from randlora_jax.names import Names, Rules
 from randlora_jax.strict_json import write_text
 from randlora_jax.views import Views
@@ -98,22 +99,27 @@ class RandLoraModel(Life):
     def save_pretrained(self, directory: str | FilePath) -> None:
         """Writes PEFT adapter directories: "default" at the root, others in folders of their name.
 
-        Each is written atomically and holds one copy of its bases, of the extents PEFT expects.
+        Each is written atomically and holds one copy of its bases, of the extents PEFT expects. Of
+        several processes (``jax.distributed``) all call this, and the first one writes.
 
         Warns where PEFT could not open all of them in one PyTorch model.
 
         Raises:
           RandLoraError: something cannot be written as PEFT reads it; nothing was written.
         """
-        adapters = {n: files.export(self._book, n, self._state(n)) for n in self._book.specs}
-        files.warn_if_apart(adapters)
-        for name, adapter in adapters.items():
-            folder = FilePath(directory) / ("" if name == "default" else name)
-            write_adapter(folder, adapter)
-            card = folder / hub.CARD_NAME
-            if not card.exists():  # the user's own words stay
-                numbers = self._state(name).size()
-                write_text(card, hub.model_card(adapter.config, len(adapter.layers), numbers))
+        states = {name: self._state(name).on_host() for name in self._book.specs}
+        with alone_among_processes("save_pretrained") as first:
+            if not first:
+                return
+            adapters = {name: files.export(self._book, name, s) for name, s in states.items()}
+            files.warn_if_apart(adapters)
+            for name, adapter in adapters.items():
+                folder = FilePath(directory) / ("" if name == "default" else name)
+                write_adapter(folder, adapter)
+                card = folder / hub.CARD_NAME
+                if not card.exists():  # the user's own words stay
+                    numbers = states[name].size()
+                    write_text(card, hub.model_card(adapter.config, len(adapter.layers), numbers))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Saves to the Hugging Face hub, in one commit; see `interop.hub.push` for the options.
@@ -207,8 +213,29 @@ def wrap(
     """The front end for `model`, with no adapter yet.
 
     Raises:
-      ConfigError: `model` is of no kind that a front end knows, or `apply` no way to apply.
+      ConfigError: `model` is of no kind that a front end knows, `apply` no way to apply, or its
+        mesh has no such `token_axes`.
     """
+    if how.apply not in ("auto", "factored", "merged"):
+        raise ConfigError(f"apply={how.apply!r}: expected 'auto', 'factored' or 'merged'")
+    wrapped = _wrapped(model, how, views, names, layer_types)
+    mesh = wrapped._book.replicated
+    if not set(how.token_axes) <= set(mesh.mesh.axis_names if mesh else ()):
+        raise ConfigError(
+            f"token_axes={how.token_axes}: the base model lies on "
+            f"{f'a mesh with the axes {mesh.mesh.axis_names}' if mesh else 'no mesh'}; put its "
+            "arrays on the mesh first (jax.device_put with a NamedSharding), then wrap it"
+        )
+    return wrapped
+
+
+def _wrapped(
+    model: Any,
+    how: How,
+    views: Mapping[str, str] | None,
+    names: Rules | None,
+    layer_types: Table | None,
+) -> RandLoraModel:
     import flax.linen
     import flax.nnx
 
@@ -216,8 +243,6 @@ def wrap(
     from randlora_jax.nnx import NnxRandLora
     from randlora_jax.pytree import PytreeRandLora
 
-    if how.apply not in ("auto", "factored", "merged"):
-        raise ConfigError(f"apply={how.apply!r}: expected 'auto', 'factored' or 'merged'")
     stated = Views(views or {}), Names(names or {}), layer_types or {}
     if isinstance(model, flax.nnx.Module):
         known = known_models.about(model)

@@ -209,7 +209,8 @@ class NnxRandLora(RandLoraModel, nnx.Module):
         layers, modules = {}, set()
         for path, module in nnx.iter_modules(model):
             known, stated = self.types.find(module), views.find(path)
-            owns = {k: v.shape for k, v in vars(module).items() if isinstance(v, nnx.Variable)}
+            held = vars(module).items()
+            owns = {k: v.get_raw_value() for k, v in held if isinstance(v, nnx.Variable)}
             layer = layer_at(path, owns, known, stated, names)
             if layer:
                 layers[layer.name] = layer

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from randlora_jax.bases import BasisIdentity, Box, draw, jax_identity
+from randlora_jax.bases import BasisIdentity, Box, draw, in_full, jax_identity
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.errors import AdapterFileError, ConfigError
 from randlora_jax.interop.adapter import Adapter, bases_digest
@@ -91,10 +91,8 @@ def of_adapter(
             config, projection_prng_key=recorded.projection_prng_key, projection_source="jax"
         )
         identity = jax_identity(drawn, box)
-        again = draw(identity, box)
-        if np.array_equal(np.asarray(again.A)[:, None], pair[0]) and np.array_equal(
-            np.asarray(again.B), pair[1]
-        ):
+        again = in_full(identity, draw(identity, box))
+        if np.array_equal(again[0], pair[0]) and np.array_equal(again[1], pair[1]):
             return identity, {}, drawn
     origin = identify(*adapter.bases, config.projection_prng_key)
     if origin is not None:
@@ -105,6 +103,23 @@ def of_adapter(
         f"file:{digest[:16]}", config.projection_prng_key, config.kind, config.r
     )
     return identity, {identity: pair}, config
+
+
+def integers(pair: Pair) -> tuple[Pair, float]:
+    """A ternary pair as -1, 0 and 1 in int8, and the unit of their products; any other as it is."""
+    units = [np.abs(x).max().astype(np.float32) for x in pair]
+    for x, unit in zip(pair, units, strict=True):
+        if not np.isin(np.abs(x).astype(np.float32), (0, unit)).all():
+            return pair, 1.0
+    a, b = (np.sign(x.astype(np.float32)).astype(np.int8) for x in pair)
+    return (a, b), float(units[0]) * float(units[1])
+
+
+def unit(identity: BasisIdentity, stored: Stored) -> float:
+    """What the product of two integers of a pair stands for; 1 where it holds no integers."""
+    if identity not in stored:
+        return identity.unit**2
+    return 1.0 if identity.kind == "dense" else integers(stored[identity])[1]
 
 
 def _torchs(

@@ -19,6 +19,7 @@ from randlora_jax.errors import ConfigError
 from randlora_jax.functional import BASES, FROZEN, TRAINED, FunctionalRandLora
 from randlora_jax.layer_types import layer_at
 from randlora_jax.layers import AdapterSpec, How, kernel_delta
+from randlora_jax.mesh import layout_of
 from randlora_jax.names import Names, Path, dotted
 from randlora_jax.views import Views
 
@@ -37,14 +38,14 @@ class PytreeRandLora(FunctionalRandLora):
         leaves, self._treedef = jax.tree_util.tree_flatten_with_path(params)
         self._paths: list[Path] = [tuple(map(_part, keys)) for keys, _ in leaves]
         self._begin({"params": params})
-        owned: dict[Path, dict[str, tuple[int, ...]]] = {}
+        owned: dict[Path, dict[str, jax.Array]] = {}
         for path, (_, leaf) in zip(self._paths, leaves, strict=True):
             if not isinstance(leaf, jax.Array):
                 raise ConfigError(
                     f"params {dotted(path)!r} is a {type(leaf).__name__}: expected arrays alone; "
                     "take the rest out first, such as by equinox.partition(model, is_array)"
                 )
-            owned.setdefault(path[:-1], {})[path[-1]] = leaf.shape
+            owned.setdefault(path[:-1], {})[path[-1]] = leaf
         found = {p: layer_at(p, s, None, views.find(p), names) for p, s in owned.items()}
         layers = {layer.name: layer for layer in found.values() if layer}
         modules = {names.first(path) for path, layer in found.items() if not layer}
@@ -68,7 +69,9 @@ class PytreeRandLora(FunctionalRandLora):
                 terms.setdefault(name, []).append(Term(lam, gamma, bases, spec.scaling))
         for name, mine in terms.items():
             path, kernel = book.layers[name].kernel_path, leaves[book.layers[name].kernel_path]
-            change = kernel_delta(mine, book.layers[name].view, kernel.shape)
+            view = book.layers[name].view
+            layout = layout_of(kernel, view, book.layers[name].sharding)
+            change = kernel_delta(mine, view, kernel.shape, layout)
             leaves[path] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
         return jax.tree.unflatten(self._treedef, [leaves[path] for path in self._paths])
 

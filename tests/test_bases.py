@@ -5,12 +5,22 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from randlora_jax.bases import BasisIdentity, Box, draw, peft_box, used_box
+from randlora_jax.bases import (
+    BasisIdentity,
+    Box,
+    _words,
+    draw,
+    in_full,
+    peft_box,
+    prng_key,
+    used_box,
+)
 
 KINDS = {"dense": 0.0, "sparse": 3.0, "very_sparse": 8.0}
 
@@ -22,7 +32,8 @@ def identity(kind="dense", key=42, r=5):
 @pytest.mark.parametrize("kind", KINDS)
 def test_unit_standard_deviation_and_values(kind):
     pair = draw(identity(kind, r=16), Box(400, 20, 3000))
-    for x in pair:
+    assert {x.dtype for x in pair} == {np.dtype("bfloat16" if kind == "dense" else "int8")}
+    for x in in_full(identity(kind, r=16), pair):
         values = np.asarray(x, np.float32)
         assert abs(values.std() - 1) < 0.02 and abs(values.mean()) < 0.02
         distinct = len(np.unique(values))
@@ -55,6 +66,15 @@ def test_other_keys_ranks_and_kinds_give_other_numbers():
     assert not np.array_equal(first, np.asarray(draw(identity(r=6), box).B, np.float32)[..., :5])
 
 
+def test_words_are_those_of_jax_random():
+    key = prng_key(-7)
+    high, low = jax.random.key_data(key)
+    with jax.threefry_partitionable(True):
+        expected = jax.random.bits(key, (70, 9), np.uint32)
+    places = np.arange(70 * 9, dtype=np.uint32).reshape(70, 9)
+    np.testing.assert_array_equal(_words(high, low, places), expected)
+
+
 def test_boxes():
     assert used_box((384, 1536), 16) == Box(1536, 24, 384)
     assert peft_box([(384, 1536), (1536, 384), (384, 384)], 16) == Box(1536, 96, 1536)
@@ -67,12 +87,12 @@ import jax
 jax.config.update("jax_enable_x64", sys.argv[1] == "64")
 if sys.argv[2] == "mesh":
     jax.config.update("jax_threefry_partitionable", False)
-from randlora_jax.bases import BasisIdentity, Box, draw
+from randlora_jax.bases import BasisIdentity, Box, draw, in_full
 found = {}
 for kind, s in (("dense", 0.0), ("sparse", 3.0), ("very_sparse", 8.0)):
     for key in (0, 42, -3, 2**40 + 5):
-        pair = draw(BasisIdentity("jax", key, kind, 5, s), Box(40, 13, 64))
-        blob = b"".join(jax.device_get(x).tobytes() for x in pair)
+        identity = BasisIdentity("jax", key, kind, 5, s)
+        blob = b"".join(x.tobytes() for x in in_full(identity, draw(identity, Box(40, 13, 64))))
         found[f"{kind} {key}"] = hashlib.sha256(blob).hexdigest()[:16]
 print(json.dumps(found))
 """

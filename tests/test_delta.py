@@ -104,3 +104,13 @@ def test_second_derivatives_and_forward_mode():
     np.testing.assert_allclose(
         jnp.einsum("abcd,ab,cd->", hessian, term.lam, term.lam), 2 * f(term.lam), rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 96), (96, 48)])
+def test_no_basis_is_transposed_in_memory(shape):
+    """Neither in what is asked for nor in what the compiler makes of it."""
+    _, term = peft_layer(*shape, 8)
+    term = term._replace(bases=Bases(*(x.astype(jnp.bfloat16) for x in term.bases)))
+    lowered = jax.jit(lambda term: delta(term, *shape)).lower(term)
+    assert "transpose" not in lowered.as_text()
+    assert "transpose(" not in lowered.compile().as_text()

@@ -36,7 +36,7 @@ from randlora_jax.interop.peft_dir import (
 from randlora_jax.interop.torch_rng import torch_bases
 from transformers.pytorch_utils import Conv1D
 
-from randlora_jax.bases import BasisIdentity, Box, draw
+from randlora_jax.bases import BasisIdentity, Box, draw, in_full
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.errors import AdapterFileError, ConfigError
 
@@ -319,6 +319,7 @@ def test_jaxs_draw(kind):
         sign = (w >= 2**32 - edge) * 1.0 - (w < edge)
         return (sign.astype(np.float32) * np.float32(math.sqrt(s))).astype(BF16)
 
-    expected = draw(BasisIdentity("jax", key, kind, r, s), Box(high, 3, low))
-    np.testing.assert_array_equal(numbers_of(0, r, (low,)), expected.A)
-    np.testing.assert_array_equal(numbers_of(1, 3, (high, r)).transpose(1, 0, 2), expected.B)
+    identity = BasisIdentity("jax", key, kind, r, s)
+    a, b = in_full(identity, draw(identity, Box(high, 3, low)))
+    np.testing.assert_array_equal(numbers_of(0, r, (low,))[:, None], a)
+    np.testing.assert_array_equal(numbers_of(1, 3, (high, r)).transpose(1, 0, 2), b)

@@ -191,6 +191,37 @@ def test_a_stack_is_its_layers_one_by_one():
     np.testing.assert_allclose(model.apply(variables, X), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_deeper_stack_is_no_larger_a_program():
+    """Stacked layers share one copy of the bases, and are compiled once however many there are."""
+
+    class Deep(nn.Module):
+        depth: int
+
+        @nn.compact
+        def __call__(self, x):
+            axes = {"params": 0}
+            scanned = nn.scan(
+                Block, variable_axes=axes, split_rngs={"params": True}, length=self.depth
+            )
+            return scanned(name="layers")(x, None)[0]
+
+    sizes, shared = [], []
+    for depth in (2, 32):
+        module = Deep(depth)
+        net = module.bind(module.init(jax.random.key(0), X))
+        model = get_peft_model(net, CONFIG, views=STACKED)
+        frozen = dict(model.variables)
+        trained = frozen.pop("randlora")
+
+        def loss(trained, frozen, model=model):
+            return (model.apply({**frozen, "randlora": trained}, X) ** 2).mean()
+
+        text = jax.jit(jax.grad(loss)).lower(trained, frozen).as_text()
+        sizes.append(text.count("\n"))
+        shared.append([x.shape for x in jax.tree.leaves(frozen["randlora_bases"])])
+    assert sizes[0] == sizes[1] and shared[0] == shared[1]
+
+
 @pytest.mark.parametrize("make", MODELS)
 def test_adapter_dropout_is_on_exactly_with_a_dropout_rng(make):
     config = RandLoraConfig(r=3, randlora_alpha=6, target_modules=["up"], randlora_dropout=0.5)

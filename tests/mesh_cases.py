@@ -1,0 +1,293 @@
+"""Eight host devices: the same numbers on any mesh, an eighth of the work, no surprise on the wire.
+
+Run by `test_mesh.py` in a process of its own, which has the eight devices.
+"""
+
+import re
+from contextlib import nullcontext
+from math import prod
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from randlora_jax import AdapterParam, ConfigError, RandLoraConfig, get_peft_model
+from randlora_jax.bases import Bases
+from randlora_jax.delta import Term
+from randlora_jax.layers import How, Layer, Part, adapted
+from randlora_jax.nnx import SharedBasis
+from randlora_jax.views import View
+
+assert len(jax.devices()) == 8
+
+WIDTH, TOKENS, R, DEPTH = 256, 4096, 32, 2
+N = WIDTH // R
+# mesh extents, how two layers' kernels are cut, the axis that splits the tokens
+LAYOUTS = {
+    "data parallel": ({"data": 8}, [P(), P()], "data"),
+    "FSDP, rows": ({"data": 8}, [P("data", None)] * 2, "data"),
+    "FSDP, columns": ({"data": 8}, [P(None, "data")] * 2, "data"),
+    "tensor parallel": ({"model": 8}, [P(None, "model"), P("model", None)], None),
+    "FSDP and tensor": (
+        {"data": 4, "model": 2},
+        [P("data", "model"), P("model", "data")],
+        "data",
+    ),
+    "data and tensor": ({"data": 4, "model": 2}, [P(None, "model"), P("model", None)], "data"),
+}
+SMALL = {("all-reduce", "small"), ("all-gather", "small")}
+GATHERED = {("all-gather", "kernel"), ("reduce-scatter", "kernel")}
+EXPECTED = {
+    "data parallel": SMALL,
+    "FSDP, rows": SMALL | GATHERED,
+    "FSDP, columns": SMALL | GATHERED,
+    "tensor parallel": SMALL | {("all-reduce", "activation")},
+    "FSDP and tensor": SMALL | GATHERED | {("all-reduce", "activation")},
+    "data and tensor": SMALL | {("all-reduce", "activation")},
+}
+
+
+def collectives(text):
+    """(operation, shape) of everything that is sent, in compiled HLO."""
+    names = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    found = []
+    for line in text.splitlines():
+        hit = re.search(rf"= (.*?) ({names})(-start)?\(", line)
+        if hit:
+            shapes = re.findall(r"\w+\[([\d,]*)\]", hit[1])
+            found += [(hit[2], tuple(map(int, filter(None, s.split(","))))) for s in shapes]
+    return found
+
+
+def kind(shape, tokens):
+    if tokens in shape:
+        return "activation"
+    return "small" if prod(shape) <= WIDTH * N else "kernel"
+
+
+def base(kernel, x, spec, rows, explicit):
+    """The layer itself; with explicit axes its author says what to gather."""
+    if not explicit:
+        return x @ kernel
+    kept = P(*(None if axis == rows else axis for axis in spec))
+    kernel = jax.sharding.reshard(kernel, kept)
+    columns = kept[1] if len(kept) > 1 else None
+    return jnp.matmul(x, kernel, out_sharding=P(rows, columns))
+
+
+def stack(terms, kernels, bases, x, how, shardings, rows, explicit=False):
+    for kernel, term, sharding in zip(kernels, terms, shardings, strict=True):
+        spec = sharding.spec if sharding else P()
+        layer = Layer("here", (), View("io"), kernel.shape, sharding=sharding)
+        x = jnp.tanh(
+            adapted(
+                lambda k, x, spec=spec: base(k, x, spec, rows, explicit),
+                kernel,
+                x,
+                [Part(Term(*term, bases, 0.1))],
+                View("io"),
+                contracts=1,
+                low_precision=False,
+                how=how,
+                layer=layer,
+            )
+        )
+    return (x**2).mean()
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    keys = iter(jax.random.split(jax.random.key(0), 20))
+    draw = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
+    terms = [(0.3 * draw(R, N), 0.3 * draw(N, WIDTH)) for _ in range(DEPTH)]
+    kernels = [draw(WIDTH, WIDTH) / 16 for _ in range(DEPTH)]
+    bases = Bases(draw(R, WIDTH).astype(jnp.bfloat16), draw(WIDTH, N, R).astype(jnp.bfloat16))
+    return terms, kernels, bases, draw(TOKENS, WIDTH)
+
+
+@pytest.fixture(scope="module")
+def alone(arrays):
+    """Gradients and FLOPs of one device."""
+
+    def run(apply):
+        gradient = jax.grad(
+            lambda terms, *rest: stack(terms, *rest, How(apply), [None] * DEPTH, None)
+        )
+        compiled = jax.jit(gradient).lower(*arrays).compile()
+        return compiled(*arrays), compiled.cost_analysis()["flops"]
+
+    return {apply: run(apply) for apply in ("auto", "factored")}
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("apply", ["auto", "factored"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout(name, apply, axis_type, arrays, alone):
+    extents, specs, rows = LAYOUTS[name]
+    explicit = axis_type == AxisType.Explicit
+    mesh = jax.make_mesh(tuple(extents.values()), tuple(extents), (axis_type,) * len(extents))
+    shardings = [NamedSharding(mesh, spec) for spec in specs]
+    how = How(apply, () if explicit or not rows else (rows,))
+    terms, kernels, bases, x = arrays
+    put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))  # noqa: E731
+    placed = (
+        put(terms, P()),
+        [jax.device_put(k, s) for k, s in zip(kernels, shardings, strict=True)],
+        put(bases, P()),
+        put(x, P(rows, None)),
+    )
+
+    def loss(terms, kernels, bases, x):
+        return stack(terms, kernels, bases, x, how, shardings, rows, explicit)
+
+    with jax.set_mesh(mesh) if explicit else nullcontext():
+        compiled = jax.jit(jax.grad(loss)).lower(*placed).compile()
+        found = compiled(*placed)
+    expected, flops = alone[apply]
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.abs(np.asarray(a) - b).max() <= 1e-5 * np.abs(b).max()
+
+    sent = collectives(compiled.as_text())
+    tokens = TOKENS // (extents[rows] if rows else 1)
+    kinds = {(operation, kind(shape, tokens)) for operation, shape in sent}
+    share = compiled.cost_analysis()["flops"] / flops
+    print(f"{name}, {apply}, {axis_type.name}: {share:.4f} of one device's FLOPs; {sorted(kinds)}")
+    assert kinds <= EXPECTED[name], sent
+    if apply == "auto" and name != "data parallel" and name != "data and tensor":
+        assert abs(share * 8 - 1) <= 0.03
+    if name == "data parallel":
+        # the terms in T are shared, those in width cubed are not: each device forms delta itself
+        cubed = 6 * WIDTH / (6 * TOKENS + 6 * WIDTH) if apply == "auto" else 0
+        assert share <= (1 - cubed) / 8 + cubed + 0.01
+
+
+def test_what_is_left_to_the_partitioner_is_seen(arrays):
+    """Without a word on the tokens, delta's whole gradient is summed: the check above can fail."""
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
+    shardings = [NamedSharding(mesh, P())] * DEPTH
+    terms, kernels, bases, x = arrays
+    placed = (*jax.device_put((terms, kernels, bases), shardings[0]),)
+    x = jax.device_put(x, NamedSharding(mesh, P("data", None)))
+
+    def loss(terms, kernels, bases, x):
+        return stack(terms, kernels, bases, x, How(), shardings, "data")
+
+    compiled = jax.jit(jax.grad(loss)).lower(*placed, x).compile()
+    sent = {(o, kind(s, TOKENS // 8)) for o, s in collectives(compiled.as_text())}
+    assert ("all-reduce", "kernel") in sent
+
+
+# --- whole models ---------------------------------------------------------------------------------
+
+
+class LinenNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = nn.gelu(nn.Dense(64, name="up")(x))
+        return x + nn.Dense(32, name="down")(h)
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, rngs):
+        self.up, self.down = nnx.Linear(32, 64, rngs=rngs), nnx.Linear(64, 32, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(nnx.gelu(self.up(x)))
+
+
+CONFIG = RandLoraConfig(r=8, randlora_alpha=16, target_modules=["up", "down"])
+X = jax.random.normal(jax.random.key(3), (16, 4, 32))
+CUTS = {"up": P("data", "model"), "down": P("model", "data")}
+TX = optax.adam(1e-2)
+
+
+def a_mesh():
+    return jax.make_mesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2)
+
+
+def steps_of_linen(mesh):
+    """Lambdas and gammas after some steps, and the model."""
+    variables = LinenNet().init(jax.random.key(0), X)
+    x, more = X, {}
+    if mesh:
+        cut = lambda path, leaf: NamedSharding(  # noqa: E731
+            mesh, CUTS[path[1].key] if leaf.ndim == 2 else P()
+        )
+        variables = jax.device_put(variables, jax.tree_util.tree_map_with_path(cut, variables))
+        x, more = jax.device_put(X, NamedSharding(mesh, P("data"))), {"token_axes": ["data"]}
+    model = get_peft_model(LinenNet().bind(variables), CONFIG, **more)
+    frozen = dict(model.variables)
+    trained = frozen.pop("randlora")
+    state = TX.init(trained)
+
+    @jax.jit
+    def step(trained, state, frozen, x):
+        def loss(trained):
+            return (model.apply({**frozen, "randlora": trained}, x) ** 2).mean()
+
+        updates, state = TX.update(jax.grad(loss)(trained), state, trained)
+        return optax.apply_updates(trained, updates), state
+
+    for _ in range(3):
+        trained, state = step(trained, state, frozen, x)
+    model.variables = {**frozen, "randlora": trained}
+    return jax.tree.leaves(trained), model
+
+
+def steps_of_nnx(mesh):
+    net, x, more = NnxNet(nnx.Rngs(0)), X, {}
+    if mesh:
+        for name, spec in CUTS.items():
+            layer = getattr(net, name)
+            layer.kernel[...] = jax.device_put(layer.kernel[...], NamedSharding(mesh, spec))
+            layer.bias[...] = jax.device_put(layer.bias[...], NamedSharding(mesh, P()))
+        x, more = jax.device_put(X, NamedSharding(mesh, P("data"))), {"token_axes": ["data"]}
+    model = get_peft_model(net, CONFIG, **more)
+    optimizer = nnx.Optimizer(model, TX, wrt=AdapterParam)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        loss = lambda model: (model(x) ** 2).mean()  # noqa: E731
+        optimizer.update(model, nnx.grad(loss, argnums=nnx.DiffState(0, AdapterParam))(model))
+
+    for _ in range(3):
+        step(model, optimizer, x)
+    return jax.tree.leaves(nnx.state(model, AdapterParam)), model
+
+
+def shared_bases(model):
+    if isinstance(model, nnx.Module):
+        return jax.tree.leaves(nnx.state(model, SharedBasis))
+    return jax.tree.leaves(model.variables["randlora_bases"])
+
+
+@pytest.mark.parametrize("steps", [steps_of_linen, steps_of_nnx])
+def test_training_on_a_mesh_is_training_on_one_device(steps, tmp_path):
+    expected, _ = steps(None)
+    found, model = steps(a_mesh())
+    for a, b in zip(found, expected, strict=True):
+        # Adam divides by the gradient's size, which magnifies rounding where it is tiny
+        np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()), rtol=0)
+    for array in shared_bases(model):
+        assert array.sharding.is_fully_replicated and len(array.sharding.device_set) == 8
+    model.save_pretrained(tmp_path)
+    kernels = {p: x.sharding for p, x in model._base_leaves().items()}
+    before = {p: np.asarray(x) for p, x in model._base_leaves().items()}
+    model.merge_adapter()
+    assert {p: x.sharding for p, x in model._base_leaves().items()} == kernels
+    model.unmerge_adapter()
+    for path, x in model._base_leaves().items():
+        np.testing.assert_array_equal(np.asarray(x), before[path])
+        assert x.sharding == kernels[path]
+
+
+def test_axes_that_are_not_there_are_refused():
+    net = NnxNet(nnx.Rngs(0))
+    with pytest.raises(ConfigError, match="no mesh"):
+        get_peft_model(net, CONFIG, token_axes=["data"])
