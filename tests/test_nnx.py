@@ -245,3 +245,10 @@ def test_wholly_trained_modules_keep_their_frozen_original():
     model.model.head.trained_leaves["default"]["bias"][...] += 1.0
     np.testing.assert_allclose(model(X), base(X) + 1, rtol=1e-5)
     np.testing.assert_array_equal(model.model.head.base_layer.bias[...], base.head.bias[...])
+
+
+def test_it_says_which_way_it_takes():
+    few, many = (wrapped().explain(tokens).splitlines() for tokens in (1, 10_000))
+    assert len(few) == len(many) == 2  # the two sizes of layer
+    assert "(8 -> 16): forward: factored" in few[0]
+    assert "(8 -> 16): forward: W + delta_W" in many[0]

@@ -108,8 +108,8 @@ def test_known_mistakes_miss_by_a_hundredfold(pair, from_peft, mistake, monkeypa
     def unscaled(term, n_in, n_out):
         return right(term, n_in, n_out) / term.scaling
 
-    def swapped(term, largest):
-        b, a = factors(term, largest)
+    def swapped(term):
+        b, a = factors(term)
         n, r = term.lam.shape[1], term.lam.shape[0]
         return b.reshape(-1, n, r).transpose(0, 2, 1).reshape(b.shape), a
 
