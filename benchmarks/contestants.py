@@ -6,6 +6,7 @@ as the loss. LoRA has rank 8, which trains about as many numbers as RandLoRA at 
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class Contestant:
     temporary: int | None = None  # bytes; None where the framework does not tell
     peak: int | None = None
     compile_seconds: float | None = None
+    program: str | None = None  # a digest of what was compiled: equal for equal programs
 
 
 # --- PyTorch --------------------------------------------------------------------------------------
@@ -111,7 +113,8 @@ def jax_contestant(
     trained = jax.tree.map(jnp.copy, trained)
     state = tx.init(trained)
     began = time.perf_counter()
-    compiled = jax.jit(one, donate_argnums=(0, 1)).lower(trained, state, frozen, inputs).compile()
+    lowered = jax.jit(one, donate_argnums=(0, 1)).lower(trained, state, frozen, inputs)
+    compiled = lowered.compile()
     seconds = time.perf_counter() - began
     now = [trained, state]
 
@@ -131,6 +134,7 @@ def jax_contestant(
         + memory.temp_size_in_bytes
         - memory.alias_size_in_bytes,
         seconds,
+        hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16],
     )
 
 
