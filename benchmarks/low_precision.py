@@ -41,7 +41,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 OUT = Path("out/low_precision")
-STEPS, BATCH, LENGTH, RATE = 120, 32, 32, 2e-4
+STEPS, BATCH, LENGTH, RATE = 60, 32, 32, 2e-4
 ADAMW = {"eps": 1e-8, "weight_decay": 0.0}
 CONFIG = RandLoraConfig(
     r=16,
