@@ -57,9 +57,9 @@ class SecondsLeft(ProgressColumn):
 
 
 def track(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
-    """Yields `items` under a progress bar that says how many seconds are left."""
-    text = TextColumn("{task.description:<34}")
-    with Progress(text, BarColumn(), MofNCompleteColumn(), SecondsLeft()) as progress:
+    """Yields `items` under a progress bar that says how many seconds are left; no bar untitled."""
+    columns = TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), SecondsLeft()
+    with Progress(*columns, disable=not title) as progress:
         yield from progress.track(items, total=total, description=title)
 
 
@@ -120,9 +120,10 @@ def fit(
         curve.checked_at.append(done)
         curve.accuracies.append(accuracy(predict_all(predict, trained, frozen, held), held))
 
-    check_at = set(np.linspace(0, steps, checks + 1).round().astype(int).tolist())
+    check_at = set(np.linspace(0, steps, checks + 1).round().astype(int).tolist() if checks else ())
     began = time.perf_counter()
-    check(0)
+    if checks:
+        check(0)
     for done, batch_rows in enumerate(track(rows.reshape(steps, -1), title, steps)):
         started = time.perf_counter()
         batch = train.take(batch_rows)
@@ -143,8 +144,7 @@ def predict_all(
     batches = documents.batches(64)
     total = -(-len(documents) // 64)
     found = [
-        np.asarray(logits(trained, frozen, batch.fields))
-        for batch in (track(batches, title, total) if title else batches)
+        np.asarray(logits(trained, frozen, batch.fields)) for batch in track(batches, title, total)
     ]
     return np.concatenate(found)[: len(documents)]
 

@@ -9,10 +9,12 @@ user's own:
     get_peft_model(model, config, layer_types={MyDense: LayerType(View("i o"), leaf="weights")})
 """
 
+import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from randlora_jax.contraction import LAST_AXES, Contraction
 from randlora_jax.errors import ConfigError
 from randlora_jax.layers import Layer
 from randlora_jax.mesh import on_mesh
@@ -26,15 +28,14 @@ class LayerType:
 
     Args:
       view: of its kernel, without the axes along which scans stack layers.
-      contracts: it sums over the last so many axes of its input, in the kernel's order, and puts
-        the kernel's out axes in their place; 0 where it does anything else: then adapters can only
-        run merged.
+      call: what it computes, without its bias; None where that is no sum over axes of its input:
+        then adapters can only run merged.
       fan_in_fan_out: its PyTorch twin is a Conv1D, which holds (in, out).
       leaf: the kernel's name in the layer.
     """
 
     view: View
-    contracts: int = 1
+    call: Contraction | None = LAST_AXES
     fan_in_fan_out: bool = False
     leaf: str = "kernel"
 
@@ -64,8 +65,19 @@ def of_axes(n_in: int, n_out: int, axes: tuple[int, ...], batch: int = 0) -> Lay
 
     The kernel has n_in axes for the input, in the order of `axes`, then n_out for the output.
     """
-    last = not batch and tuple(axes) == tuple(range(-n_in, 0))
-    return LayerType(View("s" * batch + "i" * n_in + "o" * n_out), n_in if last else 0)
+    view = View("s" * batch + "i" * n_in + "o" * n_out)
+    if not batch and axes == tuple(range(-n_in, 0)):
+        return LayerType(view)
+    if min(axes) < 0 <= max(axes):
+        return LayerType(view, None)  # which axes of the input they are, its rank decides
+    kernel, spare = string.ascii_lowercase[: len(view.axes)], string.ascii_uppercase
+    named = dict(enumerate(kernel[:batch])) | dict(zip(axes, kernel[batch:], strict=False))
+    left = "".join(named.get(i, spare[i]) for i in range(max(named) + 1))
+    right = "".join(named.get(i, spare[i]) for i in range(min(named), 0))
+    x = f"{left}...{right}"
+    rows = "".join(c for c in x if c not in kernel)
+    out = kernel[:batch] + rows + kernel[batch + n_in :]
+    return LayerType(view, Contraction(f"{x},{kernel}->{out}"))
 
 
 def of_einsum(equation: str, leaf: str = "kernel") -> LayerType:
@@ -88,11 +100,7 @@ def of_einsum(equation: str, leaf: str = "kernel") -> LayerType:
             f"einsum {equation!r} sums over an axis that its kernel alone has: such a layer "
             "cannot be adapted; leave it out of target_modules"
         ) from None
-    ins, outs = (
-        "".join(c for c, a in zip(kernel, axes, strict=True) if a == kind) for kind in "io"
-    )
-    plain = "s" not in axes and x.endswith(ins) and out == x[: len(x) - len(ins)] + outs
-    return LayerType(View(axes), len(ins) if plain else 0, leaf=leaf)
+    return LayerType(View(axes), Contraction(equation), leaf=leaf)
 
 
 def layer_at(
@@ -157,7 +165,7 @@ def running_type(layer: Layer, ndim: int, known: LayerType | None, kind: str) ->
     view = layer.view.within(ndim)
     if known is None:
         if layer.stated:
-            return LayerType(view, contracts=0, leaf=layer.leaf)
+            return LayerType(view, call=None, leaf=layer.leaf)
         raise ConfigError(
             f"layer {layer.name!r} is a {kind}, whose kernel layout is unknown: state it, such as "
             f"views={{{layer.name.replace('.', '/')!r}: 'i o'}}, or leave it out of target_modules"
@@ -167,4 +175,4 @@ def running_type(layer: Layer, ndim: int, known: LayerType | None, kind: str) ->
             f"layer {layer.name!r} was taken for {view.axes!r}, but a {kind} holds its kernel as "
             f"{known.view.axes!r}; state views={{...}} accordingly"
         )
-    return replace(known, view=view, contracts=0 if "s" in view.axes else known.contracts)
+    return replace(known, view=view)

@@ -4,10 +4,10 @@ A front end hands over `run`, which is the untouched layer as a function of its 
 decides how the adapters join in and does it. Three ways are exact:
 
 - *joined*: run the layer once with kernel W + delta. Works for every layer type.
-- *beside*: add dropout(x) @ delta to the layer's output, in float32. Needs the layer to be a plain
-  contraction of its input. It takes the place of *joined* under adapter dropout (the base layer
-  must see x as it is) and in a low-precision layer, where a small delta would drown in the rounding
-  of W.
+- *beside*: add dropout(x) @ delta to the layer's output, in float32. Needs the layer to be a sum
+  over axes of its input (`contraction`). It takes the place of *joined* under adapter dropout (the
+  base layer must see x as it is) and in a low-precision layer, where a small delta would drown in
+  the rounding of W.
 - *factored*: the same with delta left in its factors.
 
 Which one runs is decided for each pass on its own (`cost`, `passes`).
@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from randlora_jax.bases import Bases, BasisIdentity, Box
+from randlora_jax.contraction import Contraction, Letters, as_output, as_rows, for_each_matrix
 from randlora_jax.cost import Apply, cheapest
 from randlora_jax.delta import Term, delta, through_delta, through_factors
 from randlora_jax.errors import ConfigError
@@ -148,7 +149,7 @@ def adapted(
     parts: Parts,
     view: View,
     *,
-    contracts: int,
+    call: Contraction | None,
     low_precision: bool,
     how: How,
     layer: Layer,
@@ -158,10 +159,9 @@ def adapted(
     Args:
       run: (kernel, x) -> output of the untouched layer, bias and dtype rules included.
       kernel: as the layer holds it, in the layout of `view`.
-      x: the layer's input; (..., *in).
+      x: the layer's input.
       parts: the active adapters' shares.
-      contracts: so many last axes of x are the kernel's in axes, and the kernel's out axes take
-        their place; 0 where the layer is anything else.
+      call: the layer as a sum over axes of x; None where it is anything else.
       low_precision: the layer multiplies in less than float32.
       how: the user's word on it.
       layer: what is known of it apart from the call.
@@ -171,35 +171,44 @@ def adapted(
     """
     _, n_in, n_out = view.sizes(kernel.shape)
     dropped = any(part.drop for part in parts)
-    if not contracts and (dropped or how.apply == "factored"):
+    if call is None and (dropped or how.apply == "factored"):
         asked = "adapter dropout" if dropped else "apply=factored"
         raise ConfigError(
-            f"layer {layer.name!r} is not a plain contraction of its last input axes and can only "
-            f"run merged, so {asked} is impossible there: "
-            "leave it out of target_modules or set randlora_dropout=0 and apply='auto'"
+            f"layer {layer.name!r} is not known to be a sum over axes of its input and can only "
+            f"run merged, so {asked} is impossible there: say what it computes with "
+            "layer_types={...: LayerType(view, Contraction(equation))}, leave it out of "
+            "target_modules, or set randlora_dropout=0 and apply='auto'"
         )
-    joins = not contracts or (not dropped and (not low_precision or how.apply == "merged"))
-    layout = layout_of(kernel, view, layer.sharding)
-    if layout:
-        layout = layout.of_call(x, contracts, how.token_axes)
+    joins = call is None or (not dropped and (not low_precision or how.apply == "merged"))
+    letters = call.letters(view, x.ndim) if call else None
+    layout, tokens = layout_of(kernel, view, layer.sharding), x.size // n_in
+    if letters:
+        tokens = math.prod(x.shape[letters.x.index(axis)] for axis in letters.rows)
+        layout = layout and layout.of_rows(as_rows(x, letters), len(letters.shared), how.token_axes)
     split = layout.size(layout.tokens) if layout else 1
     plan = cheapest(
-        max(1, x.size // n_in // split),
+        max(1, tokens // split),
         n_in,
         n_out,
         sum(math.prod(part.term.lam.shape[-2:]) for part in parts),
         joins=joins,
-        factors=contracts > 0,
+        factors=call is not None,
         apply=how.apply,
         shards=layout.size((*layout.n_in, *layout.n_out)) if layout else 1,
     )
     seen = [part.drop(x) if part.drop else None for part in parts]
     run, carried = jax.closure_convert(run, kernel, x)
 
-    def through(x: jax.Array, term: Term, factored: bool) -> jax.Array:
-        if layout and layout.used:
-            return layout.applied(x, term, n_in, n_out, factored)
-        return (through_factors if factored else through_delta)(x, term, n_in, n_out)
+    def through(x: jax.Array, term: Term, letters: Letters, factored: bool) -> jax.Array:
+        def one(rows: jax.Array, lam: jax.Array, gamma: jax.Array) -> jax.Array:
+            matrix = term._replace(lam=lam, gamma=gamma)
+            if layout and layout.used:
+                return layout.applied(rows, matrix, n_in, n_out, factored)
+            return (through_factors if factored else through_delta)(rows, matrix, n_in, n_out)
+
+        every = for_each_matrix(one, letters)
+        sizes = [n for side, n in zip(view.axes, kernel.shape, strict=True) if side == "o"]
+        return as_output(every(as_rows(x, letters), term.lam, term.gamma), letters, sizes)
 
     def joined(arguments: Arguments, terms: Terms) -> jax.Array:
         kernel, x, _, carried = arguments
@@ -213,17 +222,14 @@ def adapted(
             out = run(kernel, x, *carried)
             total = out.astype(jnp.float32)
             for term, dropped in zip(terms, seen, strict=True):
-                flat = (x if dropped is None else dropped).reshape(
-                    *x.shape[: x.ndim - contracts], n_in
-                )
-                total = total + through(flat, term, factored).reshape(out.shape)
+                total = total + through(x if dropped is None else dropped, term, letters, factored)
             return total.astype(out.dtype)
 
         return way
 
     ways = {"merged": joined if joins else beside(False), "factored": beside(True)}
     # on a mesh, what trains is summed where it is small
-    apart = layout is not None and contracts > 0 and plan.trained == "merged"
+    apart = layout is not None and letters is not None and plan.trained == "merged"
     trained = beside(False) if apart else ways[plan.trained]
     product = each_pass_its_way(ways[plan.forward], ways[plan.inputs], trained)
     return product((kernel, x, seen, carried), [part.term for part in parts])

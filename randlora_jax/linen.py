@@ -189,7 +189,7 @@ class LinenRandLora(FunctionalRandLora):
             x,
             parts,
             known.view,
-            contracts=known.contracts,
+            call=known.call,
             low_precision=jnp.finfo(dtype).bits < 32,
             how=self._book.how,
             layer=layer,

@@ -47,19 +47,20 @@ class Layout:
     n_out: Axes
     rows: tuple[Axes, ...] = ()
 
-    def of_call(self, x: jax.Array, contracts: int, token_axes: Axes) -> "Layout":
-        """With the rows of `x`, of whose axes the last `contracts` are summed over.
+    def of_rows(self, x: jax.Array, shared: int, token_axes: Axes) -> "Layout":
+        """With the rows of `x`, (`shared` stack axes, rows..., in).
 
         Args:
-          token_axes: mesh axes that split x's first axis, where its type does not say.
+          token_axes: mesh axes that split the first of the rows, where their type does not say.
         """
-        leading = x.ndim - contracts
+        sizes = x.shape[shared:-1]
         if _explicit(self.mesh):
             return replace(
-                self, rows=tuple(_entries(jax.typeof(x).sharding.spec, x.ndim)[:leading])
+                self, rows=tuple(_entries(jax.typeof(x).sharding.spec, x.ndim)[shared:-1])
             )
-        split = leading and x.shape[0] % self.size(token_axes) == 0
-        rows = [token_axes if split else (), *[()] * (leading - 1)] if leading else []
+        rows = [() for _ in sizes]
+        if sizes and sizes[0] % self.size(token_axes) == 0:
+            rows[0] = token_axes
         return replace(self, rows=tuple(rows))
 
     @property

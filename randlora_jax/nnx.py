@@ -153,7 +153,7 @@ class RandLoraLayer(nnx.Module):
             x,
             parts,
             known.view,
-            contracts=known.contracts,
+            call=known.call,
             low_precision=jnp.finfo(dtype).bits < 32,
             how=self.how,
             layer=self.layer,

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from randlora_jax import AdapterParam, ConfigError, RandLoraConfig, get_peft_model
 from randlora_jax.bases import Bases
+from randlora_jax.contraction import LAST_AXES
 from randlora_jax.delta import Term
 from randlora_jax.layers import How, Layer, Part, adapted
 from randlora_jax.nnx import SharedBasis
@@ -92,7 +93,7 @@ def stack(terms, kernels, bases, x, how, shardings, rows, explicit=False):
                 x,
                 [Part(Term(*term, bases, 0.1))],
                 View("io"),
-                contracts=1,
+                call=LAST_AXES,
                 low_precision=False,
                 how=how,
                 layer=layer,

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from randlora_jax import layers
 from randlora_jax.bases import Bases
+from randlora_jax.contraction import LAST_AXES
 from randlora_jax.cost import Plan, Sizes, cheapest, explained
 from randlora_jax.delta import Term, delta
 from randlora_jax.layers import How, Layer, Part, adapted
@@ -40,7 +41,7 @@ def layer(kernel, x, term, dropped=None):
         x,
         [Part(term, drop)],
         View("io"),
-        contracts=1,
+        call=LAST_AXES,
         low_precision=False,
         how=How(),
         layer=Layer("here", (), View("io"), kernel.shape),
