@@ -5,6 +5,7 @@ Run by `test_mesh.py` in a process of its own, which has the eight devices.
 
 import re
 from contextlib import nullcontext
+from functools import partial
 from math import prod
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from randlora_jax import AdapterParam, ConfigError, RandLoraConfig, get_peft_model
 from randlora_jax.bases import Bases
-from randlora_jax.contraction import LAST_AXES
+from randlora_jax.contraction import LAST_AXES, Contraction
 from randlora_jax.delta import Term
 from randlora_jax.layers import How, Layer, Part, adapted
 from randlora_jax.nnx import SharedBasis
@@ -184,45 +185,126 @@ def test_what_is_left_to_the_partitioner_is_seen(arrays):
     assert ("all-reduce", "kernel") in sent
 
 
+EINSUM, VIEW = "BSD,CKDH->CBSKH", View("soio")  # keys and values in one array, as Gemma's
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("spec", [P(), P(None, None, "data")], ids=["data parallel", "FSDP"])
+def test_several_matrices_in_one_kernel(spec, axis_type):
+    explicit, width, tokens = axis_type == AxisType.Explicit, 128, 1024
+    mesh = jax.make_mesh((8,), ("data",), (axis_type,))
+    cut = NamedSharding(mesh, spec)
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    draw = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
+    n = width // R
+    lam, gamma = 0.3 * draw(2, R, n), 0.3 * draw(2, n, width)
+    bases = Bases(draw(R, width).astype(jnp.bfloat16), draw(width, n, R).astype(jnp.bfloat16))
+    kernel, x = draw(2, 8, width, width // 8) / 11, draw(8, tokens // 8, width)
+
+    def loss(lam, gamma, kernel, bases, x, sharding=None):
+        def run(kernel, x):
+            if sharding and explicit:
+                kernel = jax.sharding.reshard(kernel, P())
+            return jnp.einsum(EINSUM, x, kernel)
+
+        out = adapted(
+            run,
+            kernel,
+            x,
+            [Part(Term(lam, gamma, bases, 0.1))],
+            VIEW,
+            call=Contraction(EINSUM),
+            low_precision=False,
+            how=How("auto", ("data",) if sharding and not explicit else ()),
+            layer=Layer("here", (), VIEW, kernel.shape, sharding=sharding),
+        )
+        return (jnp.tanh(out) ** 2).mean()
+
+    gradient = jax.jit(jax.grad(loss, (0, 1, 4)), static_argnums=5)
+    expected = gradient(lam, gamma, kernel, bases, x)
+    whole = NamedSharding(mesh, P())
+    placed = (
+        *jax.device_put((lam, gamma), whole),
+        jax.device_put(kernel, cut),
+        jax.device_put(bases, whole),
+        jax.device_put(x, NamedSharding(mesh, P("data"))),
+    )
+    with jax.set_mesh(mesh) if explicit else nullcontext():
+        compiled = gradient.lower(*placed, cut).compile()
+        found = compiled(*placed)
+    for a, b in zip(found, expected, strict=True):
+        assert np.abs(np.asarray(a) - b).max() <= 1e-5 * np.abs(b).max()
+    sent = collectives(compiled.as_text())
+    print(f"two matrices in one kernel, {spec}, {axis_type.name}: {sent}")
+    summed = [shape for operation, shape in sent if operation == "all-reduce"]
+    assert all(prod(shape) <= 2 * n * width for shape in summed), summed
+    assert spec != P() or not [s for o, s in sent if o != "all-reduce" and prod(s) > 2 * n * width]
+
+
 # --- whole models ---------------------------------------------------------------------------------
 
 
+# where the author of a model with explicit axes says its layers' outputs lie
+OUT = {"up": P("data", None, "model"), "down": P("data", None, None)}
+
+
 class LinenNet(nn.Module):
+    explicit: bool = False
+
     @nn.compact
     def __call__(self, x):
-        h = nn.gelu(nn.Dense(64, name="up")(x))
-        return x + nn.Dense(32, name="down")(h)
+        def dense(name, features):
+            dot = partial(jax.lax.dot_general, out_sharding=OUT[name] if self.explicit else None)
+            return nn.Dense(features, name=name, dot_general=dot)
+
+        return x + dense("down", 32)(nn.gelu(dense("up", 64)(x)))
 
 
 class NnxNet(nnx.Module):
-    def __init__(self, rngs):
+    def __init__(self, rngs, explicit=False):
         self.up, self.down = nnx.Linear(32, 64, rngs=rngs), nnx.Linear(64, 32, rngs=rngs)
+        self.out = OUT if explicit else dict.fromkeys(OUT)
 
     def __call__(self, x):
-        return x + self.down(nnx.gelu(self.up(x)))
+        h = nnx.gelu(self.up(x, out_sharding=self.out["up"]))
+        return x + self.down(h, out_sharding=self.out["down"])
 
 
 CONFIG = RandLoraConfig(r=8, randlora_alpha=16, target_modules=["up", "down"])
 X = jax.random.normal(jax.random.key(3), (16, 4, 32))
 CUTS = {"up": P("data", "model"), "down": P("model", "data")}
+TENSOR = {"up": P(None, "model"), "down": P("model", None)}
 TX = optax.adam(1e-2)
 
 
-def a_mesh():
-    return jax.make_mesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2)
+def a_mesh(axis_type):
+    return jax.make_mesh((4, 2), ("data", "model"), (axis_type,) * 2)
+
+
+def is_explicit(mesh):
+    return mesh is not None and AxisType.Explicit in mesh.axis_types
+
+
+def on_the_mesh(mesh):
+    """How kernels are cut (biases as their columns), the input, and what is said of it."""
+    if mesh is None:
+        return {}, X, {}
+    x = jax.device_put(X, NamedSharding(mesh, P("data")))
+    return (TENSOR, x, {}) if is_explicit(mesh) else (CUTS, x, {"token_axes": ["data"]})
 
 
 def steps_of_linen(mesh):
     """Lambdas and gammas after some steps, and the model."""
-    variables = LinenNet().init(jax.random.key(0), X)
-    x, more = X, {}
+    variables, net = LinenNet().init(jax.random.key(0), X), LinenNet(is_explicit(mesh))
+    cuts, x, more = on_the_mesh(mesh)
     if mesh:
-        cut = lambda path, leaf: NamedSharding(  # noqa: E731
-            mesh, CUTS[path[1].key] if leaf.ndim == 2 else P()
-        )
+
+        def cut(path, leaf):
+            spec = cuts[path[1].key]
+            return NamedSharding(mesh, spec if leaf.ndim == 2 else P(*spec[1:]))
+
         variables = jax.device_put(variables, jax.tree_util.tree_map_with_path(cut, variables))
-        x, more = jax.device_put(X, NamedSharding(mesh, P("data"))), {"token_axes": ["data"]}
-    model = get_peft_model(LinenNet().bind(variables), CONFIG, **more)
+    model = get_peft_model(net.bind(variables), CONFIG, **more)
     frozen = dict(model.variables)
     trained = frozen.pop("randlora")
     state = TX.init(trained)
@@ -242,13 +324,13 @@ def steps_of_linen(mesh):
 
 
 def steps_of_nnx(mesh):
-    net, x, more = NnxNet(nnx.Rngs(0)), X, {}
-    if mesh:
-        for name, spec in CUTS.items():
-            layer = getattr(net, name)
-            layer.kernel[...] = jax.device_put(layer.kernel[...], NamedSharding(mesh, spec))
-            layer.bias[...] = jax.device_put(layer.bias[...], NamedSharding(mesh, P()))
-        x, more = jax.device_put(X, NamedSharding(mesh, P("data"))), {"token_axes": ["data"]}
+    net = NnxNet(nnx.Rngs(0), is_explicit(mesh))
+    cuts, x, more = on_the_mesh(mesh)
+    for name, spec in cuts.items():
+        layer = getattr(net, name)
+        for leaf, cut in (("kernel", spec), ("bias", P(*spec[1:]))):
+            placed = jax.device_put(getattr(layer, leaf)[...], NamedSharding(mesh, cut))
+            setattr(layer, leaf, nnx.Param(placed))
     model = get_peft_model(net, CONFIG, **more)
     optimizer = nnx.Optimizer(model, TX, wrt=AdapterParam)
 
@@ -268,10 +350,17 @@ def shared_bases(model):
     return jax.tree.leaves(model.variables["randlora_bases"])
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("steps", [steps_of_linen, steps_of_nnx])
-def test_training_on_a_mesh_is_training_on_one_device(steps, tmp_path):
+def test_training_on_a_mesh_is_training_on_one_device(steps, axis_type, tmp_path):
     expected, _ = steps(None)
-    found, model = steps(a_mesh())
+    mesh = a_mesh(axis_type)
+    with jax.set_mesh(mesh) if is_explicit(mesh) else nullcontext():
+        trains_and_merges(steps, mesh, expected, tmp_path)
+
+
+def trains_and_merges(steps, mesh, expected, tmp_path):
+    found, model = steps(mesh)
     for a, b in zip(found, expected, strict=True):
         # Adam divides by the gradient's size, which magnifies rounding where it is tiny
         np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()), rtol=0)
