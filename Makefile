@@ -3,6 +3,7 @@
 #   make test    linter, type checker, all tests
 #   make examples  a short training loop in every library, each adapter opened in PyTorch PEFT
 #   make bench   what a step costs beside PEFT, JAX LoRA and full fine-tuning; under 20 minutes
+#   make profile  where the time of those steps goes
 #   make compare  RandLoRA beside LoRA, the head alone and full fine-tuning; some hours
 #   make low-precision  how a bfloat16 model learns, by the ways to apply an adapter; loss curves
 #   make fuzz    damages adapters in 100,000 ways (FUZZ_ARGS='--cases 5000 --seed 1')
@@ -18,7 +19,7 @@ PYTEST_ARGS ?=
 # Nothing is downloaded once the environment stands.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test examples bench compare low-precision lint types fuzz compat clean
+.PHONY: demo test examples bench profile compare low-precision lint types fuzz compat clean
 
 # The C allocator would hand every large buffer back and ask for it again: a third of the time.
 PINNED := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
@@ -27,6 +28,9 @@ demo: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(PINNED) $(RUN) -W ignore benchmarks/bench.py
+
+profile: $(VENV)/.installed
+	$(PINNED) $(RUN) -W ignore benchmarks/where_time_goes.py
 
 compare: $(VENV)/.installed
 	$(PINNED) $(RUN) -W ignore benchmarks/compare.py

@@ -28,7 +28,7 @@ import matplotlib
 import peft
 import torch
 import transformers
-from contestants import ALL, RANK, SWEPT, Contestant
+from contestants import ALL, KINDS, RANK, SWEPT, Builder, Contestant
 from randlora_jax.interop.torch_rng import Generation, torch_bases
 from rich.console import Console
 from rich.progress import track
@@ -59,14 +59,15 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     console, began = Console(width=max(132, Console().width)), time.perf_counter()
-    small = minilm()
+    small, large = minilm(), llama()
     report: Report = {"machine": {"cores": os.cpu_count(), "torch": torch.__version__}}
     report["MiniLM-L6"] = measure(small, (32, 128), RUNS, REPEATS)
     report["OPT-125m"] = measure(opt(), (32, 128), 1, FEW)
-    report["Llama-3.2-1B"] = measure(llama(), (2, 128), 1, FEW)
+    report["Llama-3.2-1B"] = measure(large, (2, 128), 1, FEW)
     report["sweep"] = {
         size[0] * size[1]: measure(small, size, 1, steps, SWEPT) for size, steps in SWEEP.items()
     }
+    report["kinds"] = measure(large, (2, 128), 1, FEW, KINDS)
     report["adapters"] = adapters(small)
     report["bases"] = bases()
     report["goals"] = goals(report)
@@ -83,33 +84,34 @@ def measure(
     size: tuple[int, int],
     runs: int,
     repeats: int,
-    contestants: Sequence[Callable[..., Contestant]] = ALL,
+    contestants: Sequence[Builder] = ALL,
 ) -> Report:
     """Medians of interleaved steps, once for each run, and what the compilers tell."""
     tokens = shape.tokens(*size)
-    ready = [
-        build(shape, tokens)
-        for build in track(contestants, f"{shape.name}, {tokens.size} tokens: compiling")
-    ]
-    for one in ready:
-        one.step()  # the first step also warms the allocator
-    medians: dict[str, list[float]] = {one.name: [] for one in ready}
+    ready: list[Contestant] = []
+    for build in track(contestants, f"{shape.name}, {tokens.size} tokens: compiling"):
+        ready.append(build(shape, tokens, ready))
+    steps = list({one.step: None for one in ready})  # equal programs are one step
+    for step in steps:
+        step()  # the first step also warms the allocator
     rounds = track(range(runs * repeats), f"{shape.name}, {tokens.size} tokens: steps")
-    times: dict[str, list[float]] = {one.name: [] for one in ready}
-    for number in rounds:
-        for one in ready:
-            times[one.name].append(timed(one.step))
-        if (number + 1) % repeats == 0:
-            for name, taken in times.items():
-                medians[name].append(statistics.median(taken))
-                taken.clear()
+    times = [[timed(step) for step in steps] for _ in rounds]
+    medians = {
+        step: [statistics.median(run) for run in batched(taken, repeats)]
+        for step, taken in zip(steps, zip(*times, strict=True), strict=True)
+    }
     return {
         one.name: {
             **{k: v for k, v in asdict(one).items() if k not in ("name", "step")},
-            "seconds": medians[one.name],
+            "seconds": medians[one.step],
         }
         for one in ready
     }
+
+
+def batched(items: Sequence[float], size: int) -> list[Sequence[float]]:
+    """`items` in runs of `size`."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def timed(job: Callable[[], object]) -> float:
@@ -194,13 +196,14 @@ def goals(report: Report) -> dict[str, dict[str, Any]]:
     goal("MiniLM: seconds, of JAX full fine-tuning", ratio(mini, "JAX full"), 1.05)
     goal("MiniLM: temporary bytes, of JAX LoRA", ratio(mini, "JAX LoRA (qwix)", "temporary"), 1.0)
     goal("MiniLM: GFLOP of a step", mini["ours, auto"]["flops"] / 1e9, 301)
-    goal("OPT: seconds, of PEFT RandLoRA", ratio(small, "PEFT RandLoRA"), 0.75)
-    for tokens, part in report["sweep"].items():
-        goal(f"MiniLM, {tokens} tokens: seconds, of PEFT RandLoRA", ratio(part, "PEFT RandLoRA"), 1)
+    goal("OPT, 4096 tokens: seconds, of PEFT RandLoRA", ratio(small, "PEFT RandLoRA"), 0.75)
+    everywhere = {f"MiniLM, {tokens} tokens": part for tokens, part in report["sweep"].items()}
+    for title, part in (everywhere | {"OPT": small, "Llama": report["Llama-3.2-1B"]}).items():
+        goal(f"{title}: seconds, of PEFT RandLoRA", ratio(part, "PEFT RandLoRA"), 1)
         better = min(("ours, factored", "ours, merged"), key=lambda n: part[n]["seconds"][0])
         same = part[better]["program"] == part["ours, auto"]["program"]
-        title = f"MiniLM, {tokens} tokens: seconds, of the better way"
-        goal(title + (" (the same program)" if same else ""), ratio(part, better), 1.05)
+        word = "the better way" + (" (the same program)" if same else "")
+        goal(f"{title}: seconds, of {word}", ratio(part, better), 1.05)
     drawn = report["bases"]
     for name in ("ours, from a JAX key", "ours, as torch draws them"):
         goal(f"bases: seconds, {name[6:]}, of PEFT", drawn[name] / drawn["PEFT"], 1.0)
@@ -209,7 +212,9 @@ def goals(report: Report) -> dict[str, dict[str, Any]]:
 
 def show(console: Console, report: Report) -> None:
     """The table."""
-    table = Table(title="A training step; ratios to PEFT RandLoRA in the same run")
+    table = Table(
+        title="A training step; ratios to PEFT RandLoRA in the same run (bases: to dense ones)"
+    )
     for title in ("model", "way", "trained", "s", "ratio", "GFLOP", "ratio"):
         table.add_column(title, justify="left" if title in ("model", "way") else "right")
     for title in ("temporary MiB", "peak MiB", "compile s"):
@@ -217,8 +222,9 @@ def show(console: Console, report: Report) -> None:
     parts = {k: report[k] for k in ("MiniLM-L6", "OPT-125m", "Llama-3.2-1B")}
     parts |= {f"MiniLM, {tokens} tokens": part for tokens, part in report["sweep"].items()}
     mebi = lambda n: "" if n is None else f"{n / 2**20:.0f}"  # noqa: E731
+    parts["Llama-3.2-1B: bases"] = report["kinds"]
     for model, part in parts.items():
-        other = part["PEFT RandLoRA"]
+        other = part.get("PEFT RandLoRA", part[next(iter(part))])
         for name, row in part.items():
             seconds = statistics.median(row["seconds"])
             table.add_row(

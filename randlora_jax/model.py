@@ -82,16 +82,18 @@ class RandLoraModel(Life):
           tokens: rows of a layer's input on one device: batch times length.
         """
         spec, state, base = self._spec(adapter_name), self._state(adapter_name), self._base_leaves()
+        apply = self._book.how.apply
         groups: dict[tuple[int, int, bool], list[Layer]] = {}
         for name in state.layers:
             layer = self._book.layers[name]
             low = jnp.finfo(base[layer.kernel_path].dtype).bits < 32
-            groups.setdefault((*layer.matrix, not low), []).append(layer)
+            joins = not low or apply == "merged"
+            groups.setdefault((*layer.matrix, joins), []).append(layer)
         lines = []
         for (n_in, n_out, joins), layers in groups.items():
             flat = used_box((n_in, n_out), spec.identity.r).n * spec.identity.r
             names = layers[0].name + (f" and {len(layers) - 1} more" if len(layers) > 1 else "")
-            lines.append(explained(names, tokens, n_in, n_out, flat, joins, self._book.how.apply))
+            lines.append(explained(names, tokens, n_in, n_out, flat, joins, apply))
         return "\n".join(lines)
 
     # Files.

@@ -8,6 +8,7 @@ runs: what the model keeps for its backward pass holds W + delta_W, unless the u
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -49,6 +50,7 @@ class PytreeRandLora(FunctionalRandLora):
         found = {p: layer_at(p, s, None, views.find(p), names) for p, s in owned.items()}
         layers = {layer.name: layer for layer in found.values() if layer}
         modules = {names.first(path) for path, layer in found.items() if not layer}
+        how = replace(how, apply="merged")  # there is no other way
         self._book = Book(layers, tuple(sorted(modules)), names, Origin(), how)
 
     def merged(self, variables: Mapping[str, Any]) -> Tree:

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from randlora_jax import AdapterParam, ConfigError, RandLoraConfig, get_peft_model
-from randlora_jax.bases import Bases
+from randlora_jax.bases import Bases, BasisIdentity, Box, _draw, draw, prng_key
 from randlora_jax.contraction import LAST_AXES, Contraction
 from randlora_jax.delta import Term
 from randlora_jax.layers import How, Layer, Part, adapted
@@ -239,6 +239,23 @@ def test_several_matrices_in_one_kernel(spec, axis_type):
     summed = [shape for operation, shape in sent if operation == "all-reduce"]
     assert all(prod(shape) <= 2 * n * width for shape in summed), summed
     assert spec != P() or not [s for o, s in sent if o != "all-reduce" and prod(s) > 2 * n * width]
+
+
+@pytest.mark.parametrize("kind, sparsity", [("dense", 0.0), ("sparse", 3.0)])
+@pytest.mark.parametrize(
+    "spec", [P(), P("data"), P(None, "data")], ids=["whole", "rows", "columns"]
+)
+def test_bases_are_drawn_where_they_lie(spec, kind, sparsity):
+    """Nothing is sent, and the numbers are one device's."""
+    sharding = NamedSharding(jax.make_mesh((8,), ("data",), (AxisType.Auto,)), spec)
+    identity, box = BasisIdentity("jax", 7, kind, 16, sparsity), Box(64, 8, 128)
+    found, expected = draw(identity, box, sharding), draw(identity, box)
+    for a, b in zip(found, expected, strict=True):
+        assert a.sharding.is_equivalent_to(sharding, a.ndim)
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    numbers = jax.jit(_draw, static_argnums=(1, 2, 3, 4), out_shardings=sharding)
+    compiled = numbers.lower(prng_key(7), kind, 16, sparsity, box).compile()
+    assert not collectives(compiled.as_text())
 
 
 # --- whole models ---------------------------------------------------------------------------------

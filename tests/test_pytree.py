@@ -116,3 +116,8 @@ def test_what_a_pytree_cannot_do_is_said():
         wrapped(randlora_dropout=0.1)
     with pytest.raises(ConfigError, match="a layer's input"):
         get_peft_model(params, RandLoraConfig(**SETTINGS), views=VIEWS, apply="factored")
+
+
+def test_what_is_said_of_a_pytree_is_what_it_does():
+    """It has no layers to look into, so not even one token is factored."""
+    assert all("forward: W + delta_W" in line for line in wrapped().explain(1).splitlines())
