@@ -51,8 +51,8 @@ class Tied(Net):
 class Stack(nnx.Module):
     """Layers stacked by vmap and run by a user's own unmodified scan, rematerialised."""
 
-    def __init__(self, rngs):
-        @nnx.split_rngs(splits=3)
+    def __init__(self, rngs, depth=3):
+        @nnx.split_rngs(splits=depth)
         @nnx.vmap(in_axes=(0,), out_axes=0)
         def create(rngs):
             return Block(8, rngs)
@@ -85,6 +85,23 @@ def wrapped(make=Net, config=CONFIG, moved=True, **kwargs):
             model, jax.tree.map(lambda x: x + noise.normal(0, 0.3, x.shape).astype("f"), state)
         )
     return model
+
+
+def test_a_deeper_stack_is_no_larger_a_program():
+    """Stacked layers share one copy of the bases, and are compiled once however many there are."""
+    sizes, shared = [], []
+    for depth in (2, 32):
+        model = get_peft_model(Stack(nnx.Rngs(0), depth), CONFIG)
+        graph, state = nnx.split(model)
+
+        @jax.jit
+        def gradient(state, graph=graph):
+            loss = lambda m: (m(X) ** 2).mean()  # noqa: E731
+            return nnx.grad(loss, argnums=nnx.DiffState(0, AdapterParam))(nnx.merge(graph, state))
+
+        sizes.append(gradient.lower(state).as_text().count("\n"))
+        shared.append([x.shape for x in bases_in(jax.tree.leaves(state))])
+    assert sizes[0] == sizes[1] and shared[0] == shared[1] and len(shared[0]) == 2
 
 
 def bases_in(leaves):
