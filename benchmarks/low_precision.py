@@ -41,7 +41,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 OUT = Path("out/low_precision")
-STEPS, BATCH, LENGTH, RATE = 60, 32, 32, 2e-4
+STEPS, BATCH, LENGTH, RATE = 40, 16, 16, 2e-4
 ADAMW = {"eps": 1e-8, "weight_decay": 0.0}
 CONFIG = RandLoraConfig(
     r=16,
@@ -135,6 +135,7 @@ def main() -> None:
             began = time.perf_counter()
             curves[title] = run()
             seconds[title] = time.perf_counter() - began
+            print(f"{title}: {seconds[title]:.0f} s", flush=True)
     OUT.mkdir(parents=True, exist_ok=True)
     report = {"losses": curves, "seconds": seconds}
     (OUT / "report.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -123,15 +123,18 @@ class RandLoraModel(Life):
                     numbers = states[name].size()
                     write_text(card, hub.model_card(adapter.config, len(adapter.layers), numbers))
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+    def push_to_hub(self, repo_id: str, **options: Any) -> str | None:
         """Saves to the Hugging Face hub, in one commit; see `interop.hub.push` for the options.
 
+        Of several processes all call this, and the first one pushes.
+
         Returns:
-          the address of the commit.
+          the address of the commit; None in the other processes.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return hub.push(FilePath(folder), repo_id, **options)
+            with alone_among_processes("push_to_hub") as first:
+                return hub.push(FilePath(folder), repo_id, **options) if first else None
 
     def load_adapter(
         self,

@@ -67,7 +67,9 @@ def test_two_processes_train_and_save_one_adapter(tmp_path):
     assert one.saved.keys() == two.saved.keys() and one.saved
     for name, tensor in one.saved.items():
         np.testing.assert_allclose(two.saved[name], tensor, rtol=1e-4, atol=1e-6)
-    # nothing was written twice or left over
+    # nothing was written or pushed twice or left over
+    pushed = [(tmp_path / f"{name}-pushed").read_text() for name in ("one", "two")]
+    assert pushed == ["README.md adapter_config.json adapter_model.safetensors"] * 2
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(
         p.name for p in (tmp_path / "one").iterdir()
     )
