@@ -16,6 +16,7 @@ Which one runs is decided for each pass on its own (`cost`, `passes`).
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -199,40 +200,67 @@ def adapted(
     seen = [part.drop(x) if part.drop else None for part in parts]
     run, carried = jax.closure_convert(run, kernel, x)
 
-    def through(x: jax.Array, term: Term, letters: Letters, factored: bool) -> jax.Array:
-        def one(rows: jax.Array, lam: jax.Array, gamma: jax.Array) -> jax.Array:
-            matrix = term._replace(lam=lam, gamma=gamma)
-            if layout and layout.used:
-                return layout.applied(rows, matrix, n_in, n_out, factored)
-            return (through_factors if factored else through_delta)(rows, matrix, n_in, n_out)
-
-        every = for_each_matrix(one, letters)
-        sizes = [n for side, n in zip(view.axes, kernel.shape, strict=True) if side == "o"]
-        return as_output(every(as_rows(x, letters), term.lam, term.gamma), letters, sizes)
-
     def joined(arguments: Arguments, terms: Terms) -> jax.Array:
         kernel, x, _, carried = arguments
         whole = kernel.astype(jnp.float32) + kernel_delta(terms, view, kernel.shape, layout)
         # formed in float32 and rounded once to what the layer holds
         return run(whole.astype(kernel.dtype), x, *carried)
 
-    def beside(factored: bool) -> Way:
+    def beside(letters: Letters, factored: bool) -> Way:
+        through = partial(
+            through_matrices, view=view, shape=kernel.shape, letters=letters, layout=layout
+        )
+
         def way(arguments: Arguments, terms: Terms) -> jax.Array:
             kernel, x, seen, carried = arguments
             out = run(kernel, x, *carried)
             total = out.astype(jnp.float32)
             for term, dropped in zip(terms, seen, strict=True):
-                total = total + through(x if dropped is None else dropped, term, letters, factored)
+                total = total + through(x if dropped is None else dropped, term, factored)
             return total.astype(out.dtype)
 
         return way
 
-    ways = {"merged": joined if joins else beside(False), "factored": beside(True)}
-    # on a mesh, what trains is summed where it is small
-    apart = layout is not None and letters is not None and plan.trained == "merged"
-    trained = beside(False) if apart else ways[plan.trained]
+    ways: dict[str, Way] = {"merged": joined}
+    trained: Way = joined
+    if letters:
+        alone = beside(letters, False)
+        ways = {"merged": joined if joins else alone, "factored": beside(letters, True)}
+        # on a mesh, what trains is summed where it is small
+        apart = layout is not None and plan.trained == "merged"
+        trained = alone if apart else ways[plan.trained]
     product = each_pass_its_way(ways[plan.forward], ways[plan.inputs], trained)
     return product((kernel, x, seen, carried), [part.term for part in parts])
+
+
+def through_matrices(
+    x: jax.Array,
+    term: Term,
+    factored: bool,
+    *,
+    view: View,
+    shape: tuple[int, ...],
+    letters: Letters,
+    layout: Layout | None,
+) -> jax.Array:
+    """A layer's input through the delta of every matrix of its kernel, as its output lies; float32.
+
+    Args:
+      factored: without forming delta.
+      view, shape: of the kernel.
+      letters: the axes of this call.
+    """
+    _, n_in, n_out = view.sizes(shape)
+
+    def one(rows: jax.Array, lam: jax.Array, gamma: jax.Array) -> jax.Array:
+        matrix = term._replace(lam=lam, gamma=gamma)
+        if layout and layout.used:
+            return layout.applied(rows, matrix, n_in, n_out, factored)
+        return (through_factors if factored else through_delta)(rows, matrix, n_in, n_out)
+
+    every = for_each_matrix(one, letters)
+    sizes = [n for side, n in zip(view.axes, shape, strict=True) if side == "o"]
+    return as_output(every(as_rows(x, letters), term.lam, term.gamma), letters, sizes)
 
 
 def kernel_delta(

@@ -58,7 +58,7 @@ class Layout:
             return replace(
                 self, rows=tuple(_entries(jax.typeof(x).sharding.spec, x.ndim)[shared:-1])
             )
-        rows = [() for _ in sizes]
+        rows: list[Axes] = [()] * len(sizes)
         if sizes and sizes[0] % self.size(token_axes) == 0:
             rows[0] = token_axes
         return replace(self, rows=tuple(rows))
