@@ -100,7 +100,9 @@ def of_einsum(equation: str, leaf: str = "kernel") -> LayerType:
             f"einsum {equation!r} sums over an axis that its kernel alone has: such a layer "
             "cannot be adapted; leave it out of target_modules"
         ) from None
-    return LayerType(View(axes), Contraction(equation), leaf=leaf)
+    # what else it sums over would have to be summed beside, too
+    call = Contraction(equation) if set(x) - set(kernel) <= set(out) else None
+    return LayerType(View(axes), call, leaf=leaf)
 
 
 def layer_at(

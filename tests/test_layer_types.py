@@ -371,6 +371,16 @@ def test_einsums_of_every_form(equation, axes, x_shape, shape, apply, low_precis
         np.testing.assert_allclose(found, expected, atol=1e-4 * float(jnp.abs(expected).max()))
 
 
+def test_an_einsum_that_sums_its_tokens_runs_merged():
+    assert of_einsum("btd,dh->bh") == LayerType(View("io"), call=None)
+    layer = nnx.Einsum("btd,dh->bh", (12, 7), rngs=nnx.Rngs(0))
+    config = RandLoraConfig(r=2, randlora_alpha=4, target_modules=["layers.0"])
+    model = get_peft_model(nnx.Sequential(layer), config)
+    nnx_move(model)
+    kernel = layer.kernel[...] + model.delta_weights()["layers.0"].T
+    np.testing.assert_allclose(nnx_run(model), (X @ kernel).sum(1), atol=1e-4)
+
+
 def test_one_token_forms_no_delta():
     """Keys and values in one einsum, as when decoding: the cost of PEFT's factors, no more."""
     width = 512
