@@ -2,7 +2,7 @@
 #   make demo    fine-tunes a real model on real text and opens the adapter in PyTorch PEFT
 #   make test    linter, type checker, all tests
 #   make examples  a short training loop in every library, each adapter opened in PyTorch PEFT
-#   make bench   what a step costs beside PEFT, JAX LoRA and full fine-tuning; 20 minutes
+#   make bench   what a step costs beside PEFT, JAX LoRA and full fine-tuning; about 20 minutes
 #   make profile  where the time of those steps goes
 #   make compare  RandLoRA beside LoRA, the head alone and full fine-tuning; some hours
 #   make low-precision  how a bfloat16 model learns, by the ways to apply an adapter; loss curves

@@ -6,7 +6,7 @@
 MiniLM-L6 on Reuters R8 and R52, one epoch of 32 documents a step, 24 tokens a document, AdamW with
 warm-up and cosine decay. LoRA (qwix's) has about as many trained numbers as RandLoRA. Every method
 gets its own learning rate: accuracy on a tenth of the training split, after half an epoch with one
-seed, climbed in steps of two until both neighbours are worse. Then three seeds (head, order,
+seed, climbed in steps of two until neither neighbour is better. Then three seeds (head, order,
 adapter) train for the whole epoch and are tested on the test split. Each core takes a method.
 """
 
@@ -175,7 +175,7 @@ class Task:
         return {"accuracy": accuracy(found, on), "trained": size}
 
     def best_rate(self, start: float) -> float:
-        """Better on the held-back documents than its half and its double."""
+        """A rate whose half and double are no better on the held-back documents."""
         reached = lambda rate: self.run(rate, 0, held=True)["accuracy"]  # noqa: E731
         best = start
         for factor in (2.0, 0.5):
