@@ -80,13 +80,16 @@ def test_half_precision_sums_are_rounded_once(family, dtype, tmp_path):
     merge(tmp_path / "adapter", base=tmp_path / "base", out=tmp_path / "out")
     wide = peft.PeftModel.from_pretrained(load(family, base), tmp_path / "adapter")
     state = wide.merge_and_unload().state_dict()
+    off, numbers = 0, 0
     for key, found in tensors(tmp_path / "out").items():
         assert found.dtype == dtype
         exact = state[key]  # in float32, whose own rounding may tip a tie
-        off = (found != exact.to(dtype)).float().mean()
-        assert off <= 1e-3, key
+        off += (found != exact.to(dtype)).sum().item()
+        numbers += found.numel()
         nearest = torch.finfo(dtype).eps / 2 * exact.abs() * (1 + 1e-3)
         assert ((found.float() - exact).abs() <= nearest + torch.finfo(dtype).tiny).all(), key
+    # of all numbers together: one matrix is so small that two ties are over a thousandth of it
+    assert off <= 1e-3 * numbers
 
 
 @pytest.mark.parametrize("labels, shard", [(2, "5GB"), (3, "20KB")])
