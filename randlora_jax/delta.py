@@ -14,6 +14,7 @@ gives other numbers. Both flattenings are reshapes, so nothing is transposed in 
 JAX kernels are (in, out), so functions here return delta_W.T and call it the delta.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -43,12 +44,29 @@ def sliced(term: Term, n_in: int, n_out: int) -> Term:
     return term._replace(bases=Bases(a[:, : min(n_in, n_out)], b[: max(n_in, n_out), :n]))
 
 
+@jax.custom_jvp
+def outer(lam: jax.Array, gamma: jax.Array) -> jax.Array:
+    """lam (r, n) and gamma (n, min), multiplied to (r, n, min).
+
+    Its gradients are products of matrices. Left to the multiplication they would be sums over the
+    product of two arrays of the result's size, and XLA's CPU compiler writes that one out first.
+    """
+    return lam[:, :, None] * gamma
+
+
+@outer.defjvp
+def _(values: tuple[jax.Array, ...], steps: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    (lam, gamma), (lam_step, gamma_step) = values, steps
+    product = partial(jnp.einsum, "kb,bj->kbj", precision="highest")
+    return outer(lam, gamma), product(lam_step, gamma) + product(lam, gamma_step)
+
+
 def flat_factors(term: Term) -> tuple[jax.Array, jax.Array]:
     """B_flat (max, n*r) and scaled A_flat (r*n, min) of a sliced term, both float32."""
     r, n = term.lam.shape
     a, b = term.bases
-    scaled = term.lam[:, :, None] * a[:, None].astype(jnp.float32) * term.gamma  # (r, n, min)
-    a_flat = scaled.reshape(r * n, a.shape[1]) * term.scaling
+    scaled = outer(term.lam * term.scaling, term.gamma) * a[:, None].astype(jnp.float32)
+    a_flat = scaled.reshape(r * n, a.shape[1])
     return b.reshape(b.shape[0], n * r).astype(jnp.float32), a_flat
 
 
