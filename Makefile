@@ -22,7 +22,9 @@ export HF_HUB_OFFLINE := 1
 .PHONY: demo test examples bench profile compare low-precision lint types fuzz compat clean
 
 # The C allocator would hand every large buffer back and ask for it again: a third of the time.
-PINNED := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
+# One arena, since the others, which XLA's threads take, map large buffers whatever they are told.
+PINNED := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 \
+	MALLOC_TOP_PAD_=268435456
 demo: $(VENV)/.installed
 	$(PINNED) $(RUN) examples/demo.py
 

@@ -218,6 +218,7 @@ ALL = [
     ours("merged"),
     ours("auto"),
 ]
+JUDGED = [peft_randlora, jax_full, ours("auto")]
 # what ternary bases, int8 in memory, change
 KINDS = [ours("auto"), ours("auto", sparse=True), ours("auto", very_sparse=True)]
 SWEPT = [peft_randlora, ours("factored"), ours("merged"), ours("auto")]
