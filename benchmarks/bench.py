@@ -86,14 +86,15 @@ def measure(
     repeats: int,
     contestants: Sequence[Builder] = ALL,
 ) -> Report:
-    """Medians of interleaved steps, once for each run, and what the compilers tell."""
+    """Medians of interleaved steps, once for each run, and what the compilers tell.
+
+    Every contestant comes having taken its first step, which warms the allocator.
+    """
     tokens = shape.tokens(*size)
     ready: list[Contestant] = []
     for build in track(contestants, f"{shape.name}, {tokens.size} tokens: compiling"):
         ready.append(build(shape, tokens, ready))
     steps = list({one.step: None for one in ready})  # equal programs are one step
-    for step in steps:
-        step()  # the first step also warms the allocator
     rounds = track(range(runs * repeats), f"{shape.name}, {tokens.size} tokens: steps")
     times = [[timed(step) for step in steps] for _ in rounds]
     medians = {

@@ -32,7 +32,7 @@ Tree = Any
 
 @dataclass
 class Contestant:
-    """One way to fine-tune: `step` runs a training step and waits for it."""
+    """One way to fine-tune: `step` runs a training step and waits for it, and has run once."""
 
     name: str
     step: Callable[[], float]
@@ -137,6 +137,7 @@ def jax_contestant(
         *now[:], value = compiled(*now, frozen, inputs)
         return float(value)
 
+    step()
     memory = compiled.memory_analysis()
     return Contestant(
         name,
