@@ -15,11 +15,12 @@ JAX kernels are (in, out), so functions here return delta_W.T and call it the de
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from randlora_jax.bases import Bases
 
@@ -45,28 +46,34 @@ def sliced(term: Term, n_in: int, n_out: int) -> Term:
 
 
 @jax.custom_jvp
-def outer(lam: jax.Array, gamma: jax.Array) -> jax.Array:
-    """lam (r, n) and gamma (n, min), multiplied to (r, n, min).
+def product(lam: jax.Array, a: jax.Array, gamma: jax.Array) -> jax.Array:
+    """lam (r, n), a (r, min) and gamma (n, min), multiplied to (r, n, min) in PEFT's order.
 
-    Its gradients are products of matrices. Left to the multiplication they would be sums over the
-    product of two arrays of the result's size, and XLA's CPU compiler writes that one out first.
+    The gradients of lam and gamma are products of matrices. Left to the multiplication they would
+    be sums over products of arrays as large as the result, which XLA's CPU compiler writes out.
     """
-    return lam[:, :, None] * gamma
+    return lam[:, :, None] * a[:, None] * gamma
 
 
-@outer.defjvp
-def _(values: tuple[jax.Array, ...], steps: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    (lam, gamma), (lam_step, gamma_step) = values, steps
-    product = partial(jnp.einsum, "kb,bj->kbj", precision="highest")
-    return outer(lam, gamma), product(lam_step, gamma) + product(lam, gamma_step)
+@partial(product.defjvp, symbolic_zeros=True)
+def _(values: tuple[jax.Array, ...], steps: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    (lam, a, gamma), (lam_step, a_step, gamma_step) = values, steps
+    outer = partial(jnp.einsum, "kb,bj->kbj", precision="highest")
+    shares = (
+        (lam_step, lambda: outer(lam_step, gamma) * a[:, None]),
+        (gamma_step, lambda: outer(lam, gamma_step) * a[:, None]),
+        (a_step, lambda: product(lam, a_step, gamma)),
+    )
+    moved = [share() for step, share in shares if not isinstance(step, SymbolicZero)]
+    return product(lam, a, gamma), sum(moved[1:], moved[0])
 
 
 def flat_factors(term: Term) -> tuple[jax.Array, jax.Array]:
     """B_flat (max, n*r) and scaled A_flat (r*n, min) of a sliced term, both float32."""
     r, n = term.lam.shape
     a, b = term.bases
-    scaled = outer(term.lam * term.scaling, term.gamma) * a[:, None].astype(jnp.float32)
-    a_flat = scaled.reshape(r * n, a.shape[1])
+    scaled = product(term.lam, a.astype(jnp.float32), term.gamma)
+    a_flat = scaled.reshape(r * n, a.shape[1]) * term.scaling
     return b.reshape(b.shape[0], n * r).astype(jnp.float32), a_flat
 
 
