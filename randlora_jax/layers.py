@@ -29,7 +29,7 @@ from randlora_jax.contraction import Contraction, Letters, as_output, as_rows, f
 from randlora_jax.cost import Apply, cheapest
 from randlora_jax.delta import Term, delta, through_delta, through_factors
 from randlora_jax.errors import ConfigError
-from randlora_jax.mesh import Layout, layout_of
+from randlora_jax.mesh import Layout, layout_of, off_mesh
 from randlora_jax.passes import Way, each_pass_its_way
 from randlora_jax.views import View
 
@@ -208,7 +208,12 @@ def adapted(
 
     def beside(letters: Letters, factored: bool) -> Way:
         through = partial(
-            through_matrices, view=view, shape=kernel.shape, letters=letters, layout=layout
+            through_matrices,
+            view=view,
+            shape=kernel.shape,
+            letters=letters,
+            layout=layout,
+            flat=layer.sharding is None and off_mesh(x),
         )
 
         def way(arguments: Arguments, terms: Terms) -> jax.Array:
@@ -226,8 +231,8 @@ def adapted(
     if letters:
         alone = beside(letters, False)
         ways = {"merged": joined if joins else alone, "factored": beside(letters, True)}
-        # on a mesh, what trains is summed where it is small
-        apart = layout is not None and plan.trained == "merged"
+        # on a mesh, what trains is summed where it is small; on one device, see `through_matrices`
+        apart = plan.trained == "merged" and (layout is not None or not low_precision)
         trained = alone if apart else ways[plan.trained]
     product = each_pass_its_way(ways[plan.forward], ways[plan.inputs], trained)
     return product((kernel, x, seen, carried), [part.term for part in parts])
@@ -242,6 +247,7 @@ def through_matrices(
     shape: tuple[int, ...],
     letters: Letters,
     layout: Layout | None,
+    flat: bool,
 ) -> jax.Array:
     """A layer's input through the delta of every matrix of its kernel, as its output lies; float32.
 
@@ -249,6 +255,9 @@ def through_matrices(
       factored: without forming delta.
       view, shape: of the kernel.
       letters: the axes of this call.
+      flat: merge the axes of rows. XLA's CPU compiler sums over one of them as it lies, but copies
+        a matrix to sum over several, which made the gradient of delta take twice as long. On a mesh
+        such axes may be cut, and cannot be merged in place.
     """
     _, n_in, n_out = view.sizes(shape)
 
@@ -256,7 +265,9 @@ def through_matrices(
         matrix = term._replace(lam=lam, gamma=gamma)
         if layout and layout.used:
             return layout.applied(rows, matrix, n_in, n_out, factored)
-        return (through_factors if factored else through_delta)(rows, matrix, n_in, n_out)
+        laid = rows.reshape(-1, n_in) if flat else rows
+        y = (through_factors if factored else through_delta)(laid, matrix, n_in, n_out)
+        return y.reshape(*rows.shape[:-1], n_out)
 
     every = for_each_matrix(one, letters)
     sizes = [n for side, n in zip(view.axes, shape, strict=True) if side == "o"]

@@ -144,6 +144,11 @@ def on_mesh(x: Any) -> NamedSharding | None:
     return sharding if isinstance(sharding, NamedSharding) else None
 
 
+def off_mesh(x: jax.Array) -> bool:
+    """Whether a traced array lies on no mesh that its trace can see."""
+    return bool(jax.typeof(x).sharding.mesh.empty)
+
+
 def on_host(x: jax.Array) -> Any:
     """NumPy's copy of an array, which may lie on devices of several processes: all call this."""
     if x.is_fully_addressable or x.is_fully_replicated:
