@@ -205,6 +205,21 @@ def test_a_stack_of_layers_costs_what_full_fine_tuning_does(shape):
     assert abs(ours / frozen / expected - 1) <= 0.05, (ours / frozen, expected)
 
 
+def test_the_gradient_of_delta_copies_no_activation():
+    """Summing over (batch, length) as one axis: XLA's CPU compiler transposes to sum over two."""
+    (n_in, n_out), term = (128, 384), random_term(128, 384, 16)
+    x, kernel = jnp.ones((8, 512, n_in)), jnp.ones((n_in, n_out))
+
+    def transposed(f):
+        def loss(x, lam, gamma):
+            return (f(kernel, x, term._replace(lam=lam, gamma=gamma)) ** 2).sum()
+
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, term.lam, term.gamma).compile()
+        return any(f"f32[{n},{8 * 512}]" in compiled.as_text() for n in (n_in, n_out))
+
+    assert transposed(plain) and not transposed(layer)
+
+
 def test_what_was_chosen_is_said():
     line = explained("attention.q", 3072, 4096, 4096, 4096, True, "auto")
     assert "attention.q (4096 -> 4096): forward: W + delta_W" in line
