@@ -255,9 +255,9 @@ def through_matrices(
       factored: without forming delta.
       view, shape: of the kernel.
       letters: the axes of this call.
-      flat: merge the axes of rows. XLA's CPU compiler sums over one of them as it lies, but copies
-        a matrix to sum over several, which made the gradient of delta take twice as long. On a mesh
-        such axes may be cut, and cannot be merged in place.
+      flat: merge the axes of rows. XLA's CPU compiler sums over one of them as it lies, but first
+        transposes a copy to sum over several, as the gradient of delta does. On a mesh such axes
+        may be cut, and cannot be merged in place.
     """
     _, n_in, n_out = view.sizes(shape)
 
