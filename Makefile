@@ -71,7 +71,7 @@ PEFT_018 := 0.18.1
 compat: $(VENV)/.installed .venv-peft016/.installed .venv-peft018/.installed .venv-tunix/.installed
 	$(RUN) -W ignore tests/compat.py \
 		.venv-peft016/bin/python .venv-peft018/bin/python $(RUN)
-	TUNIX_PYTHON=.venv-tunix/bin/python $(RUN) -m pytest -rA -q tests/test_tunix.py
+	TUNIX_PYTHON=.venv-tunix/bin/python $(RUN) -m pytest -rA -q tests/parity/test_tunix.py
 
 # google-tunix wants another safetensors than our other tests, and the newest transformers it can.
 .venv-tunix/.installed: constraints-tunix.txt

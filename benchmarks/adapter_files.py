@@ -30,10 +30,9 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.tensor_file import write_tensors
 from randlora_jax.interop.torch_rng import Generation, torch_bases
-
-from randlora_jax.config import RandLoraConfig
 
 DEPTH = 28
 LAYERS = 4
@@ -159,7 +158,7 @@ def run(arguments: list[str]) -> tuple[float, float]:
     """One `randlora-jax` command: its seconds and its peak memory in MB."""
     start = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "randlora_jax.cli", *arguments, "--json"],
+        [sys.executable, "-m", "randlora_jax.commands.main", *arguments, "--json"],
         stdout=subprocess.DEVNULL,
     )
     _, status, usage = os.wait4(process.pid, 0)

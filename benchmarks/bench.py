@@ -36,7 +36,7 @@ from rich.table import Table
 from shapes import Shape, llama, minilm, opt
 
 from randlora_jax import RandLoraConfig, RandLoraModel, get_peft_model
-from randlora_jax.bases import Box, draw, jax_identity
+from randlora_jax.core.bases import Box, draw, jax_identity
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

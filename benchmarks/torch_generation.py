@@ -4,7 +4,8 @@
     python benchmarks/torch_generation.py --speed    # and time torch against ours
 
 Draws as PEFT does but needs torch alone, so it runs in a bare environment with any release. The
-digests are those stored in tests/test_torch_rng.py. Exit status 1: torch draws in no way we know.
+digests are those stored in tests/interop/test_torch_rng.py. Exit status 1: torch draws in no way
+we know.
 """
 
 import argparse

@@ -10,12 +10,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-
-from randlora_jax.config import RandLoraConfig
-from randlora_jax.errors import AdapterFileError
-from randlora_jax.strict_json import parse_object
-
-from .tensor_file import pieces, show
+from randlora_jax.interop.config import RandLoraConfig
+from randlora_jax.interop.errors import AdapterFileError
+from randlora_jax.interop.strict_json import parse_object
+from randlora_jax.interop.tensor_file import pieces, show
 
 BASE_DTYPES = tuple(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16)))
 FORMAT_VERSION = 1

@@ -33,7 +33,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
-from randlora_jax.errors import RandLoraError
+from randlora_jax.interop.errors import RandLoraError
 
 try:
     import fcntl

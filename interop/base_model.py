@@ -17,12 +17,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-
-from randlora_jax.errors import AdapterFileError, TargetError, nearest
-from randlora_jax.strict_json import read_object
-
-from .adapter import Adapter
-from .tensor_file import Tensor, TensorFile, show
+from randlora_jax.interop.adapter import Adapter
+from randlora_jax.interop.errors import AdapterFileError, TargetError, nearest
+from randlora_jax.interop.strict_json import read_object
+from randlora_jax.interop.tensor_file import Tensor, TensorFile, show
 
 MODEL_CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

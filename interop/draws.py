@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-
-from .adapter import BASE_DTYPES, Adapter, Bases, bases_digest
-from .tensor_file import pieces
-from .torch_rng import Generation, Origin, is_drawn, torch_bases
+from randlora_jax.interop.adapter import BASE_DTYPES, Adapter, Bases, bases_digest
+from randlora_jax.interop.tensor_file import pieces
+from randlora_jax.interop.torch_rng import Generation, Origin, is_drawn, torch_bases
 
 _FUSED = " on processors with fused multiply-add"
 _UNFUSED = " on processors without fused multiply-add"

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from randlora_jax.config import CONFIG_NAME, RandLoraConfig
-from randlora_jax.errors import AdapterFileError
-
-from .peft_dir import WEIGHTS_NAME
+from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
+from randlora_jax.interop.errors import AdapterFileError
+from randlora_jax.interop.peft_dir import WEIGHTS_NAME
 
 CARD_NAME = "README.md"
 

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from randlora_jax.config import RandLoraConfig
-
-from .tensor_file import Tensor, show
+from randlora_jax.interop.config import RandLoraConfig
+from randlora_jax.interop.tensor_file import Tensor, show
 
 TOP = "base_model."
 PREFIX = "base_model.model."

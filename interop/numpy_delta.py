@@ -1,4 +1,4 @@
-"""delta_W in NumPy: PEFT's arithmetic (see `randlora_jax.delta`), in float32, a block at a time."""
+"""delta_W in NumPy: PEFT's arithmetic, in float32, a block at a time."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
+from randlora_jax.interop.adapter import BASE_DTYPES, Adapter, Bases, bases_digest
+from randlora_jax.interop.base_model import BaseLayer, BaseModel
+from randlora_jax.interop.errors import AdapterFileError
+from randlora_jax.interop.tensor_file import show
+from randlora_jax.interop.torch_rng import Generation, torch_bases, word_bytes
 
-from randlora_jax.errors import AdapterFileError
-
-from .adapter import BASE_DTYPES, Adapter, Bases, bases_digest
-from .base_model import BaseLayer, BaseModel
-from .command import Misuse, progress
-from .tensor_file import show
-from .torch_rng import Generation, torch_bases, word_bytes
+from randlora_jax.commands.report import Misuse, progress
 
 BLOCK = 1 << 24  # bytes of one block, of which a few exist at a time
 

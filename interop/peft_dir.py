@@ -17,12 +17,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-
-from randlora_jax.config import CONFIG_NAME, RandLoraConfig
-from randlora_jax.errors import AdapterFileError, ConfigError
-from randlora_jax.strict_json import parse_object
-
-from .adapter import (
+from randlora_jax.interop.adapter import (
     BASE_DTYPES,
     Adapter,
     Bases,
@@ -32,9 +27,12 @@ from .adapter import (
     check_finite,
     derived_key,
 )
-from .atomic import current_file, replacing_files
-from .keys import BASE_PARTS, LAYER_PARTS, PREFIX, Role, roles_of
-from .tensor_file import Tensor, TensorFile, pieces, show, write_tensors
+from randlora_jax.interop.atomic import current_file, replacing_files
+from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
+from randlora_jax.interop.errors import AdapterFileError, ConfigError
+from randlora_jax.interop.keys import BASE_PARTS, LAYER_PARTS, PREFIX, Role, roles_of
+from randlora_jax.interop.strict_json import parse_object
+from randlora_jax.interop.tensor_file import Tensor, TensorFile, pieces, show, write_tensors
 
 __all__ = [
     "Adapter",

@@ -10,8 +10,7 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-
-from .tensor_file import DTYPES
+from randlora_jax.interop.tensor_file import DTYPES
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,8 @@ from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
-
-from randlora_jax.errors import AdapterFileError
-from randlora_jax.strict_json import parse_object
+from randlora_jax.interop.errors import AdapterFileError
+from randlora_jax.interop.strict_json import parse_object
 
 # The format's names, little-endian as the format is.
 DTYPES: Mapping[str, np.dtype] = {

@@ -33,8 +33,7 @@ from typing import Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-
-from randlora_jax.errors import ConfigError
+from randlora_jax.interop.errors import ConfigError
 
 Kind = Literal["dense", "sparse", "very_sparse"]
 Advance = Callable[[int], object]

@@ -1,30 +1,36 @@
 """RandLoRA fine-tuning for JAX models, in the file format of PyTorch PEFT."""
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# A clone has the folder interop/ beside this one, an installed package inside it.
+_folder = Path(__file__).parent
+if not (_folder / "interop").is_dir():
+    __path__.append(str(_folder.parent))
+
 if TYPE_CHECKING:
-    from randlora_jax.config import RandLoraConfig as RandLoraConfig
-    from randlora_jax.errors import AdapterFileError as AdapterFileError
-    from randlora_jax.errors import ConfigError as ConfigError
-    from randlora_jax.errors import RandLoraError as RandLoraError
-    from randlora_jax.errors import TargetError as TargetError
-    from randlora_jax.model import RandLoraModel as RandLoraModel
-    from randlora_jax.model import get_peft_model as get_peft_model
-    from randlora_jax.nnx import AdapterParam as AdapterParam
-    from randlora_jax.nnx import FrozenAdapterParam as FrozenAdapterParam
+    from randlora_jax.front_ends.nnx import AdapterParam as AdapterParam
+    from randlora_jax.front_ends.nnx import FrozenAdapterParam as FrozenAdapterParam
+    from randlora_jax.interop.config import RandLoraConfig as RandLoraConfig
+    from randlora_jax.interop.errors import AdapterFileError as AdapterFileError
+    from randlora_jax.interop.errors import ConfigError as ConfigError
+    from randlora_jax.interop.errors import RandLoraError as RandLoraError
+    from randlora_jax.interop.errors import TargetError as TargetError
+    from randlora_jax.models.model import RandLoraModel as RandLoraModel
+    from randlora_jax.models.model import get_peft_model as get_peft_model
 
 # Imported when first asked for: the command line reads adapter files without loading jax.
 _HOMES = {
-    "RandLoraConfig": "config",
-    "AdapterFileError": "errors",
-    "ConfigError": "errors",
-    "RandLoraError": "errors",
-    "TargetError": "errors",
-    "RandLoraModel": "model",
-    "get_peft_model": "model",
-    "AdapterParam": "nnx",
-    "FrozenAdapterParam": "nnx",
+    "RandLoraConfig": "interop.config",
+    "AdapterFileError": "interop.errors",
+    "ConfigError": "interop.errors",
+    "RandLoraError": "interop.errors",
+    "TargetError": "interop.errors",
+    "RandLoraModel": "models.model",
+    "get_peft_model": "models.model",
+    "AdapterParam": "front_ends.nnx",
+    "FrozenAdapterParam": "front_ends.nnx",
 }
 
 __all__ = list(_HOMES)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 from randlora_jax.interop import atomic
+from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.peft_dir import Adapter, write_adapter
 
-from randlora_jax.cli import main
-from randlora_jax.config import RandLoraConfig
+from randlora_jax.commands.main import main
 
 # What Python announces (sys.audit) before it touches a file or a directory.
 OPERATIONS = {

@@ -19,12 +19,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from randlora_jax import AdapterParam, ConfigError, RandLoraConfig, get_peft_model
-from randlora_jax.bases import Bases, BasisIdentity, Box, _draw, draw, prng_key
-from randlora_jax.contraction import LAST_AXES, Contraction
-from randlora_jax.delta import Term
-from randlora_jax.layers import How, Layer, Part, adapted
-from randlora_jax.nnx import SharedBasis
-from randlora_jax.views import View
+from randlora_jax.core.bases import Bases, BasisIdentity, Box, _draw, draw, prng_key
+from randlora_jax.core.contraction import LAST_AXES, Contraction
+from randlora_jax.core.delta import Term
+from randlora_jax.core.kernel_layout import View
+from randlora_jax.core.layers import How, Layer, Part, adapted
+from randlora_jax.front_ends.nnx import SharedBasis
 
 assert len(jax.devices()) == 8
 

@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import peft
 import torch
+from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.peft_dir import Adapter, Provenance, bases_digest
 from safetensors.numpy import load_file, save_file
-
-from randlora_jax.config import RandLoraConfig
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -3,8 +3,8 @@
     python tests/tunix_pair.py MODEL FOLDER    MODEL: one of MODELS below
 
 tunix changes flax for the whole process, so this is a program of its own; it prints one line of
-JSON with what it found. `tests/test_tunix.py` checks it here, `make compat` in an environment as
-tunix's own installation makes it, with transformers 5.
+JSON with what it found. `tests/parity/test_tunix.py` checks it here, `make compat` in an
+environment as tunix's own installation makes it, with transformers 5.
 """
 
 import importlib.util

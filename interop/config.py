@@ -1,0 +1,374 @@
+"""What one adapter is: PEFT's RandLoRA fields, and where its random bases come from.
+
+`RandLoraConfig` has the fields, names and defaults of `peft.RandLoraConfig` (PEFT 0.21.2) and
+reads and writes PEFT's `adapter_config.json`. It differs in three ways: every field is checked
+when the object is made, the object cannot change afterwards and so can be a dictionary key or a
+static argument of `jax.jit`, and `projection_source` says where the bases come from.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from randlora_jax.interop.errors import AdapterFileError, ConfigError, shown
+from randlora_jax.interop.strict_json import JsonObject, dump_object, read_object, thaw, write_text
+from randlora_jax.interop.torch_rng import Generation, Kind
+
+CONFIG_NAME = "adapter_config.json"
+PEFT_TYPE = "RANDLORA"
+ALL_LINEAR = "all-linear"
+
+TASK_TYPES = (
+    "SEQ_CLS",
+    "SEQ_2_SEQ_LM",
+    "CAUSAL_LM",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+)
+
+_TORCH_DRAWS = tuple(f"torch:{generation}" for generation in Generation)
+
+Check = Callable[[str, Any], Any]
+
+
+def _refusal(name: str, expected: str, found: object, remedy: str = "") -> ConfigError:
+    return ConfigError(f"{name}: expected {expected}, found {shown(found)}. {remedy}".rstrip())
+
+
+# Each check takes a field's name and value and returns the value as it is stored.
+
+
+def _integer(low: int, high: int | None, expected: str, remedy: str) -> Check:
+    def check(name: str, value: Any) -> int:
+        # True is an int to Python, and never what was meant here.
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            number = int(value)
+            if low <= number and (high is None or number <= high):
+                return number
+        raise _refusal(name, expected, value, remedy)
+
+    return check
+
+
+def _number(accepts: Callable[[float], bool], expected: str, remedy: str) -> Check:
+    def check(name: str, value: Any) -> int | float:
+        if isinstance(value, Real) and not isinstance(value, bool):
+            number = int(value) if isinstance(value, Integral) else float(value)
+            if abs(number) <= sys.float_info.max and accepts(number):  # no NaN, no infinity
+                return number
+        raise _refusal(name, expected, value, remedy)
+
+    return check
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _refusal(name, "True or False", value)
+    return value
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _refusal(name, "a string or None", value)
+    return value
+
+
+def _one_of(*choices: str, note: str = "") -> Check:
+    expected = "one of " + ", ".join(map(repr, choices)) + note
+
+    def check(name: str, value: Any) -> str:
+        plain = value.value if isinstance(value, Enum) else value  # PEFT's TaskType is an Enum
+        if not isinstance(plain, str) or plain not in choices:
+            raise _refusal(name, expected, value)
+        return plain
+
+    return check
+
+
+def _items(name: str, value: Any, expected: str, each: Check) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise _refusal(name, expected, value)
+    items = [each(name, item) for item in value]
+    if isinstance(value, set | frozenset):
+        items.sort()  # a set has no order that would last
+    return tuple(dict.fromkeys(items))
+
+
+def _name(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise _refusal(name, "names of modules", value)
+    return value
+
+
+def _pattern(name: str, value: Any) -> str:
+    text = _name(name, value)
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise _refusal(name, f"a valid regular expression ({error})", text) from error
+    return text
+
+
+def _target_modules(name: str, value: Any) -> str | tuple[str, ...]:
+    expected = f"a list of module names, a regular expression, {ALL_LINEAR!r} or None"
+    if isinstance(value, str):
+        return ALL_LINEAR if value.lower() == ALL_LINEAR else _pattern(name, value)
+    names = _items(name, value, expected, _name)
+    if not names:
+        raise _refusal(name, expected, value, "None stands for the model type's defaults.")
+    return names
+
+
+def _modules_to_save(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise _refusal(name, "a list of module names or None", value, f"Write [{shown(value)}].")
+    # PEFT matches targets against these names as patterns, so they must be valid ones.
+    return _items(name, value, "a list of module names or None", _pattern)
+
+
+def _layers_to_transform(name: str, value: Any) -> int | tuple[int, ...]:
+    expected = "a layer index, a list of layer indexes or None"
+    index = _integer(0, None, expected, "Layers count from 0; negative ones match nothing in PEFT.")
+    if isinstance(value, Integral):
+        return int(index(name, value))
+    return _items(name, value, expected, index)
+
+
+def _layers_pattern(name: str, value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, str):
+        return _pattern(name, value) if value else value  # PEFT: an empty one allows any
+    return _items(name, value, "a name such as 'layers', a list of names, or None", _pattern)
+
+
+def _json_object(name: str, value: Any) -> JsonObject:
+    if not isinstance(value, Mapping):
+        raise _refusal(name, "a JSON object (a dict)", value)
+    try:
+        return JsonObject(value)
+    except TypeError as error:
+        raise _refusal(name, "only values that JSON can hold", value, f"{error}.") from error
+
+
+def _optional(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _checked(default: Any, check: Check) -> Any:
+    return field(default=default, metadata={"check": check})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandLoraConfig:
+    """One RandLoRA adapter's settings.
+
+    Fields, in PEFT's order and with PEFT's meaning and defaults:
+
+    - r: rank of one random basis pair, at least 1. A layer has ceil(min(in, out) / r) of them, so
+      a smaller r trains *more* numbers.
+    - target_modules: the layers to adapt. A list of names (each also matches as a suffix after a
+      dot), one regular expression (it must match a whole name), "all-linear", or None for the
+      defaults of the model type.
+    - projection_prng_key: key of the random bases, -2**63 to 2**64 - 1 (what PyTorch accepts).
+    - save_projection: whether a saved adapter holds the bases.
+    - sparse, very_sparse: ternary bases; with both set PEFT takes very_sparse, and so do we.
+    - randlora_dropout: in [0, 1).
+    - fan_in_fan_out: kept for PEFT; the layout of a kernel is read from the layer itself.
+    - randlora_alpha: above 0; the update is scaled by randlora_alpha / r.
+    - bias: "none", "all" or "randlora_only": which biases train.
+    - modules_to_save: names of modules trained whole and saved with the adapter.
+    - init_weights: False draws lambda at random, instead of starting as the base model.
+    - layers_to_transform, layers_pattern: adapt these layer indexes only.
+    - task_type, auto_mapping, base_model_name_or_path, revision, inference_mode, peft_version:
+      what PEFT records about the model. peft_version is kept when a file has it, never invented.
+
+    And ours, never written into PEFT's file:
+
+    - projection_source: "jax" (drawn from `jax.random`), "torch:<generation>" (PyTorch's own draw
+      for the key, as the torch releases of that generation make it; "torch" alone for sparse
+      bases, which all draw alike) or "file" (they came with a file, and only that file has them).
+    - unknown: fields of a newer PEFT found in a file; kept and written back, not acted on.
+
+    Given by keyword. Lists and sets are stored as tuples (sets sorted, repeats dropped). Warns
+    where PEFT would ignore a field.
+
+    Raises:
+      ConfigError: naming the field, what was expected, what was found and what to do.
+    """
+
+    r: int = _checked(
+        32, _integer(1, None, "a positive integer", "Smaller values train more numbers.")
+    )
+    target_modules: str | Collection[str] | None = _checked(None, _optional(_target_modules))
+    projection_prng_key: int = _checked(
+        0, _integer(-(2**63), 2**64 - 1, "an integer from -2**63 to 2**64 - 1", "")
+    )
+    save_projection: bool = _checked(True, _boolean)
+    sparse: bool = _checked(False, _boolean)
+    very_sparse: bool = _checked(False, _boolean)
+    randlora_dropout: float = _checked(
+        0.0, _number(lambda p: 0 <= p < 1, "a number in [0, 1)", "At 1 nothing would train.")
+    )
+    fan_in_fan_out: bool = _checked(False, _boolean)
+    randlora_alpha: int | float = _checked(
+        640, _number(lambda a: a > 0, "a number above 0", "The update is scaled by alpha / r.")
+    )
+    bias: str = _checked("none", _one_of("none", "all", "randlora_only"))
+    modules_to_save: Collection[str] | None = _checked(None, _optional(_modules_to_save))
+    init_weights: bool = _checked(True, _boolean)
+    layers_to_transform: int | Collection[int] | None = _checked(
+        None, _optional(_layers_to_transform)
+    )
+    layers_pattern: str | Collection[str] | None = _checked(None, _optional(_layers_pattern))
+    task_type: str | None = _checked(None, _optional(_one_of(*TASK_TYPES, note=" or None")))
+    auto_mapping: Mapping[str, Any] | None = _checked(None, _optional(_json_object))
+    base_model_name_or_path: str | None = _checked(None, _optional(_text))
+    revision: str | None = _checked(None, _optional(_text))
+    inference_mode: bool = _checked(False, _boolean)
+    peft_version: str | None = _checked(None, _optional(_text))
+    projection_source: str = _checked("jax", _one_of("jax", "file", "torch", *_TORCH_DRAWS))
+    unknown: Mapping[str, Any] = _checked(JsonObject({}), _json_object)
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            stored = item.metadata["check"](item.name, getattr(self, item.name))
+            object.__setattr__(self, item.name, stored)
+        clash = sorted(self.unknown.keys() & {*_FILE_FIELDS, "peft_type"})
+        if clash:
+            raise _refusal("unknown", "only fields this version does not know", clash)
+        self._check_bases_survive_saving()
+        self._warn_of_ignored_layers()
+
+    def _check_bases_survive_saving(self) -> None:
+        if self.save_projection or self.projection_source.startswith("torch"):
+            return
+        reason = {
+            "jax": "PyTorch cannot draw JAX's bases again",
+            "file": "nothing can draw bases again that came with a file",
+        }[self.projection_source]
+        raise ConfigError(
+            "save_projection: expected True with "
+            f"projection_source={self.projection_source!r}, found False. An adapter saved without "
+            f"its bases could not be opened: {reason}. Keep save_projection=True, or choose "
+            "projection_source='torch:...' (bases that PyTorch draws from the key)."
+        )
+
+    def _warn_of_ignored_layers(self) -> None:
+        if self.layers_to_transform in (None, ()):
+            if self.layers_pattern not in (None, "", ()):
+                _warn("layers_pattern is ignored, as in PEFT: it needs layers_to_transform.", 5)
+        elif isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
+            _warn(
+                "layers_to_transform is ignored, as in PEFT, because target_modules is a regular "
+                "expression. Put the layer indexes into the expression.",
+                5,
+            )
+
+    @property
+    def peft_type(self) -> str:
+        """PEFT's name of this method, "RANDLORA"."""
+        return PEFT_TYPE
+
+    @property
+    def scaling(self) -> float:
+        """The factor alpha / r on every update."""
+        return self.randlora_alpha / self.r
+
+    @property
+    def torch_generation(self) -> str | None:
+        """Which draw of PyTorch's `projection_source` names, None if it names none."""
+        return self.projection_source.partition(":")[2] or None
+
+    @property
+    def kind(self) -> Kind:
+        """How the bases are distributed: "dense", "sparse" or "very_sparse"."""
+        return "very_sparse" if self.very_sparse else "sparse" if self.sparse else "dense"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of PEFT's file: lists for tuples, unknown fields included.
+
+        A peft_version of None is left out: PEFT 0.16 warns about the field, later releases do not
+        need it.
+        """
+        result = {name: thaw(getattr(self, name)) for name in _FILE_FIELDS}
+        if self.peft_version is None:
+            del result["peft_version"]
+        return result | {"peft_type": PEFT_TYPE} | thaw(self.unknown)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RandLoraConfig:
+        """The configuration in PEFT's JSON object `values`; missing fields take their defaults.
+
+        projection_source becomes "file", or "torch" where save_projection is False: what PEFT
+        takes the bases from. Unknown fields are kept and reported by one warning.
+
+        Raises:
+          ConfigError: a field is wrong, or the configuration is another method's.
+        """
+        if not isinstance(values, Mapping):
+            raise _refusal("adapter configuration", "a JSON object (a dict)", values)
+        known = {name: value for name, value in values.items() if name in _FILE_FIELDS}
+        unknown = {name: value for name, value in values.items() if name not in _FILE_FIELDS}
+        method = unknown.pop("peft_type", None)
+        if isinstance(method, Enum):
+            method = method.value
+        if method != PEFT_TYPE:
+            raise _refusal("peft_type", repr(PEFT_TYPE), method, "Only RandLoRA adapters open.")
+        source = "torch" if known.get("save_projection") is False else "file"
+        config = cls(**known, projection_source=source, unknown=unknown)
+        if unknown:
+            _warn(
+                f"unknown fields {sorted(unknown)}: kept and written back, but not acted on. The "
+                "configuration may come from a newer PEFT.",
+                3,
+            )
+        return config
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `adapter_config.json` into `directory`, made if missing; whole or not at all.
+
+        The key is written as it stands: a caller that saves bases other than PyTorch's for this
+        key must replace it first, since PEFT takes equal keys for equal bases.
+
+        Raises:
+          AdapterFileError: `directory` is a file.
+        """
+        folder = Path(directory)
+        if folder.exists() and not folder.is_dir():
+            raise AdapterFileError(f"{folder}: expected a directory, found a file.")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / CONFIG_NAME, dump_object(self.to_dict()))
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> RandLoraConfig:
+        """Read `adapter_config.json` in `directory`, as `from_dict` does.
+
+        Raises:
+          AdapterFileError: the file is missing or not a proper JSON object.
+          ConfigError: a field is wrong; names the file too.
+        """
+        path = Path(directory) / CONFIG_NAME
+        values = read_object(path)
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+
+_FILE_FIELDS = tuple(
+    item.name
+    for item in fields(RandLoraConfig)
+    if item.name not in ("projection_source", "unknown")
+)
+
+
+def _warn(message: str, stacklevel: int) -> None:
+    warnings.warn(f"RandLoraConfig: {message}", stacklevel=stacklevel)

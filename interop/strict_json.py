@@ -1,0 +1,141 @@
+"""JSON that is read strictly, kept unchanged, and written whole or not at all.
+
+Python's reader accepts what other readers refuse (NaN, a key given twice); an adapter's files are
+exchanged between programs, so here such text is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from randlora_jax.interop.errors import AdapterFileError, shown
+
+
+class JsonObject(Mapping[str, Any]):
+    """A JSON object that cannot change, so that it can be hashed and shared."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[str, Any]) -> None:
+        for key in items:
+            if not isinstance(key, str):
+                raise TypeError(f"a JSON object has string keys, found {key!r}")
+        self._items = {key: freeze(value) for key, value in items.items()}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+def freeze(value: Any) -> Any:
+    """The JSON value with tuples for lists and `JsonObject` for dicts.
+
+    Raises:
+      TypeError: JSON cannot hold the value.
+    """
+    if isinstance(value, Mapping):
+        return JsonObject(value)
+    if isinstance(value, list | tuple):
+        return tuple(freeze(item) for item in value)
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    raise TypeError(f"JSON cannot hold {value!r}")
+
+
+def thaw(value: Any) -> Any:
+    """The reverse of `freeze`: plain dicts and lists."""
+    if isinstance(value, Mapping):
+        return {key: thaw(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [thaw(item) for item in value]
+    return value
+
+
+def parse_object(text: str, origin: str) -> dict[str, Any]:
+    """`text` as a JSON object; `origin` names its source in errors.
+
+    Raises:
+      AdapterFileError: broken JSON, a repeated key, a number that is not finite, or a value other
+        than an object.
+    """
+
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise AdapterFileError(
+                    f"{origin}: the key {shown(key)} is given twice, and readers differ in which "
+                    "one they take. Remove one."
+                )
+            result[key] = value
+        return result
+
+    def finite(literal: str) -> float:
+        number = float(literal)
+        if not math.isfinite(number):
+            raise AdapterFileError(f"{origin}: expected finite numbers, found {literal}.")
+        return number
+
+    try:
+        value = json.loads(
+            text, object_pairs_hook=without_repeats, parse_float=finite, parse_constant=finite
+        )
+    except AdapterFileError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{origin}: not valid JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise AdapterFileError(f"{origin}: expected a JSON object, found {type(value).__name__}.")
+    return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in the file `path`.
+
+    Raises:
+      AdapterFileError: as `parse_object`, and where the file is missing or not UTF-8.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise AdapterFileError(f"{path}: cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise AdapterFileError(f"{path}: expected UTF-8 text ({error}).") from error
+    return parse_object(text, str(path))
+
+
+def dump_object(value: Mapping[str, Any]) -> str:
+    """`value` as ASCII text with sorted keys, the form PEFT writes."""
+    return json.dumps(thaw(value), indent=2, sort_keys=True, allow_nan=False)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader, or a crash, meets the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

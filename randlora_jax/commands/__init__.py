@@ -1,0 +1,1 @@
+"""The ``randlora-jax`` command."""

@@ -1,0 +1,195 @@
+"""``randlora-jax convert``: other layer names, and bases where there were none."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from randlora_jax.commands.inputs import read_showing_progress
+from randlora_jax.commands.report import (
+    Commands,
+    Misuse,
+    Report,
+    command_parser,
+    existing_directory,
+    refuse_to_overwrite,
+)
+from randlora_jax.interop.adapter import Adapter, Provenance, bases_digest
+from randlora_jax.interop.base_model import BaseModel
+from randlora_jax.interop.config import CONFIG_NAME
+from randlora_jax.interop.errors import AdapterFileError
+from randlora_jax.interop.numpy_delta import Deltas
+from randlora_jax.interop.peft_dir import WEIGHTS_NAME, write_adapter
+from randlora_jax.interop.strict_json import read_object
+from randlora_jax.interop.torch_rng import Generation, identify
+
+DESCRIPTION = """\
+Rename the layers of the adapter in SRC and make it whole, and write it to DST. What it computes
+stays the same.
+
+  randlora-jax convert theirs ours --to jax --base my-model
+      an adapter saved without its bases (save_projection=False) gets them, so that nobody has to
+      guess which torch drew them; --torch-generation says it where the file does not
+  randlora-jax convert ours theirs --to torch --names rules.json
+      layers named as in a JAX model get the names of the PyTorch one
+  randlora-jax convert theirs ours --to jax --names rules.json
+      the same rules, the other way
+
+rules.json has the rules of get_peft_model(names=...): regular expressions on JAX paths, with the
+PyTorch names they become: {"layers/(\\\\d+)/attn/q": "model.layers.\\\\1.self_attn.q_proj"}.
+To be read backwards, an expression must be plain text and groups."""
+
+
+def add_parser(commands: Commands) -> argparse.ArgumentParser:
+    """Describe the command."""
+    parser = command_parser(commands, "convert", "rename layers, add missing bases", DESCRIPTION)
+    parser.add_argument("src", metavar="SRC", type=existing_directory, help="adapter directory")
+    parser.add_argument("dst", metavar="DST", type=Path, help="where to write, made if missing")
+    parser.add_argument("--to", required=True, choices=["jax", "torch"], help="whose names to give")
+    parser.add_argument("--names", metavar="FILE", type=Path, help="rules for the names, in JSON")
+    parser.add_argument(
+        "--base",
+        metavar="MODEL_DIR",
+        type=existing_directory,
+        help="directory of the base model: needed to draw bases that SRC lacks",
+    )
+    parser.add_argument(
+        "--torch-generation",
+        metavar="GENERATION",
+        choices=[str(generation) for generation in Generation],
+        help="how PyTorch drew the bases of an adapter that was saved without them: "
+        + ", ".join(Generation),
+    )
+    parser.add_argument("--force", action="store_true", help="replace an adapter in DST")
+    return parser
+
+
+def run(args: argparse.Namespace) -> Report:
+    """Convert as the arguments say."""
+    refuse_to_overwrite(args.dst, [CONFIG_NAME, WEIGHTS_NAME], force=args.force)
+    adapter, notes = read_showing_progress(args.src), []
+    if adapter.bases is None:
+        adapter = with_bases(adapter, args.src, args.base, args.torch_generation)
+        assert adapter.provenance is not None
+        notes.append(f"bases drawn as {adapter.provenance.source} and written")
+    if args.names:
+        rules = read_object(args.names)
+        if not all(isinstance(name, str) for name in rules.values()):
+            raise Misuse(f"{args.names}: expected a PyTorch name for every expression")
+        renamed = rename(adapter, rules if args.to == "torch" else backwards(rules))
+        changed = len(set(renamed.layers) - set(adapter.layers))
+        notes.append(f"{changed} of {len(adapter.layers)} layers renamed")
+        adapter = renamed
+    if not notes:
+        raise Misuse(
+            f"{args.src} has its bases and no --names are given: nothing to convert. "
+            "randlora-jax compact writes it smaller"
+        )
+    write_adapter(args.dst, adapter, overwrite=args.force)
+    data = {"source": str(args.src), "target": str(args.dst), "layers": sorted(adapter.layers)}
+    return Report("\n".join([f"{args.src} -> {args.dst}", *notes]), {**data, "notes": notes})
+
+
+def with_bases(adapter: Adapter, where: Path, base: Path | None, generation: str | None) -> Adapter:
+    """The adapter with the bases that PyTorch draws from its key.
+
+    Raises:
+      Misuse: the base model, which alone tells the extents, is not given.
+      AdapterFileError: the draw is not the one that was recorded.
+    """
+    if base is None:
+        raise Misuse(f"{where} has no bases; to draw them, give the base model's directory: --base")
+    with BaseModel(base) as model:
+        deltas = Deltas(adapter, model, generation)
+        shapes = {name: layer.shape for name, layer in deltas.layers.items()}
+    key = adapter.config.projection_prng_key
+    origin = identify(*deltas.bases, key)
+    assert origin is not None  # it was just drawn from this key
+    provenance = Provenance(
+        source=f"torch:{origin.generation or origin.kind}:{origin.base_dtype}",
+        projection_prng_key=key,
+        kind=origin.kind,
+        digest=bases_digest(*deltas.bases),
+        shapes=shapes,
+    )
+    config = replace(adapter.config, save_projection=True)
+    return replace(adapter, config=config, bases=deltas.bases, provenance=provenance)
+
+
+def rename(adapter: Adapter, rules: Mapping[str, str]) -> Adapter:
+    """The adapter with its layers, and other modules it trains, named by `rules`.
+
+    Raises:
+      AdapterFileError: two would have one name.
+      Misuse: no rule fits any name.
+    """
+    modules = {*adapter.layers, *(_module(key) for key in adapter.saved)}
+    names = {module: _renamed(module, rules) for module in modules}
+    if not any(new != old for old, new in names.items()):
+        raise Misuse(f"no rule fits a name of this adapter, such as {min(modules)!r}")
+    if len(set(names.values())) < len(names):
+        raise AdapterFileError("these rules give two modules one name")
+    layers = {names[name]: arrays for name, arrays in adapter.layers.items()}
+    saved = {names[_module(key)] + key[len(_module(key)) :]: x for key, x in adapter.saved.items()}
+    # full names as one expression: as suffixes they could take other modules of the model too
+    config = replace(
+        adapter.config,
+        target_modules="|".join(re.escape(name) for name in sorted(layers)),
+        modules_to_save=sorted({names[_module(k)] for k in adapter.saved if not _is_bias(k)})
+        or None,
+        layers_to_transform=None,
+        layers_pattern=None,
+    )
+    recorded = adapter.provenance
+    if recorded is not None:
+        shapes = {names[name]: shape for name, shape in recorded.shapes.items()}
+        recorded = replace(recorded, shapes=shapes)
+    return replace(adapter, config=config, layers=layers, saved=saved, provenance=recorded)
+
+
+def backwards(rules: Mapping[str, str]) -> dict[str, str]:
+    """Rules from PyTorch names to JAX paths, from ones the other way.
+
+    Raises:
+      Misuse: an expression has more than plain text and groups.
+    """
+    turned = {}
+    for pattern, name in rules.items():
+        groups = re.findall(r"\([^()]*\)", pattern)
+        plain = re.sub(r"\([^()]*\)", "", pattern)
+        used = re.findall(r"\\(\d)", name)
+        if re.search(r"[][.*+?{}|^$\\]", plain) or used != [str(i + 1) for i in range(len(groups))]:
+            raise Misuse(
+                f"{pattern!r}: to be read backwards, an expression must be plain text and groups, "
+                "all of which its name uses, in order"
+            )
+        pieces = re.split(r"\\\d", name)
+        expression = re.escape(pieces[0])
+        for group, piece in zip(groups, pieces[1:], strict=True):
+            expression += group + re.escape(piece)
+        path = pattern
+        for number in range(1, len(groups) + 1):
+            path = re.sub(r"\([^()]*\)", rf"\\{number}", path, count=1)
+        turned[expression] = path
+    return turned
+
+
+def _renamed(name: str, rules: Mapping[str, str]) -> str:
+    """By the first rule that fits `name` whole; paths are written with slashes in rules."""
+    for pattern, new in rules.items():
+        for written in (name, name.replace(".", "/")):
+            match = re.fullmatch(pattern, written)
+            if match:
+                return match.expand(new).replace("/", ".")
+    return name
+
+
+def _module(key: str) -> str:
+    return key.rpartition(".")[0].removesuffix(".base_layer").removesuffix(".original_module")
+
+
+def _is_bias(key: str) -> bool:
+    return key.endswith(".bias") and not key.endswith(".original_module.bias")

@@ -1,0 +1,39 @@
+"""What every command takes that forms delta_W: an adapter and its base model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from randlora_jax.commands.report import existing_directory, progress
+from randlora_jax.interop.adapter import Adapter, check_finite
+from randlora_jax.interop.peft_dir import load_adapter, open_adapter
+from randlora_jax.interop.torch_rng import Generation
+
+
+def add_inputs(parser: argparse.ArgumentParser) -> None:
+    """Describe the arguments DIR, --base and --torch-generation."""
+    parser.add_argument("dir", metavar="DIR", type=existing_directory, help="adapter directory")
+    parser.add_argument(
+        "--base",
+        metavar="MODEL_DIR",
+        type=existing_directory,
+        required=True,
+        help="directory of the base model, in safetensors",
+    )
+    parser.add_argument(
+        "--torch-generation",
+        metavar="GENERATION",
+        choices=[str(generation) for generation in Generation],
+        help="how PyTorch drew the bases of an adapter that was saved without them: "
+        + ", ".join(Generation),
+    )
+
+
+def read_showing_progress(directory: str | Path) -> Adapter:
+    """As `peft_dir.read_adapter`, with a progress bar where it takes long."""
+    config, file = open_adapter(directory)
+    with file, progress("reading adapter", file.size) as file.advance:
+        adapter = load_adapter(config, file)
+        check_finite(adapter, file.path)
+    return adapter

@@ -1,0 +1,103 @@
+"""How large an adapter's changes are, layer by layer, and what a LoRA of equal size could hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from randlora_jax.commands.report import Misuse, progress
+from randlora_jax.interop.numpy_delta import Deltas
+from randlora_jax.interop.tensor_file import show
+
+SPECTRA = 4  # drawn where no layers are chosen
+
+
+def draw(deltas: Deltas, path: Path, chosen: Sequence[str]) -> dict[str, Any]:
+    """Draw norm per layer and the singular values of some layers; returns the numbers drawn.
+
+    A LoRA of rank R has R (in + out) numbers; its delta_W has rank R, and the best one keeps the
+    first R singular values of a given delta_W and loses the others (Eckart and Young, 1936). So
+    the spectrum beside the rank of a LoRA of equal size shows what that LoRA would lose.
+
+    Raises:
+      Misuse: matplotlib is missing or does not know the file's type, or a chosen layer is not the
+        adapter's.
+    """
+    picked = [name for wanted in chosen for name in _matching(wanted, deltas)]
+    figure_type = _figure_type(path)
+    norms: dict[str, float] = {}
+    with progress("forming delta_W", sum(_nbytes(deltas, name) for name in deltas.layers)) as done:
+        for name in deltas.layers:
+            norms[name] = float(np.linalg.norm(deltas.of(name)))
+            done(_nbytes(deltas, name))
+    spectra: dict[str, dict[str, Any]] = {}
+    picked = picked or _largest_of_each_kind(norms)
+    with progress("singular values", sum(_nbytes(deltas, name) for name in picked)) as done:
+        for name in picked:
+            values = np.linalg.svd(deltas.of(name), compute_uv=False)
+            rank = _equal_rank(deltas, name)
+            energy = np.square(values, dtype=np.float64)
+            kept = float(energy[:rank].sum() / energy.sum()) if energy.any() else 1.0
+            spectra[name] = {"values": values.tolist(), "lora_rank": rank, "lora_keeps": kept}
+            done(_nbytes(deltas, name))
+    figure = figure_type(figsize=(9, 8), layout="constrained")
+    top, bottom = figure.subplots(2, 1)
+    top.bar(range(len(norms)), list(norms.values()))
+    top.set(title="size of the change", ylabel="Frobenius norm of ΔW", xlabel="layer")
+    if len(norms) <= 40:
+        top.set_xticks(range(len(norms)), [show(name) for name in norms], rotation=90, fontsize=6)
+    for name, found in spectra.items():
+        values, rank = np.array(found["values"]), found["lora_rank"]
+        label = f"{show(name)}: LoRA of rank {rank} keeps {found['lora_keeps']:.0%} of ‖ΔW‖²"
+        (line,) = bottom.plot(np.arange(1, len(values) + 1), values, label=label)
+        bottom.axvline(rank, color=line.get_color(), linestyle=":")
+    bottom.set(
+        title="singular values of ΔW; dotted: the rank of a LoRA with as many numbers",
+        xlabel="index",
+        ylabel="singular value",
+        yscale="log",
+    )
+    bottom.legend(fontsize=7)
+    figure.savefig(path)
+    return {"file": str(path), "norms": norms, "spectra": spectra}
+
+
+def _figure_type(path: Path) -> Any:
+    if find_spec("matplotlib") is None:
+        raise Misuse("--plot needs matplotlib: pip install matplotlib")
+    from matplotlib.figure import Figure  # not pyplot: that would look for a screen
+
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in known:
+        raise Misuse(f"{path}: expected a name ending in one of {', '.join(sorted(known))}")
+    return Figure
+
+
+def _matching(wanted: str, deltas: Deltas) -> list[str]:
+    found = [name for name in deltas.layers if f".{name}".endswith(f".{wanted}")]
+    if not found:
+        some = ", ".join(map(show, list(deltas.layers)[:3]))
+        raise Misuse(f"--layer {show(wanted)}: no adapted layer's name ends so; there are {some}")
+    return found
+
+
+def _largest_of_each_kind(norms: dict[str, float]) -> list[str]:
+    kinds: dict[str, str] = {}
+    for name in sorted(norms, key=lambda name: -norms[name]):
+        kinds.setdefault(name.rpartition(".")[2], name)
+    return list(kinds.values())[:SPECTRA]
+
+
+def _equal_rank(deltas: Deltas, name: str) -> int:
+    """The rank of the LoRA that has about as many trained numbers for this layer; at least 1."""
+    trained = sum(array.size for array in deltas.adapter.layers[name])
+    return max(1, round(trained / sum(deltas.layers[name].shape)))
+
+
+def _nbytes(deltas: Deltas, name: str) -> int:
+    rows, columns = deltas.layers[name].shape
+    return 4 * rows * columns

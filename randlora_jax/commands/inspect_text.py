@@ -1,0 +1,115 @@
+"""What `inspect` found, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+from randlora_jax.commands.report import size
+from randlora_jax.interop.draws import RELEASES
+from randlora_jax.interop.tensor_file import show
+
+
+def in_words(data: dict[str, Any]) -> str:
+    """The report for people."""
+    parts = [_what(data), _layers(data), _bytes(data["bytes"]), _bases(data), _numbers(data)]
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def _what(data: dict[str, Any]) -> Iterator[str]:
+    config = data["config"]
+    peft = config.get("peft_version")
+    writer = "randlora-jax" if data["bases"]["recorded"] else f"PEFT {peft}" if peft else "PEFT"
+    yield f"RandLoRA adapter in {data['directory']}, written by {show(writer)}"
+    base = config["base_model_name_or_path"] or "not named"
+    task = f" ({config['task_type']})" if config["task_type"] else ""
+    yield f"base model: {show(base)}{task}"
+    alpha, r = config["randlora_alpha"], config["r"]
+    yield f"rank {r}, alpha {alpha:g}: updates are scaled by {alpha / r:g}"
+    if data["subfolders"]:
+        yield f"more adapters in subfolders: {', '.join(map(show, data['subfolders']))}"
+
+
+def _layers(data: dict[str, Any]) -> Iterator[str]:
+    rows = [("layers", "", "out x in", "bases", "trained numbers")]
+    for row in data["layers"]:
+        out_in = "{} x {}".format(*row["shape"]) if row["shape"] else f"{row['smaller_side']} x ?"
+        count, trained = f"{row['count']} x", f"{row['trained']:,}"
+        rows.append((count, show(row["name"]), out_in, str(row["bases"]), trained))
+    yield from _columns(rows)
+    if any(row["shape"] is None for row in data["layers"]):
+        yield "the file tells the smaller side only; give the base model with --base for the other"
+    if data["saved"]:
+        yield f"trained besides: {_some(data['saved'])}"
+
+
+def _bytes(sizes: dict[str, int]) -> Iterator[str]:
+    what = {
+        "trained": "trained numbers",
+        "bases": "the bases once, in the smallest dtype that holds them",
+        "header": "header",
+        "waste": f"waste, which `compact` drops: the bases {sizes['copies_of_bases']} times in all",
+    }
+    yield f"{size(sizes['file'])} in the file, of which"
+    yield from _columns([(size(sizes[key]), what[key]) for key in what if sizes[key]])
+
+
+def _bases(data: dict[str, Any]) -> Iterator[str]:
+    bases = data["bases"]
+    key, recorded = bases["key"], bases["recorded"]
+    if bases["in_file"]:
+        shapes = f"A {tuple(bases['A'])} and B {tuple(bases['B'])} in {bases['dtype']}"
+        yield f"{bases['kind']} bases: {shapes}"
+    else:
+        yield f"{bases['kind']} bases: not in the file; a reader draws them from key {key}"
+    if recorded:
+        yield f"recorded as drawn by {show(recorded['source'])} from key {recorded['key']}"
+    if bases["torch"] is None:
+        yield (
+            "which torch generation drew them cannot be told: the file has no digest of them"
+            if recorded is None
+            else "to compare their digest with each torch generation, give --base"
+        )
+        return
+    yield f"what PyTorch draws from key {key}:"
+    rows = []
+    for row in bases["torch"]:
+        dtypes = " or ".join(row["base_dtypes"])
+        verdict = f"the same, for a base model in {dtypes}" if dtypes else "others"
+        releases = RELEASES.get(row["generation"], "every torch release")
+        rows.append((row["generation"] or bases["kind"], releases, verdict))
+    yield from _columns(rows)
+
+
+def _numbers(data: dict[str, Any]) -> Iterator[str]:
+    numbers = data["numbers"]
+    for key, bad in numbers["not_finite"].items():
+        yield f"NOT FINITE: {show(key)}: {bad} numbers are NaN or infinite"
+    if not numbers["not_finite"]:
+        yield "all numbers are finite"
+    yield (
+        f"largest lambda {numbers['largest_lambda']:.3g}, "
+        f"largest gamma {numbers['largest_gamma']:.3g}"
+    )
+    if idle := numbers["without_effect"]:
+        yield f"lambda is zero, so nothing changes, in {len(idle)} layers: {_some(idle)}"
+    if plot := data["plot"]:
+        yield f"norms and singular values are drawn in {plot['file']}"
+
+
+def _some(names: Collection[str]) -> str:
+    """The first of some names, and how many there are."""
+    listed = ", ".join(map(show, list(names)[:6]))
+    return f"{listed} and {len(names) - 6} more" if len(names) > 6 else listed
+
+
+def _columns(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
+    """Rows as lines, columns of numbers to the right."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if cell and not cell[0].isdigit() else cell.rjust(width)
+            for cell, width in zip(row, widths, strict=True)
+        ]
+        yield ("  " + "  ".join(cells)).rstrip()

@@ -1,0 +1,237 @@
+"""``randlora-jax merge``: W + delta_W, written as a model directory that needs no PEFT."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import numpy as np
+
+from randlora_jax.commands.inputs import add_inputs, read_showing_progress
+from randlora_jax.commands.merge_plan import Plan, plan
+from randlora_jax.commands.report import (
+    Advance,
+    Commands,
+    Misuse,
+    Report,
+    command_parser,
+    progress,
+    refuse_to_overwrite,
+    size,
+)
+from randlora_jax.interop.atomic import replacing_files
+from randlora_jax.interop.base_model import INDEX, MODEL_CONFIG, BaseModel
+from randlora_jax.interop.config import CONFIG_NAME
+from randlora_jax.interop.errors import AdapterFileError
+from randlora_jax.interop.numpy_delta import Deltas
+from randlora_jax.interop.stream import Entry, write_stream
+from randlora_jax.interop.strict_json import read_object
+from randlora_jax.interop.tensor_file import pieces, show
+
+DESCRIPTION = """\
+Write the base model in MODEL_DIR with the adapter in DIR merged into its weights, as a Hugging Face
+model directory: the same shards, index and other files, opened by transformers without PEFT.
+
+  randlora-jax merge my-adapter --base my-model merged
+  randlora-jax merge my-adapter --base my-model merged --force     over an earlier merge
+
+Sums are formed in float32 and rounded once to the base model's dtype. Modules trained whole and
+biases are merged too; a classifier that the base model lacks is added. One tensor is in memory at a
+time, besides the adapter. A merge into tied word embeddings is refused: it would change both sides.
+
+The base model's weights in other formats (.bin, .onnx, .gguf, ...) would be those without the
+adapter, so they are left out."""
+
+# What transformers loads a model from.
+_MODEL_FILES = ("model*.safetensors*", "pytorch_model*", "tf_model*", "flax_model*")
+# The base model's weights besides those that are merged; and an adapter, which transformers would
+# load on top. The second kind in subfolders, too, where the first is part of a pipeline.
+_OTHER_WEIGHTS = (*_MODEL_FILES, "*.safetensors*", "*.pt", "*.pth")
+_ANYWHERE = ("*.onnx*", "*.gguf", "openvino_*", "adapter_*")
+
+
+def add_parser(commands: Commands) -> argparse.ArgumentParser:
+    """Describe the command."""
+    parser = command_parser(commands, "merge", "merge an adapter into its base model", DESCRIPTION)
+    add_inputs(parser)
+    parser.add_argument("out", metavar="OUT", type=Path, help="where to write, made if missing")
+    parser.add_argument("--force", action="store_true", help="replace a model in OUT")
+    return parser
+
+
+def run(args: argparse.Namespace) -> Report:
+    """Do what `DESCRIPTION` says."""
+    return merge(
+        args.dir,
+        base=args.base,
+        out=args.out,
+        torch_generation=args.torch_generation,
+        force=args.force,
+    )
+
+
+def merge(
+    directory: str | Path,
+    *,
+    base: str | Path,
+    out: str | Path,
+    torch_generation: str | None = None,
+    force: bool = False,
+) -> Report:
+    """Write the base model in directory `base`, with an adapter merged into it, to `out`.
+
+    Memory: the adapter's bases and trained numbers, one tensor of the base model, and A_flat and
+    some blocks of `Deltas.add_to`.
+
+    Args:
+      torch_generation: as for `Deltas`.
+      force: whether a model in `out` may be replaced.
+
+    Raises:
+      AdapterFileError: the adapter or the checkpoint is damaged, or a sum is not finite.
+      TargetError: the two do not fit, or the merged model would not compute what the adapter does.
+      Misuse: `out` holds something that may not be replaced.
+    """
+    out = Path(out)
+    _check_place(out, Path(base), force=force)
+    adapter = read_showing_progress(directory)
+    with BaseModel(base) as model:
+        deltas = Deltas(adapter, model, torch_generation)
+        todo = plan(deltas, model)
+        keep, leave = _other_files(model)
+        total = sum(model.tensor(key).nbytes for key in model.home)
+        with (
+            replacing_files(out, entry=MODEL_CONFIG, obsolete=_MODEL_FILES) as staged,
+            progress("merging", total) as advance,
+        ):
+            for name in model.files:
+                _write_file(name, staged, model, deltas, todo, advance)
+            for path in keep:
+                (staged / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(model.folder / path, staged / path)
+            if todo.config:
+                changed = read_object(staged / MODEL_CONFIG) | todo.config
+                (staged / MODEL_CONFIG).write_text(json.dumps(changed, indent=2) + "\n")
+            if (model.folder / INDEX).exists():
+                (staged / INDEX).write_text(_index(model, todo))
+    return _report(deltas, todo, out, total, leave)
+
+
+def _write_file(
+    name: str, staged: Path, base: BaseModel, deltas: Deltas, todo: Plan, advance: Advance
+) -> None:
+    """One safetensors file: the tensors of the base model's, and in the last what is added."""
+    source = base.files[name]
+    entries, origin = {}, {}
+    for key, tensor in source.tensors.items():
+        new = todo.renamed.get(key, key)
+        origin[new] = key
+        entries[new] = Entry(tensor.code, tensor.shape)
+    if name == list(base.files)[-1]:
+        code = next(iter(deltas.layers.values())).tensor.code
+        entries |= {key: Entry(code, value.shape) for key, value in todo.added.items()}
+        entries = dict(sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize))
+
+    def make(new: str) -> np.ndarray:
+        key = origin.get(new, new)
+        value = todo.added.get(new, todo.replaced.get(key))
+        if value is None:
+            weight = base.read(key)
+        else:
+            with np.errstate(over="ignore"):
+                weight = value.astype(entries[new].dtype)
+        if key in todo.sums:
+            deltas.add_to(todo.sums[key], weight)
+        if key in todo.sums or value is not None:
+            _check_finite(weight, base.folder, key)
+        return weight
+
+    write_stream(staged / name, entries, source.metadata, make, advance)
+
+
+def _check_finite(weight: np.ndarray, where: Path, key: str) -> None:
+    bad = sum(piece.size - int(np.isfinite(piece).sum()) for piece in pieces(weight))
+    if bad:
+        raise AdapterFileError(
+            f"{where}: {show(key)}: merged, {bad} of {weight.size} numbers are NaN, infinite or "
+            f"beyond {weight.dtype}. The adapter is too strong for it, or the base model damaged"
+        )
+
+
+def _index(base: BaseModel, todo: Plan) -> str:
+    index = read_object(base.folder / INDEX)
+    places = {todo.renamed.get(key, key): name for key, name in base.home.items()}
+    last = list(base.files)[-1]
+    index["weight_map"] = dict(sorted({**places, **dict.fromkeys(todo.added, last)}.items()))
+    metadata = index.get("metadata")
+    kind = base.tensor(next(iter(todo.sums))).dtype
+    more = sum(value.size for value in todo.added.values())
+    for name, size_of_one in (("total_size", kind.itemsize), ("total_parameters", 1)):
+        if isinstance(metadata, dict) and isinstance(metadata.get(name), int):
+            metadata[name] += more * size_of_one
+    return json.dumps(index, indent=2) + "\n"
+
+
+def _other_files(base: BaseModel) -> tuple[list[Path], list[Path]]:
+    """The base model's other files, hidden ones apart: to be kept, and to be left out."""
+    keep: list[Path] = []
+    leave: list[Path] = []
+    for path in _walk(base.folder):
+        name = path.name
+        if str(path) in (*base.files, INDEX):
+            continue
+        patterns = _ANYWHERE if path.parent != Path(".") else (*_ANYWHERE, *_OTHER_WEIGHTS)
+        (leave if any(fnmatch(name, pattern) for pattern in patterns) else keep).append(path)
+    return keep, leave
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith("."):
+                yield Path(parent, name).relative_to(folder)
+
+
+def _check_place(out: Path, base: Path, *, force: bool) -> None:
+    """Refuse places where the merged model would be mistaken, or destroy its source."""
+    if out.resolve().is_relative_to(base.resolve()):
+        raise Misuse(f"{out} is the base model or inside it; name a directory of its own")
+    if (out / CONFIG_NAME).exists():
+        raise Misuse(
+            f"{out} holds an adapter, which transformers would load on top of the merged model; "
+            "name another directory"
+        )
+    old = [path.name for pattern in _MODEL_FILES for path in out.glob(pattern)]
+    refuse_to_overwrite(out, [MODEL_CONFIG, *old], force=force)
+
+
+def _report(deltas: Deltas, todo: Plan, out: Path, total: int, leave: list[Path]) -> Report:
+    dtypes = sorted({str(layer.tensor.dtype) for layer in deltas.layers.values()})
+    lines = [
+        f"{out}: {len(todo.sums)} layers merged, {size(total)}, stored in {' and '.join(dtypes)}"
+    ]
+    if todo.replaced:
+        lines.append(f"trained whole, replaced: {', '.join(map(show, sorted(todo.replaced)))}")
+    if todo.added:
+        lines.append(f"trained whole, added: {', '.join(map(show, sorted(todo.added)))}")
+    if todo.renamed:
+        lines.append("every name has the prefix now, as a model with a head needs it")
+    for name, value in todo.config.items():
+        lines.append(f"{MODEL_CONFIG}: {name} is now {json.dumps(value)}")
+    if leave:
+        lines.append(f"left out, as they lack the adapter: {', '.join(map(str, leave))}")
+    data = {
+        "layers": sorted(todo.sums.values()),
+        "replaced": sorted(todo.replaced),
+        "added": sorted(todo.added),
+        "config": todo.config,
+        "left_out": [str(path) for path in leave],
+        "bytes": total,
+    }
+    return Report("\n".join(lines), data)

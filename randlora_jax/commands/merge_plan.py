@@ -1,0 +1,155 @@
+"""What merging an adapter does to a checkpoint: which tensors change, and what config.json says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from randlora_jax.interop import targets
+from randlora_jax.interop.adapter import Adapter
+from randlora_jax.interop.base_model import BaseModel
+from randlora_jax.interop.config import RandLoraConfig
+from randlora_jax.interop.errors import AdapterFileError, TargetError
+from randlora_jax.interop.numpy_delta import Deltas
+from randlora_jax.interop.tensor_file import show
+
+# The last layers of classifiers, whose rows are the labels.
+HEAD = re.compile(r"(^|\.)(classifier|score|qa_outputs|classifier\.out_proj)\.weight$")
+_DEFAULT_LABELS = 2  # of transformers, which leaves them out of config.json
+_TASK_CLASSES = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The changes, by the checkpoint's keys.
+
+    Attributes:
+      sums: ``{key: name of the layer}`` of weights to which delta_W is added.
+      replaced: tensors that take the place of others of the same shape; before a sum is formed.
+      added: tensors that the checkpoint lacks, as a head that was trained whole.
+      renamed: ``{key: new key}`` of tensors that are otherwise as before or as said above.
+      config: what changes in config.json.
+    """
+
+    sums: dict[str, str]
+    replaced: dict[str, np.ndarray]
+    added: dict[str, np.ndarray]
+    renamed: dict[str, str]
+    config: dict[str, Any]
+
+
+def plan(deltas: Deltas, base: BaseModel) -> Plan:
+    """Plan a merge.
+
+    Raises:
+      TargetError: the adapter changes a tied weight, carries a tensor that the model has no place
+        for, or has another number of labels than config.json.
+    """
+    adapter = deltas.adapter
+    for name in deltas.layers:
+        _refuse_tied(base, f"{name}.weight")
+    sums = {layer.key: name for name, layer in deltas.layers.items()}
+    replaced, added = {}, {}
+    for key, value in trained_whole(adapter).items():
+        found = base.find(key)
+        if found is None:
+            _refuse_tied(base, key)
+            _check_whole(base, key, adapter.config)
+            added[key] = value
+            continue
+        if base.tensor(found).shape != value.shape:
+            raise TargetError(
+                f"{base.folder}: {show(found)} is {base.tensor(found)}, and the adapter carries "
+                f"{list(value.shape)} in its place. Resize the base model as it was for training "
+                "(its labels, its vocabulary), save it and merge into that"
+            )
+        if not np.array_equal(base.read(found), value):  # PEFT writes untrained embeddings as well
+            _refuse_tied(base, key)
+            replaced[found] = value
+    config = _config_changes(base.config, adapter.config, added)
+    # transformers puts the class's prefix before all names of a file or before none, so what goes
+    # outside of it, as a head does, needs the prefix written out at all others.
+    outside = {key for key in [*added, *adapter.layers] if not key.startswith(base.naming.strip)}
+    if base.naming.strip and any(key in added for key in outside):
+        names = {*sums.values(), *trained_whole(adapter)}
+        renamed = {
+            key: base.naming.strip + key
+            for key in base.home
+            if key.removesuffix(".weight") not in names and key not in names
+        }
+        return Plan(sums, replaced, added, renamed, config)
+    return Plan(sums, replaced, {base.naming(k): v for k, v in added.items()}, {}, config)
+
+
+def trained_whole(adapter: Adapter) -> dict[str, np.ndarray]:
+    """What an adapter carries besides lambda and gamma, by the base model's state-dict keys.
+
+    Without PEFT's copies of frozen biases, on which no output depends.
+
+    Raises:
+      AdapterFileError: two tensors are for one place.
+    """
+    found: dict[str, np.ndarray] = {}
+    for key, value in adapter.saved.items():
+        if ".original_module." in key:
+            continue
+        name = key.replace(".base_layer.", ".")
+        if name in found:
+            raise AdapterFileError(f"the adapter carries {show(name)} twice, as {show(key)} too")
+        found[name] = value
+    return found
+
+
+def _refuse_tied(base: BaseModel, key: str) -> None:
+    other = base.tied(key)
+    if other is not None:
+        raise TargetError(
+            f"{base.folder}: {show(key)} shares its weight with {show(other)} (tied word "
+            "embeddings): merging would change that too, as it does in PEFT, and the model would "
+            "compute something else than it does with its adapter. Keep the adapter apart, or "
+            'save a base model with untied weights ("tie_word_embeddings": false)'
+        )
+
+
+def _check_whole(base: BaseModel, key: str, config: RandLoraConfig) -> None:
+    if not targets.inside_saved(key.rpartition(".")[0], targets.saved_modules(config)):
+        raise TargetError(
+            f"{base.folder} has no tensor {show(key)}, which the adapter carries, and it is in no "
+            "module that was trained whole: another base model"
+        )
+
+
+def _config_changes(
+    found: Mapping[str, Any], config: RandLoraConfig, added: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """The labels and the class that a new head brings."""
+    heads = [len(value) for key, value in added.items() if HEAD.search(key)]
+    if not heads:
+        return {}
+    changes: dict[str, Any] = {}
+    names = found.get("id2label")
+    stated = len(names) if isinstance(names, dict) else found.get("num_labels")
+    if stated not in (None, heads[-1]):
+        raise TargetError(
+            f"config.json of the base model has {stated} labels, the adapter's head {heads[-1]}. "
+            "Set id2label and label2id there to the labels it was trained on"
+        )
+    if stated is None and heads[-1] != _DEFAULT_LABELS:
+        labels = [f"LABEL_{i}" for i in range(heads[-1])]
+        changes["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        changes["label2id"] = {label: i for i, label in enumerate(labels)}
+    classes = found.get("architectures")
+    old = str(classes[0]) if isinstance(classes, list) and classes else ""
+    stem = re.sub(r"(LMHeadModel|Model|For[A-Z]\w*)$", "", old)
+    new = (config.auto_mapping or {}).get("base_model_class")
+    if config.task_type in _TASK_CLASSES and stem:
+        new = stem + _TASK_CLASSES[config.task_type]
+    return changes | ({"architectures": [new]} if new and new != old else {})

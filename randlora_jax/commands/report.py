@@ -1,0 +1,93 @@
+"""What the modules behind the commands share: a report, a progress bar, checks on arguments.
+
+A command is a module with two functions: ``add_parser(commands)``, which describes its arguments,
+and ``run(args)``, which does the work and returns a `Report`. `randlora_jax.commands.main` does the
+rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from randlora_jax.interop.errors import RandLoraError
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Advance = Callable[[int], object]
+
+
+class Misuse(RandLoraError):
+    """The command was asked for something it must not do; the adapter may be sound."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a command found or did.
+
+    Attributes:
+      text: for people.
+      data: the same for machines, made of what JSON can hold.
+      good: False if the adapter failed.
+    """
+
+    text: str
+    data: dict[str, Any] = field(default_factory=dict)
+    good: bool = True
+
+
+def command_parser(
+    commands: Commands, name: str, summary: str, description: str
+) -> argparse.ArgumentParser:
+    """The parser of one command; its description shows examples, so its lines are kept."""
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def existing_directory(text: str) -> Path:
+    """An argument that must name a directory."""
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: no such directory")
+    return path
+
+
+def refuse_to_overwrite(directory: Path, names: list[str], *, force: bool) -> None:
+    """Stop before any work is done where it would end in overwriting.
+
+    Raises:
+      Misuse: `directory` is a file, or has one of `names` and `force` is not set.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise Misuse(f"{directory}: expected a directory, found a file; name another")
+    there = [name for name in names if (directory / name).exists()]
+    if there and not force:
+        raise Misuse(f"{directory / there[0]} exists; allow with --force that it is replaced")
+
+
+@contextmanager
+def progress(doing: str, total: int) -> Iterator[Advance]:
+    """Show how many of `total` bytes are done, on stderr, once it has taken two seconds."""
+    with tqdm(
+        desc=doing, total=total, delay=2, mininterval=0.5, unit="B", unit_scale=True, leave=False
+    ) as bar:
+        yield bar.update
+
+
+def size(nbytes: int) -> str:
+    """A number of bytes as people read it."""
+    amount, unit = float(nbytes), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if amount < 999.5:  # what rounds up to 1000 is one of the larger unit
+            break
+        amount, unit = amount / 1000, larger
+    return f"{nbytes} bytes" if unit == "bytes" else f"{amount:.3g} {unit}"

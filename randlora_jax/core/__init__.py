@@ -1,0 +1,1 @@
+"""The numbers: bases, delta, and how a layer applies it."""

@@ -1,0 +1,93 @@
+"""A layer's call as a sum over axes of its input, so that an adapter can be applied beside it.
+
+What a layer computes is an einsum of its input and its kernel, a letter an axis. With the kernel's
+view (which of its axes are in, out, stack), that tells how to lay the input out as rows of a
+matrix, and the rows of a result as the layer's output.
+"""
+
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from randlora_jax.core.kernel_layout import View
+
+
+@dataclass(frozen=True)
+class Letters:
+    """The axes of one call: of its input and output, and the kernel's by their role."""
+
+    x: str
+    out: str
+    stack: str
+    n_in: str
+    n_out: str
+
+    @property
+    def shared(self) -> str:
+        """Stack axes along which every matrix has an input of its own."""
+        return "".join(c for c in self.stack if c in self.x)
+
+    @property
+    def rows(self) -> str:
+        """Axes of the input that the kernel does not have: its tokens."""
+        return "".join(c for c in self.x if c not in self.stack + self.n_in)
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """``einsum(equation, x, kernel)``.
+
+    Args:
+      equation: with ``...`` for any number of axes, in the input and the output. Without one, the
+        layer sums over its input's last axes, in the order of the kernel's in axes, and puts the
+        kernel's out axes in their place.
+    """
+
+    equation: str | None = None
+
+    def letters(self, view: View, ndim: int) -> Letters:
+        """The axes of a call whose input has `ndim`, of a layer whose kernel has `view`."""
+        if self.equation is None:
+            kernel = string.ascii_letters[: len(view.axes)]
+            ins, outs = (_of(view, kernel, side) for side in "io")
+            x, out = f"...{ins}", f"...{outs}"
+        else:
+            x, _, rest = self.equation.replace(" ", "").partition(",")
+            kernel, _, out = rest.partition("->")
+        free = [c for c in string.ascii_letters if c not in x + kernel + out]
+        dots = "".join(free[: ndim - len(x.replace("...", ""))])
+        x, out = x.replace("...", dots), out.replace("...", dots)
+        return Letters(x, out, *(_of(view, kernel, side) for side in "sio"))
+
+
+LAST_AXES = Contraction()
+
+
+def _of(view: View, kernel: str, side: str) -> str:
+    return "".join(c for c, role in zip(kernel, view.axes, strict=True) if role == side)
+
+
+def as_rows(x: jax.Array, letters: Letters) -> jax.Array:
+    """A layer's input as (*shared stack, rows..., in)."""
+    order = letters.shared + letters.rows + letters.n_in
+    laid = jnp.transpose(x, [letters.x.index(c) for c in order])
+    return laid.reshape(*laid.shape[: laid.ndim - len(letters.n_in)], -1)
+
+
+def as_output(y: jax.Array, letters: Letters, sizes: Sequence[int]) -> jax.Array:
+    """(*stack, rows..., out) as the layer lays its output out; `sizes` of the out axes."""
+    order = letters.stack + letters.rows + letters.n_out
+    whole = y.reshape(*y.shape[:-1], *sizes)
+    return jnp.transpose(whole, [order.index(c) for c in letters.out])
+
+
+def for_each_matrix(
+    apply: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], letters: Letters
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """(rows, lambda, gamma) -> result, for every matrix of a stack."""
+    for axis in reversed(letters.stack):
+        apply = jax.vmap(apply, (0 if axis in letters.x else None, 0, 0))
+    return apply

@@ -1,0 +1,200 @@
+"""Where a layer's arrays lie on a mesh of devices, and what follows for its adapters.
+
+The bases are replicated: any device cuts out the part it needs. So delta is formed in place in the
+kernel's own layout, by cutting the factors as the kernel is cut. And where tokens are split over
+devices, each of them sums up its own tokens' share of the gradient of lambda and gamma before
+anything is sent: the sum over devices is then of lambda's and gamma's size. Left to itself, the
+partitioner would sum delta's gradient, which is as large as the kernel.
+
+Explicit mesh axes are part of an array's type. Automatic ones a trace cannot see: then the kernel
+counts as it lay when its model was wrapped, and the user names the axes that split the tokens.
+Where the layout cannot be followed (an inner axis of several that form one side of the matrix is
+cut), the partitioner decides.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from randlora_jax.core.bases import Bases
+from randlora_jax.core.delta import Term, flat_factors, formed, sliced, through
+from randlora_jax.core.kernel_layout import View
+
+Axes = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Of one layer.
+
+    Args:
+      mesh: of devices.
+      n_in, n_out: the mesh axes that split the kernel's matrix.
+      rows: in a call, for each leading axis of x, the mesh axes that split it.
+    """
+
+    mesh: Any
+    n_in: Axes
+    n_out: Axes
+    rows: tuple[Axes, ...] = ()
+
+    def of_rows(self, x: jax.Array, shared: int, token_axes: Axes) -> "Layout":
+        """With the rows of `x`, (`shared` stack axes, rows..., in).
+
+        Args:
+          token_axes: mesh axes that split the first of the rows, where their type does not say.
+        """
+        sizes = x.shape[shared:-1]
+        if _explicit(self.mesh):
+            return replace(
+                self, rows=tuple(_entries(jax.typeof(x).sharding.spec, x.ndim)[shared:-1])
+            )
+        rows: list[Axes] = [()] * len(sizes)
+        if sizes and sizes[0] % self.size(token_axes) == 0:
+            rows[0] = token_axes
+        return replace(self, rows=tuple(rows))
+
+    @property
+    def tokens(self) -> Axes:
+        """Mesh axes that split the tokens."""
+        return tuple(axis for axes in self.rows for axis in axes)
+
+    @property
+    def used(self) -> Axes:
+        """Mesh axes that split something."""
+        return tuple(dict.fromkeys((*self.tokens, *self.n_in, *self.n_out)))
+
+    def size(self, axes: Axes) -> int:
+        """How many devices lie along `axes`."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    def cut(self, term: Term, n_in: int, n_out: int) -> Term:
+        """`term` with its bases reduced to what (in, out) slices and cut as the kernel is."""
+        small, large = (self.n_in, self.n_out) if n_in <= n_out else (self.n_out, self.n_in)
+        term = sliced(term, n_in, n_out)
+        columns, rows = P(None, small or None), P(large or None)
+        return term._replace(
+            gamma=self._placed(term.gamma, columns),
+            bases=Bases(self._placed(term.bases.A, columns), self._placed(term.bases.B, rows)),
+        )
+
+    def applied(self, x: jax.Array, term: Term, n_in: int, n_out: int, factored: bool) -> jax.Array:
+        """x (rows..., in) @ delta, (rows..., out) in float32; `factored`: without forming delta.
+
+        Written for each device, so that what is summed over devices backwards is the gradient of
+        lambda and gamma. Where the kernel is cut along the axes that split the tokens (FSDP), delta
+        is formed in parts and gathered: its gradient is scattered, and each device works on its
+        part. Along other axes (tensor parallel) each device keeps to its part of the layer.
+        """
+        wide, term = n_in <= n_out, sliced(term, n_in, n_out)
+        gathered = [tuple(a for a in axes if a in self.tokens) for axes in (self.n_in, self.n_out)]
+        kept = [tuple(a for a in axes if a not in self.tokens) for axes in (self.n_in, self.n_out)]
+        cuts = kept if factored else [self.n_in, self.n_out]
+        small, large = cuts if wide else cuts[::-1]
+
+        def local(x: jax.Array, lam: jax.Array, gamma: jax.Array, *bases: jax.Array) -> jax.Array:
+            # from here on they differ, as far as a device knows: so their gradients stay apart
+            lam = jax.lax.pcast(lam, self.used, to="varying")
+            gamma = jax.lax.pcast(
+                gamma, tuple(a for a in self.used if a not in small), to="varying"
+            )
+            factors = flat_factors(Term(lam, gamma, Bases(*bases), term.scaling))
+            if factored:
+                return jax.lax.psum(through(x, *factors, wide), kept[0])
+            whole = formed(*factors, wide)
+            for axis, axes in enumerate(gathered):
+                if axes:
+                    whole = jax.lax.all_gather(whole, axes, axis=axis, tiled=True)
+            return jax.lax.psum(x @ whole, kept[0])
+
+        rows = [axes or None for axes in self.rows]
+        columns = P(None, small or None)
+        specs = (P(*rows, kept[0] or None), P(), columns, columns, P(large or None))
+        arrays: tuple[jax.Array, ...]
+        arrays = (x.astype(jnp.float32), term.lam, term.gamma, *term.bases)
+        if _explicit(self.mesh):
+            arrays = tuple(map(self._placed, arrays, specs))
+        mapped = jax.shard_map(
+            local,
+            mesh=None if _explicit(self.mesh) else self.mesh,
+            in_specs=specs,
+            out_specs=P(*rows, kept[1] or None),
+            axis_names=set(self.used),
+        )
+        return mapped(*arrays)
+
+    def _placed(self, x: jax.Array, spec: P) -> jax.Array:
+        if _explicit(self.mesh):
+            return jax.sharding.reshard(x, NamedSharding(self.mesh, spec))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+
+def on_mesh(x: Any) -> NamedSharding | None:
+    """How an array lies on a mesh of devices, None where it does not."""
+    sharding = getattr(x, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def off_mesh(x: jax.Array) -> bool:
+    """Whether a traced array lies on no mesh that its trace can see."""
+    return bool(jax.typeof(x).sharding.mesh.empty)
+
+
+def on_host(x: jax.Array) -> Any:
+    """NumPy's copy of an array, which may lie on devices of several processes: all call this."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+@contextmanager
+def alone_among_processes(what: str) -> Iterator[bool]:
+    """True in the first process; the others go on when it is done."""
+    try:
+        yield jax.process_index() == 0
+    finally:
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"randlora_jax.{what}")
+
+
+def layout_of(kernel: jax.Array, view: View, base: NamedSharding | None) -> Layout | None:
+    """The layout of a layer by its kernel, None where there is no mesh, or no way to follow it.
+
+    Args:
+      base: the kernel's sharding when its model was wrapped, for automatic meshes.
+    """
+    sharding = jax.typeof(kernel).sharding
+    if _explicit(sharding.mesh):
+        spec = _entries(sharding.spec, kernel.ndim)
+    elif base is not None:
+        sharding, whole = base, _entries(base.spec, max(len(base.spec), kernel.ndim))
+        spec = whole[len(whole) - kernel.ndim :]  # scans take the leading axes off
+    else:
+        return None
+    sides: dict[str, list[Axes]] = {"i": [], "o": [], "s": []}
+    for letter, axes in zip(view.axes, spec, strict=True):
+        sides[letter].append(axes)
+    # a side made of several axes is cut in contiguous parts only along the first of them
+    inner = [axes for side in "io" for axes in sides[side][1:]]
+    if any(inner) or any(sides["s"]):
+        return None
+    return Layout(sharding.mesh, sides["i"][0], sides["o"][0])
+
+
+def _explicit(mesh: Any) -> bool:
+    return not mesh.empty and AxisType.Explicit in mesh.axis_types
+
+
+def _entries(spec: P, ndim: int) -> list[Axes]:
+    """For each array axis the mesh axes that split it."""
+    entries = [*spec, *[None] * (ndim - len(spec))]
+    return [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in entries]

@@ -1,0 +1,1 @@
+"""Where each framework keeps its arrays and how it runs its layers."""

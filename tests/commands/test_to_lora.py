@@ -1,0 +1,150 @@
+"""randlora-jax to-lora: what PEFT computes with the LoRA it writes, and how good that can be."""
+
+import json
+from functools import partial
+
+import numpy as np
+import peft
+import pytest
+import torch
+from families import FAMILIES
+from peft_side import assert_same_logits, load, logits, save_adapter, save_base
+from randlora_jax.interop.config import CONFIG_NAME
+
+from randlora_jax.commands.main import main
+from randlora_jax.commands.to_lora import at_energy, factor
+
+
+def run(folder, *more):
+    command = ["to-lora", folder / "adapter", "--base", folder / "base", folder / "lora", *more]
+    return main([*map(str, command)])
+
+
+def deltas(model):
+    return {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default").detach().numpy()
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+
+
+def open_lora(family, folder):
+    model = peft.PeftModel.from_pretrained(load(family, folder / "base"), folder / "lora").eval()
+    assert model.peft_config["default"].peft_type == "LORA"
+    return model
+
+
+WHOLE = {
+    "bert": {"bias": "all", "modules_to_save": ["pooler"]},
+    "gpt2": {"bias": "randlora_only"},
+    "llama": {"modules_to_save": ["norm"]},
+    "opt": {"target_modules": ["q_proj", "fc1", "lm_head"]},  # tied, which LoRA does not mind
+}
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_at_full_rank_it_is_the_adapter(family, plain, tmp_path):
+    base = save_base(family, tmp_path / "base")
+    changes = {} if plain else WHOLE[family]
+    model = save_adapter(family, base, tmp_path / "adapter", **changes)
+    assert run(tmp_path, "--rank", "1000") == 0
+    lora = open_lora(family, tmp_path)
+    expected = deltas(model)
+    found = deltas(lora)
+    assert found.keys() == expected.keys()
+    for name, delta in expected.items():
+        assert np.abs(found[name] - delta).max() <= 1e-6 * np.abs(delta).max(), name
+    assert_same_logits(logits(lora), logits(model), logits(load(family, base)))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_no_lora_of_that_rank_is_closer(family, tmp_path, capsys):
+    base = save_base(family, tmp_path / "base")
+    model = save_adapter(family, base, tmp_path / "adapter")
+    assert run(tmp_path, "--rank", "13", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    found, kept = deltas(open_lora(family, tmp_path)), []
+    for name, delta in deltas(model).items():
+        s = np.linalg.svd(delta.astype("f8"), compute_uv=False) ** 2
+        share = s[:13].sum() / s.sum()  # Eckart and Young
+        assert report["layers"][name]["energy_kept"] == pytest.approx(share, rel=1e-6)
+        assert report["layers"][name]["rank"] == min(13, len(s))
+        assert np.square(delta - found[name]).sum() == pytest.approx(s[13:].sum(), rel=1e-4)
+        kept.append((s[:13].sum(), s.sum()))
+    kept, total = np.sum(kept, 0)
+    assert report["energy_kept"] == pytest.approx(kept / total, rel=1e-6)
+
+
+def test_ranks_by_energy(tmp_path, capsys):
+    base = save_base("llama", tmp_path / "base")
+    model = save_adapter("llama", base, tmp_path / "adapter")
+    assert run(tmp_path, "--energy", "0.9", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    ranks = {}
+    for name, delta in deltas(model).items():
+        s = np.linalg.svd(delta.astype("f8"), compute_uv=False) ** 2
+        ranks[name] = int(np.argmax(np.cumsum(s) / s.sum() >= 0.9)) + 1
+    assert {name: layer["rank"] for name, layer in report["layers"].items()} == ranks
+    assert len(set(ranks.values())) > 2
+    lora = open_lora("llama", tmp_path)  # refuses other ranks than its config's
+    for name, module in lora.base_model.model.named_modules():
+        if name in ranks:
+            assert module.r["default"] == ranks[name] and module.scaling["default"] == 1
+    assert run(tmp_path, "--energy", "1", "--force") == 0
+    full = open_lora("llama", tmp_path)
+    assert_same_logits(logits(full), logits(model), logits(load("llama", base)))
+
+
+def test_ranks_belong_to_layers_by_their_whole_name(tmp_path):
+    """One layer's name may end in another's, and dots are no wildcards."""
+    from randlora_jax import RandLoraConfig
+    from randlora_jax.commands.to_lora import lora_config
+
+    class Inner(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = torch.nn.Linear(8, 8)
+
+    class Outer(Inner):
+        def __init__(self):
+            super().__init__()
+            self.block = Inner()
+
+    ranks = {"lin": 3, "block.lin": 5}
+    for names in (["lin", "block.lin"], ["block.lin", "lin"]):
+        config = lora_config(RandLoraConfig(), {name: ranks[name] for name in names}, False)
+        (tmp_path / CONFIG_NAME).write_text(json.dumps(config))
+        model = peft.get_peft_model(Outer(), peft.PeftConfig.from_pretrained(tmp_path))
+        inner = model.base_model.model
+        assert (inner.lin.r["default"], inner.block.lin.r["default"]) == (3, 5)
+        assert (inner.lin.scaling["default"], inner.block.lin.scaling["default"]) == (1, 1)
+
+
+def test_an_adapter_that_does_nothing_becomes_one_that_does_nothing():
+    nothing = factor(np.zeros((4, 3), np.float32), lambda shares: 2)
+    assert nothing.rank == 1 and nothing.share == 1
+    assert not (nothing.B @ nothing.A).any()
+
+
+def test_a_low_rank_is_found_as_it_is(rng):
+    low = (rng.normal(size=(40, 3)) @ rng.normal(size=(3, 20))).astype(np.float32)
+    for delta in (low, low.T):
+        found = factor(delta, partial(at_energy, 1 - 1e-9))
+        assert found.rank == 3 and found.A.shape == (3, delta.shape[1])
+        np.testing.assert_allclose(found.B @ found.A, delta, atol=1e-5 * np.abs(delta).max())
+        np.testing.assert_allclose(  # and both factors are of one size
+            np.linalg.norm(found.A, axis=1), np.linalg.norm(found.B, axis=0), rtol=1e-4
+        )
+
+
+def test_misuse(tmp_path, capsys):
+    save_base("llama", tmp_path / "base")
+    save_adapter("llama", tmp_path / "base", tmp_path / "adapter")
+    for wrong in (["--rank", "0"], ["--energy", "1.5"], ["--rank", "2", "--energy", "0.5"], []):
+        with pytest.raises(SystemExit) as exit:
+            run(tmp_path, *wrong)
+        assert exit.value.code == 2
+    assert run(tmp_path, "--rank", "2") == 0
+    assert run(tmp_path, "--rank", "3") == 2
+    assert "--force" in capsys.readouterr().err

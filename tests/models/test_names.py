@@ -1,0 +1,158 @@
+"""Canonical names as data: renamed modules, stacks and fused kernels, through real files."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+
+from randlora_jax import RandLoraConfig, RandLoraModel, TargetError, get_peft_model
+from randlora_jax.models.names import Names
+
+X = np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32)
+
+
+class TorchBlock(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up = torch.nn.Linear(12, 20), torch.nn.Linear(12, 20)
+        self.down = torch.nn.Linear(20, 12)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.gate(x)) * self.up(x))
+
+
+class TorchNet(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([TorchBlock() for _ in range(3)])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Fused(nn.Module):
+    """Gate and up in one kernel, (2, in, out), as some JAX models hold them."""
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (2, 12, 20))
+        bias = self.param("bias", nn.initializers.zeros, (2, 20))
+        return jnp.einsum("...i,pio->p...o", x, kernel) + bias[:, None]
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        gate, up = Fused(name="gate_up")(x)
+        return x + nn.Dense(12, name="down")(jnp.tanh(gate) * up), None
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        scanned = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return scanned(name="layers")(x, None)[0]
+
+
+VIEWS = {"layers/gate_up": "s s i o", "layers/down": "s i o"}
+NAMES = {
+    "layers/gate_up": ["blocks.{}.gate", "blocks.{}.up"],
+    "layers/down": "blocks.{}.down",
+}
+
+
+def torch_net():
+    torch.manual_seed(0)
+    return TorchNet()
+
+
+def flax_net():
+    def stack(name, leaf):
+        return np.stack(
+            [getattr(getattr(b, name), leaf).detach().numpy() for b in torch_net().blocks]
+        )
+
+    def kernel(name):
+        return stack(name, "weight").transpose(0, 2, 1)
+
+    params = {
+        "gate_up": {
+            "kernel": jnp.asarray(np.stack([kernel("gate"), kernel("up")], 1)),
+            "bias": jnp.asarray(np.stack([stack("gate", "bias"), stack("up", "bias")], 1)),
+        },
+        "down": {"kernel": jnp.asarray(kernel("down")), "bias": jnp.asarray(stack("down", "bias"))},
+    }
+    return Net().bind({"params": {"layers": params}})
+
+
+def run(model):
+    return np.asarray(model.apply(model.variables, X))
+
+
+def torch_run(model):
+    with torch.no_grad():
+        return model(torch.tensor(X)).numpy()
+
+
+def same(found, expected, base):
+    assert np.std(expected - base) >= 0.1 * np.std(base)
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_stacked_and_fused_kernels_are_pefts_modules_one_by_one(bias, tmp_path):
+    targets = ["gate", "up", "down"]
+    config = RandLoraConfig(r=5, randlora_alpha=10, target_modules=targets, bias=bias)
+    ours = get_peft_model(flax_net(), config, views=VIEWS, names=NAMES)
+    np.testing.assert_allclose(run(ours), torch_run(torch_net()), rtol=1e-5, atol=1e-5)
+    noise = np.random.default_rng(1)
+    move = lambda x: x + noise.normal(0, 0.3, x.shape).astype("f")  # noqa: E731
+    ours.variables = {**ours.variables, "randlora": jax.tree.map(move, ours.variables["randlora"])}
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(torch_net(), tmp_path)
+    same(torch_run(theirs), run(ours), torch_run(torch_net()))
+    assert theirs.targeted_module_names == [
+        f"blocks.{i}.{name}" for i in range(3) for name in ("gate", "up", "down")
+    ]
+    assert set(ours.targeted_module_names) == set(theirs.targeted_module_names)
+    for name, found in ours.delta_weights().items():
+        expected = theirs.base_model.model.get_submodule(name).get_delta_weight("default").detach()
+        assert np.abs(found - expected.numpy()).max() <= 1e-6 * expected.abs().max()
+    again = RandLoraModel.from_pretrained(flax_net(), tmp_path, views=VIEWS, names=NAMES)
+    np.testing.assert_array_equal(run(again), run(ours))
+
+
+def test_a_part_of_one_array_is_refused():
+    for part in (["gate"], r"blocks\.0\..*"):
+        with pytest.raises(TargetError, match="Adapt all or none"):
+            get_peft_model(
+                flax_net(), RandLoraConfig(r=5, target_modules=part), views=VIEWS, names=NAMES
+            )
+
+
+def test_unnamed_stacks_train_but_cannot_be_saved(tmp_path):
+    model = get_peft_model(flax_net(), RandLoraConfig(r=5, target_modules=["down"]), views=VIEWS)
+    run(model)
+    with pytest.raises(TargetError, match="no rule says how they are named"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rules():
+    rules = Names({r"layers/(\d+)/attn/(q|k)": r"model.layers.\1.self_attn.\2_proj"})
+    assert rules.of(("layers", 3, "attn", "q")) == ("model.layers.3.self_attn.q_proj",)
+    assert rules.of(("layers", 3, "mlp")) == ("layers.3.mlp",)
+    with pytest.raises(TargetError, match="holds 6 matrices"):
+        Names({"a": ["x", "y"]}).of(("a",), (3, 2))
+    with pytest.raises(TargetError, match="both have the canonical name"):
+        get_peft_model(
+            flax_net(),
+            RandLoraConfig(target_modules=["x"]),
+            views=VIEWS,
+            names={"layers/gate_up": ["x.{}.a", "x.{}.b"], "layers/down": "x.{}.a"},
+        )

@@ -1,0 +1,34 @@
+"""google-tunix's models, wrapped, trained and exported, against PyTorch PEFT on their twins."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# `make compat`: tunix as it installs itself
+PYTHON = os.environ.get("TUNIX_PYTHON", sys.executable)
+MODELS = ["llama3", "qwen3", "gemma2", "gemma2_fused", "gemma3"]
+
+
+def check(found: dict) -> None:
+    """What `tunix_pair` found is right."""
+    assert found["unchanged"] == 0, "wrapping changed the model"
+    assert found["last_loss"] < found["first_loss"]
+    for moved in ("ours_moves", "theirs_moves"):
+        assert found[moved] >= 0.1, "the adapter hardly moves the logits"
+    for logits in ("ours_in_peft", "theirs_here"):
+        assert found[logits] <= found["allowed"], logits
+    for delta in ("delta_ours_in_peft", "delta_theirs_here"):
+        assert found[delta] <= 1e-6, delta
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_tunix_model_and_its_twin(model, tmp_path):
+    program = Path(__file__).parent.with_name("tunix_pair.py")
+    command = [PYTHON, "-W", "ignore", str(program), model, str(tmp_path)]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    print(found)
+    check(found)

@@ -1,0 +1,24 @@
+"""Every example's training step lowers for GPU and TPU, on a machine that has neither."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("with_*.py"))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_step_lowers_for_accelerators(name, tmp_path):
+    python = sys.executable
+    done = subprocess.run(
+        [python, "-W", "ignore", ROOT / "tests" / "lowered.py", ROOT / "examples" / name],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0 and "lowered for cuda, tpu" in done.stdout, done.stderr[-3000:]
