@@ -21,6 +21,8 @@ from randlora_jax.commands.compact import compact
 from randlora_jax.commands.main import COMMANDS, main
 from randlora_jax.commands.report import progress, size
 
+pytestmark = pytest.mark.torch
+
 WEIGHTS = "adapter_model.safetensors"
 
 

@@ -35,6 +35,8 @@ from randlora_jax.commands.report import Misuse
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import adapter_files
 
+pytestmark = pytest.mark.torch
+
 WEIGHTS = "adapter_model.safetensors"
 EVERYTHING = {"bias": "all", "modules_to_save": ["head"]}
 

@@ -14,6 +14,8 @@ from randlora_jax import RandLoraConfig, RandLoraModel, get_peft_model
 from randlora_jax.commands.convert import backwards
 from randlora_jax.commands.main import main
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.fixture(scope="module")
 def opt(tmp_path_factory):

@@ -12,6 +12,8 @@ from peft_side import save_adapter, save_base
 
 from randlora_jax.commands.main import main
 
+pytestmark = pytest.mark.torch
+
 KILLS = 200  # of each command, over each kind of target
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["randlora_jax.commands.compact", "randlora_jax.commands.merge"])

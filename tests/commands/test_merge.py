@@ -19,6 +19,8 @@ from randlora_jax import RandLoraConfig, get_peft_model
 from randlora_jax.commands.main import main
 from randlora_jax.commands.merge import merge
 
+pytestmark = pytest.mark.torch
+
 
 def tensors(folder):
     return {

@@ -14,6 +14,8 @@ from randlora_jax.interop.config import CONFIG_NAME
 from randlora_jax.commands.main import main
 from randlora_jax.commands.to_lora import at_energy, factor
 
+pytestmark = pytest.mark.torch
+
 
 def run(folder, *more):
     command = ["to-lora", folder / "adapter", "--base", folder / "base", folder / "lora", *more]

@@ -16,6 +16,8 @@ from randlora_jax import RandLoraConfig, get_peft_model
 from randlora_jax.commands.main import main
 from randlora_jax.commands.verify import difference, verify
 
+pytestmark = pytest.mark.torch
+
 SETTINGS = {
     "bert": {"bias": "all", "modules_to_save": ["pooler"]},
     "gpt2": {"bias": "randlora_only"},

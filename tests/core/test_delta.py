@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from randlora_jax.core.bases import Bases
 from randlora_jax.core.delta import Term, delta, through_delta, through_factors
 
+pytestmark = pytest.mark.torch
+
 # from 2: PEFT divides a single random number by its standard deviation, which is NaN
 WIDTH = st.integers(2, 24)
 

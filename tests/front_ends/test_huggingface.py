@@ -7,6 +7,8 @@ from families import FAMILIES, twins
 
 from randlora_jax import RandLoraConfig, get_peft_model
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.fixture(scope="module")
 def opt(tmp_path_factory):

@@ -11,6 +11,8 @@ from mlp import SIZES, TARGETS, X, assert_same, torch_net, torch_run
 
 from randlora_jax import ConfigError, RandLoraConfig, RandLoraModel, get_peft_model
 
+pytestmark = pytest.mark.torch
+
 SETTINGS = {"r": 5, "randlora_alpha": 10, "target_modules": TARGETS}
 VIEWS = {"net/(tall|wide|head)": "i o", "net/square": "o i"}
 NAMES = {r"net/(\w+)": r"\1"}

@@ -18,6 +18,8 @@ from randlora_jax.interop.config import CONFIG_NAME
 from randlora_jax.interop.errors import AdapterFileError, RandLoraError
 from randlora_jax.interop.peft_dir import read_adapter, write_adapter
 
+pytestmark = pytest.mark.torch
+
 KILLS = 200  # at random moments, for each way of saving
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["randlora_jax.interop.peft_dir"])

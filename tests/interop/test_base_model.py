@@ -11,6 +11,8 @@ from randlora_jax.interop.base_model import BaseModel, base_shapes
 from randlora_jax.interop.errors import AdapterFileError, TargetError
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.torch
+
 
 def make(family, **changes):
     torch.manual_seed(0)

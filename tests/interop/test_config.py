@@ -16,6 +16,8 @@ from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
 from randlora_jax.interop.errors import AdapterFileError, ConfigError
 from randlora_jax.interop.strict_json import JsonObject
 
+pytestmark = pytest.mark.torch
+
 # The fields of peft.RandLoraConfig in PEFT 0.16.0, the oldest release that must read our files.
 PEFT_0_16_FIELDS = {
     *("task_type", "peft_type", "auto_mapping"),

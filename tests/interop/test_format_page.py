@@ -40,6 +40,8 @@ from transformers.pytorch_utils import Conv1D
 
 from randlora_jax.core.bases import BasisIdentity, Box, draw, in_full
 
+pytestmark = pytest.mark.torch
+
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 
 

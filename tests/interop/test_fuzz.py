@@ -8,6 +8,8 @@ import pytest
 from config_mutations import MUTATIONS
 from fuzz_adapters import Failure, fuzzer
 
+pytestmark = pytest.mark.torch
+
 CASES = 3000
 SEED = 1  # `make fuzz` begins with 0
 

@@ -11,6 +11,8 @@ from randlora_jax.interop import hub
 
 from randlora_jax import AdapterFileError, RandLoraConfig, RandLoraModel, get_peft_model
 
+pytestmark = pytest.mark.torch
+
 make, run, randomise = KINDS["linen"]
 
 

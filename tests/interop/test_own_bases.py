@@ -18,6 +18,8 @@ from randlora_jax.interop.peft_dir import (
 )
 from safetensors import safe_open
 
+pytestmark = pytest.mark.torch
+
 
 def delta_of(adapter: Adapter, name: str, out: int) -> np.ndarray:
     """The update by the definition: lambda and gamma scale A, B is summed over bases and ranks."""

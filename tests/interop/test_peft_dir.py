@@ -33,6 +33,8 @@ from randlora_jax.interop.peft_dir import (
 )
 from safetensors.numpy import load_file, save_file
 
+pytestmark = pytest.mark.torch
+
 VARIANTS = {
     "as PEFT writes": lambda t: t,
     "top level only": lambda t: keep_bases(t, lambda key: not key.startswith(PREFIX)),

@@ -39,6 +39,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+pytestmark = pytest.mark.torch
+
 # Names and settings chosen to collide often.
 
 PARTS = ["layers", "h", "0", "1", "10", "q", "k", "q_proj", "classifier", "pre_classifier"]

@@ -24,6 +24,8 @@ from randlora_jax.interop.torch_rng import (
 )
 from torch import nn
 
+pytestmark = pytest.mark.torch
+
 KEYS = (0, 42, 2**40 + 5, -3)
 EXTENTS = ((8, 24, 40), (10, 33, 33), (7, 30, 96), (40, 33, 50))  # r, MIN, MAX; r divides 24 alone
 KINDS = ("dense", "sparse", "very_sparse")

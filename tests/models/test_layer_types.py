@@ -24,6 +24,8 @@ from randlora_jax.core.kernel_layout import View
 from randlora_jax.core.layers import How, Layer, Part, adapted, kernel_delta
 from randlora_jax.models.layer_types import LayerType, of_axes, of_einsum
 
+pytestmark = pytest.mark.torch
+
 X = np.random.default_rng(0).normal(size=(2, 5, 12)).astype(np.float32)
 HEADS, SIZE = 3, 4
 NAMES = ["attention.query", "attention.key", "attention.value", "attention.out", "up", "down"]

@@ -8,6 +8,8 @@ from mlp import KINDS, assert_same, torch_net, torch_run
 
 from randlora_jax import ConfigError, RandLoraConfig, get_peft_model
 
+pytestmark = pytest.mark.torch
+
 FIRST = {"r": 5, "randlora_alpha": 10, "target_modules": ["tall", "square", "wide"]}
 SECOND = {"r": 5, "randlora_alpha": 15, "target_modules": ["square"], "modules_to_save": ["head"]}
 

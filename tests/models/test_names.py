@@ -11,6 +11,8 @@ import torch
 from randlora_jax import RandLoraConfig, RandLoraModel, TargetError, get_peft_model
 from randlora_jax.models.names import Names
 
+pytestmark = pytest.mark.torch
+
 X = np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32)
 
 

@@ -16,6 +16,8 @@ from randlora_jax import (
     get_peft_model,
 )
 
+pytestmark = pytest.mark.torch
+
 KINDS = {"dense": {}, "sparse": {"sparse": True}, "very_sparse": {"very_sparse": True}}
 
 

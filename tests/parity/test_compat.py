@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from compat_reader import read_all
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):

@@ -8,6 +8,8 @@ from mlp import KINDS, TARGETS, assert_same, torch_net, torch_run
 
 from randlora_jax import RandLoraConfig, RandLoraModel, get_peft_model
 
+pytestmark = pytest.mark.torch
+
 
 # 5 divides nothing, 12 is above one layer's min, 30 is above them all
 @pytest.mark.parametrize("r", [1, 5, 12, 30])

@@ -14,6 +14,8 @@ from families import FAMILIES, twins
 
 from randlora_jax import RandLoraConfig, RandLoraModel, get_peft_model
 
+pytestmark = pytest.mark.torch
+
 R = {"opt": 32, "bert": 8, "gpt2": 5, "llama": 7}
 
 

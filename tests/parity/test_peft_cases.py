@@ -16,6 +16,8 @@ from safetensors import safe_open
 
 from randlora_jax import AdapterParam, ConfigError, RandLoraModel, get_peft_model
 
+pytestmark = pytest.mark.torch
+
 PLAIN = {"projection_source": "torch:bf16-24bit", "save_projection": False}
 
 

@@ -16,6 +16,8 @@ from randlora_jax.interop.peft_dir import read_adapter
 
 from randlora_jax import AdapterParam, ConfigError, RandLoraConfig, RandLoraModel, get_peft_model
 
+pytestmark = pytest.mark.torch
+
 ROWS = {
     "one, by expression": {"target_modules": "lin0"},
     "one, by name": {"target_modules": ["lin0"]},

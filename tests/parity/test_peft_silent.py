@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from randlora_jax import AdapterFileError, RandLoraConfig, RandLoraModel, get_peft_model
 
+pytestmark = pytest.mark.torch
+
 WEIGHTS = "adapter_model.safetensors"
 
 

@@ -12,6 +12,8 @@ from families import FAMILIES, twins
 
 from randlora_jax import RandLoraModel
 
+pytestmark = pytest.mark.torch
+
 LABELS = np.array([0, 2, 1, 2])
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.torch
+
 # `make compat`: tunix as it installs itself
 PYTHON = os.environ.get("TUNIX_PYTHON", sys.executable)
 MODELS = ["llama3", "qwen3", "gemma2", "gemma2_fused", "gemma3"]

@@ -14,6 +14,8 @@ from randlora_jax import RandLoraConfig, TargetError, get_peft_model
 from randlora_jax.core.layers import How
 from randlora_jax.models.model import wrap
 
+pytestmark = pytest.mark.torch
+
 CONFIGS = {type(family.make()): family.make for family in FAMILIES.values()}
 CONFIGS[transformers.CLIPTextConfig] = lambda: FAMILIES["clip"].make().text_config
 CONFIGS[transformers.CLIPVisionConfig] = lambda: FAMILIES["clip"].make().vision_config

@@ -10,6 +10,8 @@ from mlp import TARGETS, X, linen_net, nnx_net, torch_net
 
 from randlora_jax import AdapterParam, RandLoraConfig, RandLoraModel, get_peft_model
 
+pytestmark = pytest.mark.torch
+
 CONFIG = RandLoraConfig(r=5, randlora_alpha=10, target_modules=TARGETS)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.torch
 PROGRAM = str(Path(__file__).parent.with_name("resumed.py"))
 STEPS = 12
 

@@ -10,6 +10,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from contestants import jax_full, jax_lora, ours
 from shapes import minilm
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.fixture(scope="module")
 def steps():
