@@ -11,9 +11,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from randlora_jax.interop.config import RandLoraConfig
-from randlora_jax.interop.errors import AdapterFileError
+from randlora_jax.interop.errors import AdapterFileError, listed, shown
 from randlora_jax.interop.strict_json import parse_object
-from randlora_jax.interop.tensor_file import pieces, show
+from randlora_jax.interop.tensor_file import pieces
 
 BASE_DTYPES = tuple(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16)))
 FORMAT_VERSION = 1
@@ -57,7 +57,7 @@ class Provenance:
         version = values.pop("version", None)
         if version != FORMAT_VERSION:
             raise AdapterFileError(
-                f"{origin}: expected version {FORMAT_VERSION}, found {show(str(version))}. A "
+                f"{origin}: expected version {FORMAT_VERSION}, found {shown(version)}. A "
                 "newer randlora-jax may have written it: upgrade"
             )
         expected = {"source": str, "projection_prng_key": int, "kind": str, "digest": str}
@@ -66,7 +66,7 @@ class Provenance:
         ):
             raise AdapterFileError(
                 f"{origin}: expected {', '.join(expected)} and shapes, found "
-                f"{show(text)}. Save the adapter again, or remove this metadata"
+                f"{shown(text)}. Save the adapter again, or remove this metadata"
             )
         shapes = values.pop("shapes")
         if not isinstance(shapes, dict) or not all(map(_is_shape, shapes.values())):
@@ -130,7 +130,7 @@ def check(adapter: Adapter, where: object) -> None:
     def expect(sound: bool, key: str, expected: object, found: object) -> None:
         if not sound:
             raise AdapterFileError(
-                f"{where}: {show(key)}: expected {expected}, found {found}. The adapter was "
+                f"{where}: {shown(key)}: expected {expected}, found {found}. The adapter was "
                 "damaged, or its config belongs to another; fetch both files again"
             )
 
@@ -158,7 +158,7 @@ def check(adapter: Adapter, where: object) -> None:
         low = a.shape[2]
         name = max(adapter.layers, key=lambda name: adapter.layers[name][1].shape[1])
         needed = adapter.layers[name][1].shape[1]
-        expect(low >= needed, "randlora_A", f"(r, 1, {needed} or more) for {show(name)}", a.shape)
+        expect(low >= needed, "randlora_A", f"(r, 1, {needed} or more) for {shown(name)}", a.shape)
         n = -(-low // r)
         sound = b.ndim == 3 and b.shape[0] >= low and b.shape[1:] == (n, r)
         expect(sound, "randlora_B", f"({low} or more, {n}, {r})", b.shape)
@@ -169,7 +169,7 @@ def check(adapter: Adapter, where: object) -> None:
             shapes.keys() == adapter.layers.keys(),
             "shapes in the metadata",
             "those of the adapted layers",
-            f"other layers: {show(str(sorted(shapes.keys() ^ adapter.layers.keys())))}",
+            f"other layers: {listed(sorted(shapes.keys() ^ adapter.layers.keys()))}",
         )
         for name, shape in shapes.items():
             smallest = adapter.layers[name][1].shape[1]
@@ -189,7 +189,7 @@ def check_finite(adapter: Adapter, where: object) -> None:
     """
     for key, bad, count in not_finite(adapter):
         raise AdapterFileError(
-            f"{where}: {show(key)}: expected finite numbers, found {bad} of {count} NaN or "
+            f"{where}: {shown(key)}: expected finite numbers, found {bad} of {count} NaN or "
             "infinite: training diverged or the file was damaged; use an earlier save"
         )
 

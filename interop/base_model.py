@@ -18,9 +18,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from randlora_jax.interop.adapter import Adapter
-from randlora_jax.interop.errors import AdapterFileError, TargetError, nearest
+from randlora_jax.interop.errors import AdapterFileError, TargetError, nearest, shown
 from randlora_jax.interop.strict_json import read_object
-from randlora_jax.interop.tensor_file import Tensor, TensorFile, show
+from randlora_jax.interop.tensor_file import Tensor, TensorFile
 
 MODEL_CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -140,8 +140,8 @@ class BaseModel:
         if len(best) > 1 and best[0] != Naming():
             example = names[0]
             raise TargetError(
-                f"{self.folder}: layer {show(example)} could be "
-                f"{' or '.join(show(naming(example)) for naming in best)}. Give the directory of "
+                f"{self.folder}: layer {shown(example)} could be "
+                f"{' or '.join(shown(naming(example)) for naming in best)}. Give the directory of "
                 "the very model that was adapted, saved with save_pretrained"
             )
         self.naming = best[0]
@@ -164,16 +164,17 @@ class BaseModel:
         """
         key = self.find(f"{name}.weight") or self._embedding_of(name)
         if key is None:
-            modules = [key.rpartition(".")[0] for key in self._keys if key.endswith(".weight")]
+            expected = f"{self.naming(name)}.weight"
+            weights = [key for key in self._keys if key.endswith(".weight")]
             raise TargetError(
-                f"{self.folder} has no tensor {show(self.naming(name))}.weight, with another "
-                f"prefix or without; it has {nearest(self.naming(name), modules)}. Is it the base "
-                "model of this adapter, with its head?"
+                f"{self.folder} has no tensor {shown(expected)}, with another prefix or without; "
+                f"it has {nearest(expected, weights)}. Is it the base model of this adapter, with "
+                "its head?"
             )
         tensor = self.tensor(key)
         if len(tensor.shape) != 2 or tensor.dtype not in FLOATS:
             raise TargetError(
-                f"{self.folder}: {show(key)}: expected a matrix of floating point numbers, found "
+                f"{self.folder}: {shown(key)}: expected a matrix of floating point numbers, found "
                 f"{tensor}. A quantised model has to be dequantised first"
             )
         return BaseLayer(name, key, tensor, self._is_conv1d(name))
@@ -191,17 +192,18 @@ class BaseModel:
         for name, layer in found.items():
             if names[layer.key] != name:
                 raise TargetError(
-                    f"{self.folder}: {show(layer.key)} is the weight of both {show(name)} and "
-                    f"{show(names[layer.key])}: another base model"
+                    f"{self.folder}: {shown(layer.key)} is the weight of both {shown(name)} and "
+                    f"{shown(names[layer.key])}: another base model"
                 )
         recorded = adapter.provenance.shapes if adapter.provenance else {}
         for name, layer in found.items():
             smallest = adapter.layers[name][1].shape[1]
             if min(layer.shape) != smallest or recorded.get(name, layer.shape) != layer.shape:
                 raise TargetError(
-                    f"{self.folder}: layer {show(name)} has (out, in) = {layer.shape}; the adapter "
-                    f"was trained on {recorded.get(name, f'one whose smaller side is {smallest}')}:"
-                    " another base model"
+                    f"{self.folder}: layer {shown(name)} has (out, in) = {layer.shape}; the "
+                    "adapter was trained on "
+                    f"{recorded.get(name, f'one whose smaller side is {smallest}')}: another base "
+                    "model"
                 )
         if adapter.config.fan_in_fan_out and not any(layer.conv1d for layer in found.values()):
             raise TargetError(
@@ -279,7 +281,7 @@ class BaseModel:
             ) from error
         for key in file.tensors:
             if key in self.home:
-                file.fail(f"{show(key)} is in {self.home[key]} as well; remove one")
+                file.fail(f"{shown(key)} is in {self.home[key]} as well; remove one")
             self.home[key] = name
 
 
@@ -309,7 +311,7 @@ def _file_names(folder: Path) -> list[str]:
         for name in places.values():
             if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
                 raise AdapterFileError(
-                    f"{folder / INDEX}: expected names of files beside it, found {show(str(name))}"
+                    f"{folder / INDEX}: expected names of files beside it, found {shown(name)}"
                 )
         return sorted(set(places.values()))
     if (folder / SINGLE).exists():

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import sys
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -18,7 +17,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from randlora_jax.interop.errors import AdapterFileError, ConfigError, shown
+from randlora_jax.interop.errors import AdapterFileError, ConfigError, listed, shown, warn
 from randlora_jax.interop.strict_json import JsonObject, dump_object, read_object, thaw, write_text
 from randlora_jax.interop.torch_rng import Generation, Kind
 
@@ -264,12 +263,11 @@ class RandLoraConfig:
     def _warn_of_ignored_layers(self) -> None:
         if self.layers_to_transform in (None, ()):
             if self.layers_pattern not in (None, "", ()):
-                _warn("layers_pattern is ignored, as in PEFT: it needs layers_to_transform.", 5)
+                _warn("layers_pattern is ignored, as in PEFT: it needs layers_to_transform.")
         elif isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
             _warn(
                 "layers_to_transform is ignored, as in PEFT, because target_modules is a regular "
-                "expression. Put the layer indexes into the expression.",
-                5,
+                "expression. Put the layer indexes into the expression."
             )
 
     @property
@@ -326,9 +324,8 @@ class RandLoraConfig:
         config = cls(**known, projection_source=source, unknown=unknown)
         if unknown:
             _warn(
-                f"unknown fields {sorted(unknown)}: kept and written back, but not acted on. The "
-                "configuration may come from a newer PEFT.",
-                3,
+                f"unknown fields {listed(sorted(unknown))}: kept and written back, but not acted "
+                "on. The configuration may come from a newer PEFT."
             )
         return config
 
@@ -370,5 +367,5 @@ _FILE_FIELDS = tuple(
 )
 
 
-def _warn(message: str, stacklevel: int) -> None:
-    warnings.warn(f"RandLoraConfig: {message}", stacklevel=stacklevel)
+def _warn(message: str) -> None:
+    warn(f"RandLoraConfig: {message}")

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from randlora_jax.interop.config import RandLoraConfig
-from randlora_jax.interop.tensor_file import Tensor, show
+from randlora_jax.interop.errors import shown
+from randlora_jax.interop.tensor_file import Tensor
 
 TOP = "base_model."
 PREFIX = "base_model.model."
@@ -61,8 +62,11 @@ def roles_of(tensors: Iterable[Tensor], config: RandLoraConfig, fail: Fail) -> d
         if adapter:
             adapter_names[adapter] = tensor.key
     if len(adapter_names) > 1:
-        two = " and ".join(map(show, list(adapter_names.values())[:2]))
-        fail(f"{two} belong to two adapters; a directory holds one: save them apart")
+        one, other, *_ = adapter_names.values()
+        fail(
+            f"{shown(one)} and {shown(other)} belong to two adapters; a directory holds one: save "
+            "them apart"
+        )
 
     adapter = next(iter(adapter_names), None)
     keys = {tensor.key for tensor in others}
@@ -89,7 +93,7 @@ def _other_role(
     name = tensor.key.removeprefix(PREFIX)
     if name == tensor.key or "randlora_" in name or not _is_path(name):
         fail(
-            f"{show(tensor.key)}: expected {PREFIX}<layer>.randlora_lambda, randlora_gamma, "
+            f"{shown(tensor.key)}: expected {PREFIX}<layer>.randlora_lambda, randlora_gamma, "
             f"randlora_A or randlora_B, or {PREFIX}<tensor of the model>; this key means nothing "
             "in a RandLoRA adapter. Was it saved with another method, or by a newer PEFT?"
         )
@@ -103,14 +107,14 @@ def _other_role(
             return Role("repeated", original)
         if adapter is None or named != adapter:
             fail(
-                f"{show(tensor.key)}: expected the same tensor at "
-                f"{show(PREFIX + candidates[0])}, where every reader looks for it; found none"
+                f"{shown(tensor.key)}: expected the same tensor at "
+                f"{shown(PREFIX + candidates[0])}, where every reader looks for it; found none"
             )
         name = candidates[1]
     if not _is_explained(name, tensor, keys, config):
         fail(
-            f"{show(tensor.key)}: expected only tensors that adapter_config.json asks for "
-            f"(bias={config.bias!r}, modules_to_save={show(str(config.modules_to_save))}), and "
+            f"{shown(tensor.key)}: expected only tensors that adapter_config.json asks for "
+            f"(bias={config.bias!r}, modules_to_save={shown(config.modules_to_save)}), and "
             "this is none of them. If it was trained, name its module in modules_to_save"
         )
     return Role("saved", name)
@@ -138,7 +142,7 @@ def _check_unique(roles: dict[str, Role], fail: Fail) -> None:
     seen: dict[Role, str] = {}
     for key, role in roles.items():
         if role.part != "repeated" and role in seen:
-            fail(f"{show(seen[role])} and {show(key)} are the same tensor twice; remove one")
+            fail(f"{shown(seen[role])} and {shown(key)} are the same tensor twice; remove one")
         seen[role] = key
 
 
@@ -148,13 +152,13 @@ def _check_partners(roles: dict[str, Role], fail: Fail) -> None:
     for key, role in roles.items():
         if role.part in partner and Role(partner[role.part], role.name) not in present:
             fail(
-                f"{show(key)}: expected randlora_{partner[role.part]} beside it, found none: the "
+                f"{shown(key)}: expected randlora_{partner[role.part]} beside it, found none: the "
                 "file is incomplete; fetch it again"
             )
     for key, role in roles.items():
         if role.part in BASE_PARTS and role.name and Role("lambda", role.name) not in present:
             fail(
-                f"{show(key)}: expected randlora_lambda and randlora_gamma beside it, found "
+                f"{shown(key)}: expected randlora_lambda and randlora_gamma beside it, found "
                 "none: only adapted layers hold copies of the bases. The file is incomplete; "
                 "fetch it again"
             )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 from randlora_jax.interop.adapter import BASE_DTYPES, Adapter, Bases, bases_digest
 from randlora_jax.interop.base_model import BaseLayer, BaseModel
-from randlora_jax.interop.errors import AdapterFileError
-from randlora_jax.interop.tensor_file import show
+from randlora_jax.interop.errors import AdapterFileError, shown, warn
 from randlora_jax.interop.torch_rng import Generation, torch_bases, word_bytes
 
 from randlora_jax.commands.report import Misuse, progress
@@ -112,11 +110,10 @@ def _drawn(
         generation = recorded.source.split(":")[1]
     elif generation is None:
         generation = _ASSUMED
-        warnings.warn(
+        warn(
             "the adapter holds a key instead of its bases, and torch releases draw different ones "
             f"from it; assuming {_ASSUMED} (torch 2.12 and later). --torch-generation chooses; "
-            "compare an output with the model that was trained to check",
-            stacklevel=5,
+            "compare an output with the model that was trained to check"
         )
     for dtype in dict.fromkeys((stored, *BASE_DTYPES)) if recorded else (stored,):
         extents = config.r, box[1], box[0]
@@ -134,6 +131,6 @@ def _drawn(
     assert recorded is not None
     raise AdapterFileError(
         f"the bases drawn from key {config.projection_prng_key} as {generation or config.kind} are "
-        f"not those the adapter was trained on (digest {show(recorded.digest[:16])}...): choose "
+        f"not those the adapter was trained on (digest {shown(recorded.digest[:16])}...): choose "
         "another --torch-generation"
     )

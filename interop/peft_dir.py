@@ -29,10 +29,10 @@ from randlora_jax.interop.adapter import (
 )
 from randlora_jax.interop.atomic import current_file, replacing_files
 from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
-from randlora_jax.interop.errors import AdapterFileError, ConfigError
+from randlora_jax.interop.errors import AdapterFileError, ConfigError, listed, shown
 from randlora_jax.interop.keys import BASE_PARTS, LAYER_PARTS, PREFIX, Role, roles_of
 from randlora_jax.interop.strict_json import parse_object
-from randlora_jax.interop.tensor_file import Tensor, TensorFile, pieces, show, write_tensors
+from randlora_jax.interop.tensor_file import Tensor, TensorFile, pieces, write_tensors
 
 __all__ = [
     "Adapter",
@@ -177,7 +177,7 @@ def _missing(folder: Path) -> AdapterFileError:
         )
     absent = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).exists()]
     inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
-    hint = f"; it has adapters in subfolders, open one of them: {inside}" if inside else ""
+    hint = f"; it has adapters in subfolders, open one of them: {listed(inside)}" if inside else ""
     return AdapterFileError(
         f"{folder}: expected {CONFIG_NAME} and {WEIGHTS_NAME}, found no {' and no '.join(absent)}"
         f"{hint}"
@@ -216,7 +216,7 @@ def load_once(config: RandLoraConfig, file: TensorFile) -> tuple[Adapter, Callab
         role = roles[key]
         if role.part in LAYER_PARTS + BASE_PARTS and tensor.dtype not in BASE_DTYPES:
             file.fail(
-                f"{show(key)}: expected F32, F16 or BF16, found {tensor}; save it again in one "
+                f"{shown(key)}: expected F32, F16 or BF16, found {tensor}; save it again in one "
                 "of them"
             )
         if role.part in LAYER_PARTS:
@@ -234,7 +234,7 @@ def load_once(config: RandLoraConfig, file: TensorFile) -> tuple[Adapter, Callab
             other = file.unlike(tensors, shared[role])
             if other is not None:
                 file.fail(
-                    f"{show(origin[role].key)} ({origin[role]}) and {show(other.key)} ({other}) "
+                    f"{shown(origin[role].key)} ({origin[role]}) and {shown(other.key)} ({other}) "
                     "should be copies of one tensor and differ: readers would disagree about what "
                     "the adapter computes"
                 )
@@ -243,7 +243,7 @@ def load_once(config: RandLoraConfig, file: TensorFile) -> tuple[Adapter, Callab
     bases = None if a is None or b is None else (a, b)
     if bases and not config.save_projection:
         file.fail(
-            f"{show(origin[Role('A', '')].key)}: expected no bases, since {CONFIG_NAME} has "
+            f"{shown(origin[Role('A', '')].key)}: expected no bases, since {CONFIG_NAME} has "
             "save_projection false and PEFT would ignore them; set it to true to use them"
         )
     if not bases:
@@ -289,7 +289,7 @@ def _check_digest(adapter: Adapter, where: Path) -> None:
     found = bases_digest(*adapter.bases)
     if found != adapter.provenance.digest:
         raise AdapterFileError(
-            f"{where}: expected bases of digest {show(adapter.provenance.digest)}, found {found}: "
+            f"{where}: expected bases of digest {shown(adapter.provenance.digest)}, found {found}: "
             "they were changed or damaged; fetch the file again"
         )
 

@@ -10,13 +10,12 @@ configuration asks for, `select` warns.
 
 import difflib
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from randlora_jax.interop.config import ALL_LINEAR, RandLoraConfig
 from randlora_jax.interop.default_targets import DEFAULT_TARGET_MODULES
-from randlora_jax.interop.errors import TargetError, shown
+from randlora_jax.interop.errors import TargetError, listed, shown, warn
 
 # What PEFT trains whole for a task, whatever modules_to_save says.
 _HEADS = {
@@ -56,7 +55,7 @@ def default_target_modules(model_type: str | None) -> tuple[str, ...] | str:
     near = difflib.get_close_matches(str(model_type), DEFAULT_TARGET_MODULES)
     raise TargetError(
         f"target_modules: expected names of layers, found None, and model type {model_type!r} has "
-        f"no default{f' (near: {near})' if near else ''}. Name them, such as "
+        f"no default{f' (near: {listed(near)})' if near else ''}. Name them, such as "
         f"target_modules=['q_proj', 'v_proj'], or write target_modules={ALL_LINEAR!r}."
     )
 
@@ -162,7 +161,7 @@ def select(
     refused = sorted(n for n in impossible if matches(resolved, n) and not inside_saved(n, whole))
     if refused:
         raise TargetError(
-            f"target_modules={shown(config.target_modules)} takes {_some(refused)}: only linear "
+            f"target_modules={shown(config.target_modules)} takes {listed(refused)}: only linear "
             "layers can be adapted. Narrow the targets, for example by longer names."
         )
     if not chosen:
@@ -170,8 +169,8 @@ def select(
     fixed = [n for n in chosen if n.split(".")[-1] in _MAMBA_REFUSED]
     if fixed and model_type in _MAMBA_TYPES:
         raise TargetError(
-            f"target_modules takes {_some(fixed)}: PEFT adapts no {' or '.join(_MAMBA_REFUSED)} of "
-            f"model type {model_type!r}. Leave them out."
+            f"target_modules takes {listed(fixed)}: PEFT adapts no {' or '.join(_MAMBA_REFUSED)} "
+            f"of model type {model_type!r}. Leave them out."
         )
     if not isinstance(config.target_modules, str | None):
         _warn_of_surprises(resolved, linear, chosen)
@@ -213,12 +212,13 @@ def _nothing_matched(
     found = [n for n in linear if matches(without, n)]
     if found and config.layers_to_transform not in (None, ()):
         message += (
-            f" It would match {_some(found)} but for "
+            f" It would match {listed(found)} but for "
             f"layers_to_transform={shown(config.layers_to_transform)} and "
             f"layers_pattern={shown(config.layers_pattern)}."
         )
     elif found:
-        message += f" It would match {_some(found)}, but {saved_modules(config)} are trained whole."
+        whole = listed(saved_modules(config))
+        message += f" It would match {listed(found)}, but {whole} are trained whole."
     elif targets and not isinstance(targets, str):
         heads = [t for t in targets if is_output_head(t)]
         if heads:
@@ -228,25 +228,23 @@ def _nothing_matched(
             )
         leaves = {n.split(".")[-1] for n in linear}
         near = {n for t in targets for n in difflib.get_close_matches(t, [*leaves, *linear], 2)}
-        message += f" Near: {sorted(near)}." if near else ""
-    return f"{message} Layers of this model: {_some(linear)}."
+        message += f" Near: {listed(sorted(near))}." if near else ""
+    return f"{message} Layers of this model: {listed(linear)}."
 
 
 def _warn_of_surprises(config: RandLoraConfig, linear: Sequence[str], chosen: list[str]) -> None:
     targets = config.target_modules or ()
     idle = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in chosen)]
     if idle:
-        warnings.warn(
-            f"target_modules: {shown(idle)} adapt no layer: they match none, or one that is "
-            f"trained whole. Layers of this model: {_some(linear)}.",
-            stacklevel=4,
+        warn(
+            f"target_modules: {listed(idle)} adapt no layer: they match none, or one that is "
+            f"trained whole. Layers of this model: {listed(linear)}."
         )
     beyond = [n for n in chosen if n in targets and not _in_layers(config, n)]
     if beyond:
-        warnings.warn(
+        warn(
             f"layers_to_transform={shown(config.layers_to_transform)} does not keep out "
-            f"{_some(beyond)}, as in PEFT: a name given in full is always adapted.",
-            stacklevel=4,
+            f"{listed(beyond)}, as in PEFT: a name given in full is always adapted."
         )
 
 
@@ -287,8 +285,3 @@ def _suffixes(name: str) -> list[str]:
 def _containers(names: Iterable[str]) -> set[str]:
     """The names of the modules that hold `names`: "a.b.c" -> {"a", "a.b"}."""
     return {n[:i] for n in names for i, letter in enumerate(n) if letter == "."}
-
-
-def _some(names: Sequence[str], most: int = 8) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + rest

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
-from randlora_jax.interop.errors import AdapterFileError
+from randlora_jax.interop.errors import AdapterFileError, shown
 from randlora_jax.interop.strict_json import parse_object
 
 # The format's names, little-endian as the format is.
@@ -167,7 +167,7 @@ class TensorFile:
         while view:
             count = self._read_at(start, view)
             if not count:
-                self.fail(f"{show(what)}: the file ends inside it, {len(view)} bytes short")
+                self.fail(f"{shown(what)}: the file ends inside it, {len(view)} bytes short")
             view, start = view[count:], start + count
 
     def _read_at(self, start: int, view: memoryview) -> int | None:
@@ -207,7 +207,7 @@ class TensorFile:
         for tensor in found:
             if tensor.start != end:
                 self.fail(
-                    f"{show(tensor.key)}: its bytes begin at {tensor.start}, where the tensor "
+                    f"{shown(tensor.key)}: its bytes begin at {tensor.start}, where the tensor "
                     f"before it ends at {end}: tensors may neither overlap nor leave holes"
                 )
             end += tensor.nbytes
@@ -220,12 +220,12 @@ class TensorFile:
 
     def _tensor(self, key: str, entry: Any, base: int) -> Tensor:
         """Check one entry of the header against the file's size."""
-        where = show(key)
+        where = shown(key)
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
             self.fail(f"{where}: its header entry needs dtype, shape and data_offsets")
         code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(code, str) or code not in DTYPES:
-            self.fail(f"{where}: dtype {show(str(code))} is none of {', '.join(DTYPES)}")
+            self.fail(f"{where}: dtype {shown(code)} is none of {', '.join(DTYPES)}")
         if not _are_sizes(shape) or len(shape) > MAX_RANK or max(shape, default=0) > self.size:
             self.fail(f"{where}: its shape is impossible in a file of {self.size} bytes")
         if not _are_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1]:
@@ -283,12 +283,6 @@ def pieces(array: np.ndarray) -> Iterator[np.ndarray]:
     flat = np.ascontiguousarray(array).reshape(-1)
     step = PIECE // array.dtype.itemsize
     return (flat[at : at + step] for at in range(0, flat.size, step))
-
-
-def show(text: str) -> str:
-    """A name from a file, fit for an error message whatever it contains."""
-    text = text if len(text) <= 160 else f"{text[:100]}... ({len(text)} characters)"
-    return text if text.isprintable() else ascii(text)
 
 
 def _are_sizes(values: Any) -> bool:

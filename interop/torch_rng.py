@@ -25,7 +25,6 @@ The rules, each with the place in PyTorch or PEFT that makes it:
 import enum
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -33,7 +32,7 @@ from typing import Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-from randlora_jax.interop.errors import ConfigError
+from randlora_jax.interop.errors import ConfigError, warn
 
 Kind = Literal["dense", "sparse", "very_sparse"]
 Advance = Callable[[int], object]
@@ -111,11 +110,10 @@ def generation_of(torch_version: str) -> Generation:
             "either way: name the generation itself, benchmarks/torch_generation.py finds it"
         )
     if release > _NEWEST_RUN:
-        warnings.warn(
+        warn(
             f"torch {torch_version} is newer than any release whose draw was checked "
             f"({'.'.join(map(str, _NEWEST_RUN))}); assuming {_RELEASES[0][1]}. "
-            "benchmarks/torch_generation.py checks it",
-            stacklevel=2,
+            "benchmarks/torch_generation.py checks it"
         )
     for since, generation in _RELEASES:
         if release >= since:

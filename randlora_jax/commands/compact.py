@@ -22,10 +22,10 @@ from randlora_jax.commands.report import (
 from randlora_jax.interop.adapter import Adapter, Provenance, bases_digest, check_finite
 from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
 from randlora_jax.interop.draws import agreeing_dtypes, in_words
-from randlora_jax.interop.errors import AdapterFileError
+from randlora_jax.interop.errors import AdapterFileError, listed, shown
 from randlora_jax.interop.keys import LAYER_PARTS, roles_of
 from randlora_jax.interop.peft_dir import WEIGHTS_NAME, load_once, open_adapter, write_adapter
-from randlora_jax.interop.tensor_file import TensorFile, show
+from randlora_jax.interop.tensor_file import TensorFile
 from randlora_jax.interop.torch_rng import Generation, identify, word_bytes
 
 DESCRIPTION = """\
@@ -121,7 +121,7 @@ def without_bases(
     with progress("drawing PyTorch's bases", word_bytes(len(a), a.shape[2], len(b))) as advance:
         origin = identify(a, b, key, advance)
     if origin is None or origin.kind != config.kind:
-        source = f"; they are recorded as {show(recorded.source)}" if recorded else ""
+        source = f"; they are recorded as {shown(recorded.source)}" if recorded else ""
         raise AdapterFileError(
             f"{where}: expected the {config.kind} bases that PyTorch draws from key {key}, found "
             f"others{source}. Without them the adapter would be another: compact it without "
@@ -164,4 +164,4 @@ def _widened(config: RandLoraConfig, file: TensorFile) -> list[str]:
 
 def _others(src: Path) -> list[str]:
     inside = sorted(path.parent.name for path in src.glob(f"*/{CONFIG_NAME}"))
-    return [f"not included are the adapters in {', '.join(map(show, inside))}"] if inside else []
+    return [f"not included are the adapters in {listed(inside)}"] if inside else []

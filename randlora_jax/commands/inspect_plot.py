@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from randlora_jax.commands.report import Misuse, progress
+from randlora_jax.commands.report import Misuse, plain, progress
+from randlora_jax.interop.errors import nearest, shown
 from randlora_jax.interop.numpy_delta import Deltas
-from randlora_jax.interop.tensor_file import show
 
 SPECTRA = 4  # drawn where no layers are chosen
 
@@ -49,10 +49,10 @@ def draw(deltas: Deltas, path: Path, chosen: Sequence[str]) -> dict[str, Any]:
     top.bar(range(len(norms)), list(norms.values()))
     top.set(title="size of the change", ylabel="Frobenius norm of ΔW", xlabel="layer")
     if len(norms) <= 40:
-        top.set_xticks(range(len(norms)), [show(name) for name in norms], rotation=90, fontsize=6)
+        top.set_xticks(range(len(norms)), [plain(name) for name in norms], rotation=90, fontsize=6)
     for name, found in spectra.items():
         values, rank = np.array(found["values"]), found["lora_rank"]
-        label = f"{show(name)}: LoRA of rank {rank} keeps {found['lora_keeps']:.0%} of ‖ΔW‖²"
+        label = f"{plain(name)}: LoRA of rank {rank} keeps {found['lora_keeps']:.0%} of ‖ΔW‖²"
         (line,) = bottom.plot(np.arange(1, len(values) + 1), values, label=label)
         bottom.axvline(rank, color=line.get_color(), linestyle=":")
     bottom.set(
@@ -80,8 +80,10 @@ def _figure_type(path: Path) -> Any:
 def _matching(wanted: str, deltas: Deltas) -> list[str]:
     found = [name for name in deltas.layers if f".{name}".endswith(f".{wanted}")]
     if not found:
-        some = ", ".join(map(show, list(deltas.layers)[:3]))
-        raise Misuse(f"--layer {show(wanted)}: no adapted layer's name ends so; there are {some}")
+        raise Misuse(
+            f"--layer {shown(wanted)}: no adapted layer's name ends so; there are "
+            f"{nearest(wanted, deltas.layers)}"
+        )
     return found
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from randlora_jax.commands.report import size
+from randlora_jax.commands.report import plain, size
 from randlora_jax.interop.draws import RELEASES
-from randlora_jax.interop.tensor_file import show
 
 
 def in_words(data: dict[str, Any]) -> str:
@@ -20,14 +19,14 @@ def _what(data: dict[str, Any]) -> Iterator[str]:
     config = data["config"]
     peft = config.get("peft_version")
     writer = "randlora-jax" if data["bases"]["recorded"] else f"PEFT {peft}" if peft else "PEFT"
-    yield f"RandLoRA adapter in {data['directory']}, written by {show(writer)}"
+    yield f"RandLoRA adapter in {data['directory']}, written by {plain(writer)}"
     base = config["base_model_name_or_path"] or "not named"
     task = f" ({config['task_type']})" if config["task_type"] else ""
-    yield f"base model: {show(base)}{task}"
+    yield f"base model: {plain(base)}{task}"
     alpha, r = config["randlora_alpha"], config["r"]
     yield f"rank {r}, alpha {alpha:g}: updates are scaled by {alpha / r:g}"
     if data["subfolders"]:
-        yield f"more adapters in subfolders: {', '.join(map(show, data['subfolders']))}"
+        yield f"more adapters in subfolders: {', '.join(map(plain, data['subfolders']))}"
 
 
 def _layers(data: dict[str, Any]) -> Iterator[str]:
@@ -35,7 +34,7 @@ def _layers(data: dict[str, Any]) -> Iterator[str]:
     for row in data["layers"]:
         out_in = "{} x {}".format(*row["shape"]) if row["shape"] else f"{row['smaller_side']} x ?"
         count, trained = f"{row['count']} x", f"{row['trained']:,}"
-        rows.append((count, show(row["name"]), out_in, str(row["bases"]), trained))
+        rows.append((count, plain(row["name"]), out_in, str(row["bases"]), trained))
     yield from _columns(rows)
     if any(row["shape"] is None for row in data["layers"]):
         yield "the file tells the smaller side only; give the base model with --base for the other"
@@ -63,7 +62,7 @@ def _bases(data: dict[str, Any]) -> Iterator[str]:
     else:
         yield f"{bases['kind']} bases: not in the file; a reader draws them from key {key}"
     if recorded:
-        yield f"recorded as drawn by {show(recorded['source'])} from key {recorded['key']}"
+        yield f"recorded as drawn by {plain(recorded['source'])} from key {recorded['key']}"
     if bases["torch"] is None:
         yield (
             "which torch generation drew them cannot be told: the file has no digest of them"
@@ -84,7 +83,7 @@ def _bases(data: dict[str, Any]) -> Iterator[str]:
 def _numbers(data: dict[str, Any]) -> Iterator[str]:
     numbers = data["numbers"]
     for key, bad in numbers["not_finite"].items():
-        yield f"NOT FINITE: {show(key)}: {bad} numbers are NaN or infinite"
+        yield f"NOT FINITE: {plain(key)}: {bad} numbers are NaN or infinite"
     if not numbers["not_finite"]:
         yield "all numbers are finite"
     yield (
@@ -99,7 +98,7 @@ def _numbers(data: dict[str, Any]) -> Iterator[str]:
 
 def _some(names: Collection[str]) -> str:
     """The first of some names, and how many there are."""
-    listed = ", ".join(map(show, list(names)[:6]))
+    listed = ", ".join(map(plain, list(names)[:6]))
     return f"{listed} and {len(names) - 6} more" if len(names) > 6 else listed
 
 

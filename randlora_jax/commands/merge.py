@@ -20,6 +20,7 @@ from randlora_jax.commands.report import (
     Misuse,
     Report,
     command_parser,
+    plain,
     progress,
     refuse_to_overwrite,
     size,
@@ -27,11 +28,11 @@ from randlora_jax.commands.report import (
 from randlora_jax.interop.atomic import replacing_files
 from randlora_jax.interop.base_model import INDEX, MODEL_CONFIG, BaseModel
 from randlora_jax.interop.config import CONFIG_NAME
-from randlora_jax.interop.errors import AdapterFileError
+from randlora_jax.interop.errors import AdapterFileError, shown
 from randlora_jax.interop.numpy_delta import Deltas
 from randlora_jax.interop.stream import Entry, write_stream
 from randlora_jax.interop.strict_json import read_object
-from randlora_jax.interop.tensor_file import pieces, show
+from randlora_jax.interop.tensor_file import pieces
 
 DESCRIPTION = """\
 Write the base model in MODEL_DIR with the adapter in DIR merged into its weights, as a Hugging Face
@@ -158,7 +159,7 @@ def _check_finite(weight: np.ndarray, where: Path, key: str) -> None:
     bad = sum(piece.size - int(np.isfinite(piece).sum()) for piece in pieces(weight))
     if bad:
         raise AdapterFileError(
-            f"{where}: {show(key)}: merged, {bad} of {weight.size} numbers are NaN, infinite or "
+            f"{where}: {shown(key)}: merged, {bad} of {weight.size} numbers are NaN, infinite or "
             f"beyond {weight.dtype}. The adapter is too strong for it, or the base model damaged"
         )
 
@@ -217,9 +218,9 @@ def _report(deltas: Deltas, todo: Plan, out: Path, total: int, leave: list[Path]
         f"{out}: {len(todo.sums)} layers merged, {size(total)}, stored in {' and '.join(dtypes)}"
     ]
     if todo.replaced:
-        lines.append(f"trained whole, replaced: {', '.join(map(show, sorted(todo.replaced)))}")
+        lines.append(f"trained whole, replaced: {', '.join(map(plain, sorted(todo.replaced)))}")
     if todo.added:
-        lines.append(f"trained whole, added: {', '.join(map(show, sorted(todo.added)))}")
+        lines.append(f"trained whole, added: {', '.join(map(plain, sorted(todo.added)))}")
     if todo.renamed:
         lines.append("every name has the prefix now, as a model with a head needs it")
     for name, value in todo.config.items():

@@ -13,9 +13,8 @@ from randlora_jax.interop import targets
 from randlora_jax.interop.adapter import Adapter
 from randlora_jax.interop.base_model import BaseModel
 from randlora_jax.interop.config import RandLoraConfig
-from randlora_jax.interop.errors import AdapterFileError, TargetError
+from randlora_jax.interop.errors import AdapterFileError, TargetError, shown
 from randlora_jax.interop.numpy_delta import Deltas
-from randlora_jax.interop.tensor_file import show
 
 # The last layers of classifiers, whose rows are the labels.
 HEAD = re.compile(r"(^|\.)(classifier|score|qa_outputs|classifier\.out_proj)\.weight$")
@@ -67,7 +66,7 @@ def plan(deltas: Deltas, base: BaseModel) -> Plan:
             continue
         if base.tensor(found).shape != value.shape:
             raise TargetError(
-                f"{base.folder}: {show(found)} is {base.tensor(found)}, and the adapter carries "
+                f"{base.folder}: {shown(found)} is {base.tensor(found)}, and the adapter carries "
                 f"{list(value.shape)} in its place. Resize the base model as it was for training "
                 "(its labels, its vocabulary), save it and merge into that"
             )
@@ -103,7 +102,7 @@ def trained_whole(adapter: Adapter) -> dict[str, np.ndarray]:
             continue
         name = key.replace(".base_layer.", ".")
         if name in found:
-            raise AdapterFileError(f"the adapter carries {show(name)} twice, as {show(key)} too")
+            raise AdapterFileError(f"the adapter carries {shown(name)} twice, as {shown(key)} too")
         found[name] = value
     return found
 
@@ -112,7 +111,7 @@ def _refuse_tied(base: BaseModel, key: str) -> None:
     other = base.tied(key)
     if other is not None:
         raise TargetError(
-            f"{base.folder}: {show(key)} shares its weight with {show(other)} (tied word "
+            f"{base.folder}: {shown(key)} shares its weight with {shown(other)} (tied word "
             "embeddings): merging would change that too, as it does in PEFT, and the model would "
             "compute something else than it does with its adapter. Keep the adapter apart, or "
             'save a base model with untied weights ("tie_word_embeddings": false)'
@@ -122,7 +121,7 @@ def _refuse_tied(base: BaseModel, key: str) -> None:
 def _check_whole(base: BaseModel, key: str, config: RandLoraConfig) -> None:
     if not targets.inside_saved(key.rpartition(".")[0], targets.saved_modules(config)):
         raise TargetError(
-            f"{base.folder} has no tensor {show(key)}, which the adapter carries, and it is in no "
+            f"{base.folder} has no tensor {shown(key)}, which the adapter carries, and it is in no "
             "module that was trained whole: another base model"
         )
 

@@ -83,6 +83,12 @@ def progress(doing: str, total: int) -> Iterator[Advance]:
         yield bar.update
 
 
+def plain(text: str) -> str:
+    """A name from a file as a report prints it: bare, but without what a terminal would obey."""
+    text = text if len(text) <= 160 else f"{text[:100]}... ({len(text)} characters)"
+    return text if text.isprintable() else ascii(text)
+
+
 def size(nbytes: int) -> str:
     """A number of bytes as people read it."""
     amount, unit = float(nbytes), "bytes"

@@ -232,15 +232,20 @@ def test_ignored_layer_fields_are_reported() -> None:
     with pytest.warns(UserWarning, match="layers_pattern is ignored") as caught:
         RandLoraConfig(layers_pattern="h")
     assert caught[0].filename == __file__
-    with pytest.warns(UserWarning, match="layers_to_transform is ignored"):
-        RandLoraConfig(layers_to_transform=0, target_modules=".*q")
+    with pytest.warns(UserWarning, match="layers_to_transform is ignored") as caught:
+        config = RandLoraConfig(layers_to_transform=0, target_modules=".*q")
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="layers_to_transform is ignored") as caught:
+        dataclasses.replace(config, r=8)
+    assert caught[0].filename == __file__
 
 
 def test_unknown_fields_are_kept_and_reported_once(tmp_path: Path) -> None:
     write(tmp_path, new_option={"a": [1, 2.5, None]}, other=True)
-    with pytest.warns(UserWarning, match=r"\['new_option', 'other'\]") as caught:
+    with pytest.warns(UserWarning, match="unknown fields 'new_option', 'other': kept") as caught:
         config = RandLoraConfig.from_pretrained(tmp_path)
     assert len(caught) == 1
+    assert caught[0].filename == __file__
     config.save_pretrained(tmp_path / "again")
     written = json.loads((tmp_path / "again" / CONFIG_NAME).read_text())
     assert written["new_option"] == {"a": [1, 2.5, None]}

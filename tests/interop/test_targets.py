@@ -109,7 +109,7 @@ def test_defaults_are_pefts() -> None:
         assert default_target_modules(model) == (
             value if isinstance(value, str) else tuple(value)
         ), model
-    with pytest.raises(TargetError, match=r"'berd' has no default \(near: \['bert'"):
+    with pytest.raises(TargetError, match=r"'berd' has no default \(near: 'bert'"):
         default_target_modules("berd")
     with pytest.raises(TargetError, match="None has no default"):
         default_target_modules(None)
@@ -255,7 +255,7 @@ def test_heads_are_never_adapted_where_peft_fails_on_them(model: str, task: str)
 
 def test_errors_say_what_is_near_and_what_there_is() -> None:
     linear = ["enc.0.query", "enc.0.value", "enc.0.ffn", "head"]
-    with pytest.raises(TargetError, match=r"\('qery',\).*Near: \['query'\].*'enc\.0\.ffn'"):
+    with pytest.raises(TargetError, match=r"\('qery',\).*Near: 'query'\..*'enc\.0\.ffn'"):
         select(RandLoraConfig(target_modules=["qery"]), linear)
     with pytest.raises(TargetError, match=r"would match 'head', but .* trained whole"):
         select(RandLoraConfig(target_modules=["head"], modules_to_save=["head"]), linear)
@@ -281,7 +281,7 @@ def test_state_space_projections_are_refused() -> None:
 
 def test_a_target_without_effect_is_reported() -> None:
     linear = ["m.layers.0.q", "m.layers.1.q", "m.head"]
-    with pytest.warns(UserWarning, match=r"\['v'\] adapt no layer"):
+    with pytest.warns(UserWarning, match=r"'v' adapt no layer"):
         assert select(RandLoraConfig(target_modules=["q", "v"]), linear) == linear[:2]
     config = RandLoraConfig(target_modules=["q", "m.layers.1.q"], layers_to_transform=0)
     with pytest.warns(UserWarning, match=r"does not keep out 'm\.layers\.1\.q'"):
