@@ -1,10 +1,17 @@
-"""RandLoRA fine-tuning for JAX models, in the file format of PyTorch PEFT."""
+"""RandLoRA fine-tuning for JAX models, in the file format of PyTorch PEFT.
+
+`get_peft_model` wraps a model, `RandLoraConfig` says how, and `RandLoraModel.from_pretrained` opens
+an adapter that this library or PyTorch PEFT saved. What they raise is a `RandLoraError`.
+"""
 
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# A clone has the folder interop/ beside this one, an installed package inside it.
+__version__ = "0.1.0.dev0"
+
+# A clone has the folder interop/ beside this one, an installed package inside it. Python started in
+# a clone finds this file there, whatever is installed.
 _folder = Path(__file__).parent
 if not (_folder / "interop").is_dir():
     __path__.append(str(_folder.parent))
@@ -40,3 +47,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"randlora_jax.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """Public names, those that nobody has asked for yet among them: for completion and help()."""
+    return sorted({*globals(), *__all__})
