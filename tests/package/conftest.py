@@ -1,0 +1,19 @@
+"""A clone, and the wheel that is built from it: once for all tests of the package."""
+
+from pathlib import Path
+
+import pytest
+from installed import build_wheel, copy_of_the_sources
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone's root."""
+    return copy_of_the_sources(tmp_path_factory.mktemp("clone") / "randlora-jax")
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built wheel."""
+    work = tmp_path_factory.mktemp("wheel")
+    return build_wheel(copy_of_the_sources(work / "source"), work)
