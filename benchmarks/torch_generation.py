@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from randlora_jax.interop.torch_rng import Origin, identify, torch_bases
+from randlora_jax.interop.torch_rng import TorchDraw, identify, torch_bases
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -62,7 +62,7 @@ def digest(pair: Pair) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
-def recognise(pair: Pair, key: int) -> Origin | None:
+def recognise(pair: Pair, key: int) -> TorchDraw | None:
     """How we say that torch drew `pair`; its bits go over as float32, which holds them all."""
     a, b = pair
     return identify(a.float().numpy(), b.float().numpy(), key)
@@ -78,11 +78,11 @@ def seconds(call: Callable[[], object]) -> float:
 def speed(repeats: int = 7) -> None:
     """Prints median times, torch and ours taking turns."""
     for name in ("bfloat16", "sparse"):
-        origin = recognise(DRAWS[name](0, *EXTENTS), 0)
-        assert origin is not None
+        found = recognise(DRAWS[name](0, *EXTENTS), 0)
+        assert found is not None
         theirs = functools.partial(DRAWS[name], 0, *SPEED_EXTENTS)
         ours = functools.partial(
-            torch_bases, 0, *SPEED_EXTENTS, kind=origin.kind, generation=origin.generation
+            torch_bases, 0, *SPEED_EXTENTS, kind=found.kind, generation=found.generation
         )
         times = [(seconds(theirs), seconds(ours)) for _ in range(repeats)]
         t, o = (statistics.median(column) for column in zip(*times, strict=True))
@@ -99,10 +99,10 @@ def main() -> int:
     for name, draw in DRAWS.items():
         for key in KEYS:
             pair = draw(key, *EXTENTS)
-            origin = recognise(pair, key)
-            found = "UNKNOWN" if origin is None else origin.generation or origin.kind
+            how = recognise(pair, key)
+            found = "UNKNOWN" if how is None else how.generation or how.kind
             print(f"  {name:9} key {key:13}  {digest(pair)}  {found}")
-            unknown += origin is None
+            unknown += how is None
     if args.speed:
         speed()
     return 1 if unknown else 0

@@ -18,7 +18,8 @@ from randlora_jax.interop.tensor_file import pieces
 BASE_DTYPES = tuple(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16)))
 FORMAT_VERSION = 1
 
-Bases = tuple[np.ndarray, np.ndarray]
+StoredPair = tuple[np.ndarray, np.ndarray]
+"""A (r, 1, MIN) and B (MAX, N, r), as files hold a pair of bases."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,17 @@ class Provenance:
         return json.dumps({"version": FORMAT_VERSION, **asdict(self)}, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, text: str, origin: str) -> Provenance:
-        """The reverse of `to_json`; `origin` names the file in errors.
+    def from_json(cls, text: str, where: str) -> Provenance:
+        """The reverse of `to_json`; `where` names the file in errors.
 
         Raises:
           AdapterFileError: not what `to_json` writes, or written by a later version.
         """
-        values = parse_object(text, origin)
+        values = parse_object(text, where)
         version = values.pop("version", None)
         if version != FORMAT_VERSION:
             raise AdapterFileError(
-                f"{origin}: expected version {FORMAT_VERSION}, found {shown(version)}. A "
+                f"{where}: expected version {FORMAT_VERSION}, found {shown(version)}. A "
                 "newer randlora-jax may have written it: upgrade"
             )
         expected = {"source": str, "projection_prng_key": int, "kind": str, "digest": str}
@@ -65,12 +66,12 @@ class Provenance:
             type(values[name]) is not kind for name, kind in expected.items()
         ):
             raise AdapterFileError(
-                f"{origin}: expected {', '.join(expected)} and shapes, found "
+                f"{where}: expected {', '.join(expected)} and shapes, found "
                 f"{shown(text)}. Save the adapter again, or remove this metadata"
             )
         shapes = values.pop("shapes")
         if not isinstance(shapes, dict) or not all(map(_is_shape, shapes.values())):
-            raise AdapterFileError(f"{origin}: shapes must give [out, in] for every layer")
+            raise AdapterFileError(f"{where}: shapes must give [out, in] for every layer")
         return cls(**values, shapes={name: (out, in_) for name, (out, in_) in shapes.items()})
 
 
@@ -93,7 +94,7 @@ class Adapter:
     config: RandLoraConfig
     layers: dict[str, tuple[np.ndarray, np.ndarray]]
     saved: dict[str, np.ndarray] = field(default_factory=dict)
-    bases: Bases | None = None
+    bases: StoredPair | None = None
     provenance: Provenance | None = None
 
 
@@ -175,10 +176,11 @@ def check(adapter: Adapter, where: object) -> None:
             smallest = adapter.layers[name][1].shape[1]
             expect(min(shape) == smallest, f"{name}.randlora_gamma", min(shape), smallest)
         if adapter.bases is not None:
-            box = [max(sides) for sides in zip(*shapes.values(), strict=True)]
+            extents = [max(sides) for sides in zip(*shapes.values(), strict=True)]
             found = [adapter.bases[1].shape[0], adapter.bases[0].shape[2]]
             # PEFT sizes the bases by the largest out and in of all layers, and accepts no other
-            expect(sorted(box)[::-1] == found, "randlora_B, randlora_A", sorted(box)[::-1], found)
+            expected = sorted(extents, reverse=True)
+            expect(expected == found, "randlora_B, randlora_A", expected, found)
 
 
 def check_finite(adapter: Adapter, where: object) -> None:

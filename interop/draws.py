@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from randlora_jax.interop.adapter import BASE_DTYPES, Adapter, Bases, bases_digest
+from randlora_jax.interop.adapter import BASE_DTYPES, Adapter, StoredPair, bases_digest
 from randlora_jax.interop.tensor_file import pieces
-from randlora_jax.interop.torch_rng import Generation, Origin, is_drawn, torch_bases
+from randlora_jax.interop.torch_rng import Generation, TorchDraw, is_drawn, torch_bases
 
 _FUSED = " on processors with fused multiply-add"
 _UNFUSED = " on processors without fused multiply-add"
@@ -27,40 +27,40 @@ def generations(kind: str) -> list[Generation | None]:
 
 
 def base_dtypes(
-    adapter: Adapter, generation: Generation | None, box: tuple[int, int] | None
+    adapter: Adapter, generation: Generation | None, extents: tuple[int, int] | None
 ) -> list[np.dtype]:
     """The base models' dtypes for which PyTorch draws an adapter's bases from its key.
 
     Args:
-      box: MIN and MAX, where the adapter has no bases but records their digest.
+      extents: MIN and MAX, where the adapter has no bases but records their digest.
 
     Returns:
       None of the three where this generation draws other bases.
     """
     config = adapter.config
     for dtype in BASE_DTYPES:
-        origin = Origin(config.kind, generation, dtype)
+        draw = TorchDraw(config.kind, generation, dtype)
         if adapter.bases is not None:
-            if is_drawn(*adapter.bases, config.projection_prng_key, origin):
-                return agreeing_dtypes(origin, adapter.bases)
-        elif adapter.provenance is not None and box is not None:
+            if is_drawn(*adapter.bases, config.projection_prng_key, draw):
+                return agreeing_dtypes(draw, adapter.bases)
+        elif adapter.provenance is not None and extents is not None:
             drawn = torch_bases(
                 config.projection_prng_key,
                 config.r,
-                *box,
-                kind=origin.kind,
+                *extents,
+                kind=draw.kind,
                 generation=generation,
                 base_dtype=dtype,
             )
             if bases_digest(*drawn) == adapter.provenance.digest:
-                return agreeing_dtypes(origin, drawn)
+                return agreeing_dtypes(draw, drawn)
     return []
 
 
-def agreeing_dtypes(origin: Origin, bases: Bases) -> list[np.dtype]:
-    """The base models' dtypes for which `origin`'s generation draws just these `bases`."""
-    if origin.base_dtype != np.float32:
-        return [origin.base_dtype]
+def agreeing_dtypes(draw: TorchDraw, bases: StoredPair) -> list[np.dtype]:
+    """The base models' dtypes for which `draw`'s generation draws just these `bases`."""
+    if draw.base_dtype != np.float32:
+        return [draw.base_dtype]
     return [dtype for dtype in BASE_DTYPES if all(_is_exact(array, dtype) for array in bases)]
 
 

@@ -4,17 +4,22 @@ Three kinds exist: a layer's own numbers (``base_model.model.<layer>.randlora_la
 shared bases (``base_model.randlora_A``, and the same again under layers), and whatever else was
 trained (``base_model.model.<state-dict key>``). PEFT leaves the adapter's name out of its files,
 while a raw state dict has it at the end; both are understood.
+
+PEFT's wrappers show in state-dict keys. The linear layer that was adapted lies one level down, so
+its bias is ``<layer>.base_layer.bias``. A module that is trained whole lies, frozen, in
+``<module>.original_module`` and, trained, in ``<module>.modules_to_save.<adapter>``; files have the
+latter as ``<module>``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from randlora_jax.interop.config import RandLoraConfig
-from randlora_jax.interop.errors import shown
+from randlora_jax.interop.errors import AdapterFileError, shown
 from randlora_jax.interop.tensor_file import Tensor
 
 TOP = "base_model."
@@ -26,6 +31,11 @@ _RANDLORA = re.compile(
     r"(?:(?P<module>.+)\.)?randlora_(?P<part>lambda|gamma|A|B)(?:\.(?P<adapter>[^.]+))?"
 )
 _COPY = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<rest>.+)")
+_ADAPTED = ".base_layer."
+_FROZEN = ".original_module."
+_TRAINED = ".modules_to_save.default."  # "default" is what PEFT calls an adapter unless told
+
+Value = TypeVar("Value")
 
 Fail = Callable[[str], NoReturn]
 
@@ -75,6 +85,39 @@ def roles_of(tensors: Iterable[Tensor], config: RandLoraConfig, fail: Fail) -> d
     _check_unique(roles, fail)
     _check_partners(roles, fail)
     return roles
+
+
+def trained_tensors(saved: Mapping[str, Value]) -> dict[str, Value]:
+    """What an adapter trained whole, by the base model's state-dict keys.
+
+    Args:
+      saved: ``{key: tensor}`` as `Adapter.saved` has it, or a state dict of PEFT's wrapped model
+        less `PREFIX`. PEFT's frozen copies, on which no output depends, are left out.
+
+    Raises:
+      AdapterFileError: two keys are for one tensor of the base model.
+    """
+    found: dict[str, Value] = {}
+    for key, value in saved.items():
+        if _FROZEN in key:
+            continue
+        name = key.replace(_ADAPTED, ".").replace(_TRAINED, ".")
+        if name in found:
+            raise AdapterFileError(
+                f"the adapter carries {shown(name)} twice, as {shown(key)} too; remove one"
+            )
+        found[name] = value
+    return found
+
+
+def file_key(key: str, adapted: Collection[str]) -> str:
+    """What a file calls the tensor that the base model's state dict calls `key`, less `PREFIX`.
+
+    Args:
+      adapted: the adapter's layers.
+    """
+    module, _, leaf = key.rpartition(".")
+    return f"{module}{_ADAPTED}{leaf}" if module in adapted else key
 
 
 def _randlora_role(key: str) -> tuple[Role, str | None] | None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
-from randlora_jax.interop.adapter import BASE_DTYPES, Adapter, Bases, bases_digest
-from randlora_jax.interop.base_model import BaseLayer, BaseModel
-from randlora_jax.interop.errors import AdapterFileError, shown, warn
-from randlora_jax.interop.torch_rng import Generation, torch_bases, word_bytes
-
-from randlora_jax.commands.report import Misuse, progress
+from randlora_jax.interop.adapter import BASE_DTYPES, Adapter, StoredPair
+from randlora_jax.interop.base_model import BaseModel
+from randlora_jax.interop.errors import AdapterFileError, ConfigError
+from randlora_jax.interop.missing_bases import draw_missing
+from randlora_jax.interop.progress import Progress, silent
+from randlora_jax.interop.torch_rng import TorchDraw
 
 BLOCK = 1 << 24  # bytes of one block, of which a few exist at a time
-
-_ASSUMED = Generation.BF16_24BIT
 
 
 class Deltas:
@@ -25,22 +22,44 @@ class Deltas:
       adapter: what it was made from.
       layers: ``{name: BaseLayer}`` of every adapted layer.
       bases: the adapter's own, or PyTorch's draw where the adapter holds only their key.
+      draw: which draw of PyTorch's; None where the adapter holds its bases.
     """
 
-    def __init__(self, adapter: Adapter, base: BaseModel, generation: str | None = None) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        base: BaseModel,
+        generation: str | None = None,
+        progress: Progress = silent,
+    ) -> None:
         """Fit an adapter to a base model.
 
         Args:
           generation: how PyTorch drew bases that the adapter lacks, see `torch_rng.Generation`.
+          progress: shows how far a draw is.
 
         Raises:
           TargetError: the base model has other layers.
           AdapterFileError: the bases are of other sizes, or the draw is not the recorded one.
-          Misuse: `generation` is given for an adapter that has its bases.
+          ConfigError: `generation` is given for an adapter that has its bases.
         """
         self.adapter = adapter
         self.layers = base.layers(adapter)
-        self.bases = _bases(adapter, self.layers.values(), generation, base.folder)
+        self.draw: TorchDraw | None = None
+        shapes = [layer.shape for layer in self.layers.values()]
+        MIN, MAX = sorted(max(sides) for sides in zip(*shapes, strict=True))
+        if adapter.bases is None:
+            # PEFT casts to the dtype the base model is loaded in: the one it is stored in, unless
+            # the adapter's record says otherwise.
+            stored = next(iter(self.layers.values())).tensor.dtype
+            dtypes = list(dict.fromkeys((stored, *BASE_DTYPES)))
+            drawn = draw_missing(adapter, MIN, MAX, dtypes, generation, "the adapter", progress)
+            self.bases, self.draw = drawn.pair, drawn.draw
+            return
+        if generation is not None:
+            raise ConfigError(f"the adapter holds its bases: they are not drawn as {generation}")
+        _check_extents(adapter.bases, MAX, MIN, base.folder)
+        self.bases = adapter.bases
 
     def of(self, name: str) -> np.ndarray:
         """delta_W of a layer, (out, in) in float32, scaling included."""
@@ -75,62 +94,12 @@ class Deltas:
                 matrix[part] = (matrix[part].astype(wide) + block).astype(weight.dtype)
 
 
-def _bases(
-    adapter: Adapter, layers: Collection[BaseLayer], generation: str | None, where: Path
-) -> Bases:
-    """The adapter's bases, which must be just as large as PEFT wants them for these layers."""
-    sides = [max(sides) for sides in zip(*(layer.shape for layer in layers), strict=True)]
-    box = max(sides), min(sides)
-    if adapter.bases is None:
-        stored = next(iter(layers)).tensor.dtype
-        return _drawn(adapter, box, generation, stored)
-    if generation is not None:
-        raise Misuse(f"the adapter holds its bases: they are not drawn as {generation}")
-    found = adapter.bases[1].shape[0], adapter.bases[0].shape[2]
-    if found != box:
+def _check_extents(pair: StoredPair, MAX: int, MIN: int, where: Path) -> None:
+    """PEFT opens bases of just the size it wants for the adapted layers."""
+    found = pair[1].shape[0], pair[0].shape[2]
+    if found != (MAX, MIN):
         raise AdapterFileError(
-            f"the adapter's bases have (MAX, MIN) = {found}, its layers in {where} need {box}: "
-            "another base model, or tensors of some layers are missing from the adapter"
+            f"the adapter's bases have (MAX, MIN) = {found}, its layers in {where} need "
+            f"{(MAX, MIN)}: another base model, or tensors of some layers are missing from the "
+            "adapter"
         )
-    return adapter.bases
-
-
-def _drawn(
-    adapter: Adapter, box: tuple[int, int], generation: str | None, stored: np.dtype
-) -> Bases:
-    """PyTorch's bases for the adapter's key; those it was trained on, where it records which.
-
-    PEFT casts them to the dtype the base model is loaded in. That is the dtype it is `stored` in,
-    unless the adapter's record says otherwise.
-    """
-    config, recorded = adapter.config, adapter.provenance
-    if config.kind != "dense":
-        generation = None
-    elif generation is None and recorded is not None and ":" in recorded.source:
-        generation = recorded.source.split(":")[1]
-    elif generation is None:
-        generation = _ASSUMED
-        warn(
-            "the adapter holds a key instead of its bases, and torch releases draw different ones "
-            f"from it; assuming {_ASSUMED} (torch 2.12 and later). --torch-generation chooses; "
-            "compare an output with the model that was trained to check"
-        )
-    for dtype in dict.fromkeys((stored, *BASE_DTYPES)) if recorded else (stored,):
-        extents = config.r, box[1], box[0]
-        with progress("drawing PyTorch's bases", word_bytes(*extents)) as advance:
-            bases = torch_bases(
-                config.projection_prng_key,
-                *extents,
-                kind=config.kind,
-                generation=generation,
-                base_dtype=dtype,
-                advance=advance,
-            )
-        if recorded is None or bases_digest(*bases) == recorded.digest:
-            return bases
-    assert recorded is not None
-    raise AdapterFileError(
-        f"the bases drawn from key {config.projection_prng_key} as {generation or config.kind} are "
-        f"not those the adapter was trained on (digest {shown(recorded.digest[:16])}...): choose "
-        "another --torch-generation"
-    )

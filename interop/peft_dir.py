@@ -20,8 +20,8 @@ import numpy as np
 from randlora_jax.interop.adapter import (
     BASE_DTYPES,
     Adapter,
-    Bases,
     Provenance,
+    StoredPair,
     bases_digest,
     check,
     check_finite,
@@ -210,7 +210,7 @@ def load_once(config: RandLoraConfig, file: TensorFile) -> tuple[Adapter, Callab
     roles = roles_of(file.tensors.values(), config, file.fail)
     layers: dict[str, dict[str, np.ndarray]] = {}
     shared: dict[Role, np.ndarray] = {}  # what a file may hold more than once
-    origin: dict[Role, Tensor] = {}
+    first_place: dict[Role, Tensor] = {}
     copies: dict[Role, list[Tensor]] = {}
     for key, tensor in file.tensors.items():
         role = roles[key]
@@ -227,14 +227,15 @@ def load_once(config: RandLoraConfig, file: TensorFile) -> tuple[Adapter, Callab
         if role.part == "repeated" or first in shared:
             copies.setdefault(first, []).append(tensor)
         else:
-            shared[first], origin[first] = file.read(tensor), tensor
+            shared[first], first_place[first] = file.read(tensor), tensor
 
     def compare_copies() -> None:
         for role, tensors in copies.items():
             other = file.unlike(tensors, shared[role])
             if other is not None:
+                one = first_place[role]
                 file.fail(
-                    f"{shown(origin[role].key)} ({origin[role]}) and {shown(other.key)} ({other}) "
+                    f"{shown(one.key)} ({one}) and {shown(other.key)} ({other}) "
                     "should be copies of one tensor and differ: readers would disagree about what "
                     "the adapter computes"
                 )
@@ -243,7 +244,7 @@ def load_once(config: RandLoraConfig, file: TensorFile) -> tuple[Adapter, Callab
     bases = None if a is None or b is None else (a, b)
     if bases and not config.save_projection:
         file.fail(
-            f"{shown(origin[Role('A', '')].key)}: expected no bases, since {CONFIG_NAME} has "
+            f"{shown(first_place[Role('A', '')].key)}: expected no bases, since {CONFIG_NAME} has "
             "save_projection false and PEFT would ignore them; set it to true to use them"
         )
     if not bases:
@@ -294,7 +295,7 @@ def _check_digest(adapter: Adapter, where: Path) -> None:
         )
 
 
-def _bases_to_write(adapter: Adapter, where: Path) -> Bases | None:
+def _bases_to_write(adapter: Adapter, where: Path) -> StoredPair | None:
     provenance = adapter.provenance
     if adapter.config.save_projection:
         if adapter.bases is None:

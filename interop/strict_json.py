@@ -70,8 +70,8 @@ def thaw(value: Any) -> Any:
     return value
 
 
-def parse_object(text: str, origin: str) -> dict[str, Any]:
-    """`text` as a JSON object; `origin` names its source in errors.
+def parse_object(text: str, where: str) -> dict[str, Any]:
+    """`text` as a JSON object; `where` names its source in errors.
 
     Raises:
       AdapterFileError: broken JSON, a repeated key, a number that is not finite, or a value other
@@ -83,7 +83,7 @@ def parse_object(text: str, origin: str) -> dict[str, Any]:
         for key, value in pairs:
             if key in result:
                 raise AdapterFileError(
-                    f"{origin}: the key {shown(key)} is given twice, and readers differ in which "
+                    f"{where}: the key {shown(key)} is given twice, and readers differ in which "
                     "one they take. Remove one."
                 )
             result[key] = value
@@ -92,7 +92,7 @@ def parse_object(text: str, origin: str) -> dict[str, Any]:
     def finite(literal: str) -> float:
         number = float(literal)
         if not math.isfinite(number):
-            raise AdapterFileError(f"{origin}: expected finite numbers, found {literal}.")
+            raise AdapterFileError(f"{where}: expected finite numbers, found {literal}.")
         return number
 
     try:
@@ -102,9 +102,9 @@ def parse_object(text: str, origin: str) -> dict[str, Any]:
     except AdapterFileError:
         raise
     except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{origin}: not valid JSON ({error}).") from error
+        raise AdapterFileError(f"{where}: not valid JSON ({error}).") from error
     if not isinstance(value, dict):
-        raise AdapterFileError(f"{origin}: expected a JSON object, found {type(value).__name__}.")
+        raise AdapterFileError(f"{where}: expected a JSON object, found {type(value).__name__}.")
     return value
 
 

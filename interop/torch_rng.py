@@ -27,24 +27,20 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NoReturn, cast
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from randlora_jax.interop.errors import ConfigError, warn
+from randlora_jax.interop.progress import Advance, no_bar
 
 Kind = Literal["dense", "sparse", "very_sparse"]
-Advance = Callable[[int], object]
 
 _CHUNK = 1 << 16  # elements in flight at a time: a cache's worth, so memory is the result's own
 _F32 = np.dtype(np.float32)
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 _F16 = np.dtype(np.float16)
-
-
-def no_bar(nbytes: int) -> None:
-    """Tells nobody how far a draw has come."""
 
 
 def word_bytes(r: int, MIN: int, MAX: int) -> int:
@@ -61,6 +57,13 @@ class Generation(enum.StrEnum):
     F16_11BIT = "f16-11bit"
     F16_24BIT = "f16-24bit"
     F16_24BIT_NO_FMA = "f16-24bit-no-fma"
+
+    @classmethod
+    def _missing_(cls, value: object) -> NoReturn:
+        raise ConfigError(
+            f"torch generation {value!r}: PyTorch releases draw different dense bases from one "
+            f"key, so name one of {', '.join(cls)} (generation_of(torch.__version__) tells it)"
+        )
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def torch_bases(
     Args:
       key: ``projection_prng_key``; what ``torch.Generator.manual_seed`` takes.
       r: rank of each basis.
-      MIN: the smaller extent of PEFT's box.
+      MIN: the smaller extent of PEFT's pair.
       MAX: the larger one.
       kind: dense; sparse (s = 3); or very sparse (s = sqrt(MIN)).
       generation: which dense draw; required for dense bases, without meaning for the others.
@@ -158,8 +161,8 @@ def torch_bases(
     return source.draw_a(words, r, MIN, MAX), source.draw_b(words, r, MIN, MAX)
 
 
-class Origin(NamedTuple):
-    """How a pair of bases was drawn.
+class TorchDraw(NamedTuple):
+    """How PyTorch drew a pair of bases, its key and extents apart.
 
     generation: None for sparse bases, which every torch release draws alike.
     base_dtype: the first of float32, bfloat16 and float16 that gives these numbers; for dense
@@ -170,21 +173,37 @@ class Origin(NamedTuple):
     generation: Generation | None
     base_dtype: np.dtype
 
+    @property
+    def source(self) -> str:
+        """As the metadata of a file names it, less the extents: ``torch:bf16-8bit:float32``."""
+        return f"torch:{self.generation or self.kind}:{self.base_dtype}"
+
+    def label(self, MAX: int, MIN: int) -> str:
+        """As the metadata of a file names it: ``torch:bf16-8bit:float32:4096x1024``."""
+        return f"{self.source}:{MAX}x{MIN}"
+
+
+def torch_draw(kind: Kind, generation: Generation | None, base_dtype: npt.DTypeLike) -> TorchDraw:
+    """The draw for base models in `base_dtype`, named as `identify` names one that is the same."""
+    if generation is not None and np.dtype(base_dtype) == _RULES[generation].dtype:
+        base_dtype = _F32  # nothing is rounded a second time
+    return TorchDraw(kind, generation, np.dtype(base_dtype))
+
 
 def identify(
     A: np.ndarray, B: np.ndarray | None, key: int, advance: Advance = no_bar
-) -> Origin | None:
+) -> TorchDraw | None:
     """How PyTorch drew A (r, 1, MIN) and B (MAX, N, r) from `key`, or None if it did not.
 
     With B None, A alone decides (the draws with and without fused multiply-add often share A).
     """
-    return next((origin for origin in _origins() if is_drawn(A, B, key, origin, advance)), None)
+    return next((draw for draw in _draws() if is_drawn(A, B, key, draw, advance)), None)
 
 
 def is_drawn(
-    A: np.ndarray, B: np.ndarray | None, key: int, origin: Origin, advance: Advance = no_bar
+    A: np.ndarray, B: np.ndarray | None, key: int, draw: TorchDraw, advance: Advance = no_bar
 ) -> bool:
-    """Whether PyTorch draws A (r, 1, MIN) and B (MAX, N, r) from `key` in the way `origin` says.
+    """Whether PyTorch draws A (r, 1, MIN) and B (MAX, N, r) from `key` in the way `draw` says.
 
     Every element is compared, by value, so the arrays may be in float32 or any narrower dtype. A
     comes first in the stream: where it differs, B is not drawn. With B None, A alone decides.
@@ -195,7 +214,7 @@ def is_drawn(
     MAX = MIN if B is None else B.shape[0]
     if B is not None and (MAX < MIN or B.shape != (MAX, math.ceil(MIN / r), r)):
         return False
-    source, words = _Source(*origin, advance), _words(key)
+    source, words = _Source(*draw, advance), _words(key)
     try:
         return _equal(A, source.draw_a(words, r, MIN, MAX)) and (
             B is None or _equal(B, source.draw_b(words, r, MIN, MAX))
@@ -204,14 +223,14 @@ def is_drawn(
         return False
 
 
-def _origins() -> Iterator[Origin]:
+def _draws() -> Iterator[TorchDraw]:
     """Every way to draw, the likely ones first."""
     for base_dtype in (_F32, _BF16, _F16):
         for generation, rule in _RULES.items():
             if base_dtype is _F32 or base_dtype != rule.dtype:  # else no second rounding
-                yield Origin("dense", generation, base_dtype)
-        yield Origin("sparse", None, base_dtype)
-        yield Origin("very_sparse", None, base_dtype)
+                yield TorchDraw("dense", generation, base_dtype)
+        yield TorchDraw("sparse", None, base_dtype)
+        yield TorchDraw("very_sparse", None, base_dtype)
 
 
 def _equal(x: np.ndarray, y: np.ndarray) -> bool:
@@ -252,13 +271,7 @@ class _Source:
             raise ConfigError(f"base dtype {self.base_dtype}: expected float32, bfloat16, float16")
         self.kind = kind
         if kind == "dense":
-            if generation not in _RULES:
-                raise ConfigError(
-                    f"torch generation {generation!r}: PyTorch releases draw different dense bases "
-                    f"from one key, so name one of {', '.join(Generation)} "
-                    "(generation_of(torch.__version__) tells it)"
-                )
-            self.rule = _RULES[Generation(generation)]
+            self.rule = _RULES[Generation(cast(str, generation))]  # None is refused as well
 
     def draw_a(self, words: np.random.RandomState, r: int, MIN: int, MAX: int) -> np.ndarray:
         """A (r, 1, MIN)."""

@@ -19,11 +19,12 @@ from randlora_jax.commands.report import (
     refuse_to_overwrite,
     size,
 )
-from randlora_jax.interop.adapter import Adapter, Provenance, bases_digest, check_finite
+from randlora_jax.interop.adapter import Adapter, check_finite
 from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
 from randlora_jax.interop.draws import agreeing_dtypes, in_words
 from randlora_jax.interop.errors import AdapterFileError, listed, shown
 from randlora_jax.interop.keys import LAYER_PARTS, roles_of
+from randlora_jax.interop.missing_bases import DrawnPair
 from randlora_jax.interop.peft_dir import WEIGHTS_NAME, load_once, open_adapter, write_adapter
 from randlora_jax.interop.tensor_file import TensorFile
 from randlora_jax.interop.torch_rng import Generation, identify, word_bytes
@@ -119,24 +120,19 @@ def without_bases(
     key = config.projection_prng_key
     a, b = adapter.bases
     with progress("drawing PyTorch's bases", word_bytes(len(a), a.shape[2], len(b))) as advance:
-        origin = identify(a, b, key, advance)
-    if origin is None or origin.kind != config.kind:
+        draw = identify(a, b, key, advance)
+    if draw is None or draw.kind != config.kind:
         source = f"; they are recorded as {shown(recorded.source)}" if recorded else ""
         raise AdapterFileError(
             f"{where}: expected the {config.kind} bases that PyTorch draws from key {key}, found "
             f"others{source}. Without them the adapter would be another: compact it without "
             "--drop-bases"
         )
-    provenance = Provenance(
-        source=f"torch:{origin.generation or config.kind}:{origin.base_dtype}",
-        projection_prng_key=key,
-        kind=config.kind,
-        digest=bases_digest(*adapter.bases),
-        shapes=recorded.shapes if recorded else {},
-    )
+    shapes = recorded.shapes if recorded else {}
+    provenance = DrawnPair(adapter.bases, draw).provenance(key, shapes)
     config = replace(config, save_projection=False, projection_source="torch")
     dropped = replace(adapter, config=config, bases=None, provenance=provenance)
-    return dropped, origin.generation, agreeing_dtypes(origin, adapter.bases)
+    return dropped, draw.generation, agreeing_dtypes(draw, adapter.bases)
 
 
 def _content(config: RandLoraConfig, file: TensorFile) -> dict[str, Any]:

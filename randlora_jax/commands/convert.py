@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from randlora_jax.commands.inputs import read_showing_progress
+from randlora_jax.commands.inputs import deltas_of, read_showing_progress
 from randlora_jax.commands.report import (
     Commands,
     Misuse,
@@ -17,14 +17,15 @@ from randlora_jax.commands.report import (
     existing_directory,
     refuse_to_overwrite,
 )
-from randlora_jax.interop.adapter import Adapter, Provenance, bases_digest
+from randlora_jax.interop.adapter import Adapter
 from randlora_jax.interop.base_model import BaseModel
 from randlora_jax.interop.config import CONFIG_NAME
 from randlora_jax.interop.errors import AdapterFileError
-from randlora_jax.interop.numpy_delta import Deltas
+from randlora_jax.interop.keys import file_key, trained_tensors
+from randlora_jax.interop.missing_bases import DrawnPair
 from randlora_jax.interop.peft_dir import WEIGHTS_NAME, write_adapter
 from randlora_jax.interop.strict_json import read_object
-from randlora_jax.interop.torch_rng import Generation, identify
+from randlora_jax.interop.torch_rng import Generation
 
 DESCRIPTION = """\
 Rename the layers of the adapter in SRC and make it whole, and write it to DST. What it computes
@@ -103,18 +104,11 @@ def with_bases(adapter: Adapter, where: Path, base: Path | None, generation: str
     if base is None:
         raise Misuse(f"{where} has no bases; to draw them, give the base model's directory: --base")
     with BaseModel(base) as model:
-        deltas = Deltas(adapter, model, generation)
+        deltas = deltas_of(adapter, model, generation)
         shapes = {name: layer.shape for name, layer in deltas.layers.items()}
-    key = adapter.config.projection_prng_key
-    origin = identify(*deltas.bases, key)
-    assert origin is not None  # it was just drawn from this key
-    provenance = Provenance(
-        source=f"torch:{origin.generation or origin.kind}:{origin.base_dtype}",
-        projection_prng_key=key,
-        kind=origin.kind,
-        digest=bases_digest(*deltas.bases),
-        shapes=shapes,
-    )
+    assert deltas.draw is not None
+    drawn = DrawnPair(deltas.bases, deltas.draw)
+    provenance = drawn.provenance(adapter.config.projection_prng_key, shapes)
     config = replace(adapter.config, save_projection=True)
     return replace(adapter, config=config, bases=deltas.bases, provenance=provenance)
 
@@ -126,19 +120,23 @@ def rename(adapter: Adapter, rules: Mapping[str, str]) -> Adapter:
       AdapterFileError: two would have one name.
       Misuse: no rule fits any name.
     """
-    modules = {*adapter.layers, *(_module(key) for key in adapter.saved)}
+    trained = trained_tensors(adapter.saved)
+    modules = {*adapter.layers, *map(_module, trained)}
     names = {module: _renamed(module, rules) for module in modules}
     if not any(new != old for old, new in names.items()):
         raise Misuse(f"no rule fits a name of this adapter, such as {min(modules)!r}")
     if len(set(names.values())) < len(names):
         raise AdapterFileError("these rules give two modules one name")
     layers = {names[name]: arrays for name, arrays in adapter.layers.items()}
-    saved = {names[_module(key)] + key[len(_module(key)) :]: x for key, x in adapter.saved.items()}
+    saved = {
+        file_key(names[_module(key)] + key[len(_module(key)) :], layers): x
+        for key, x in trained.items()
+    }
     # full names as one expression: as suffixes they could take other modules of the model too
     config = replace(
         adapter.config,
         target_modules="|".join(re.escape(name) for name in sorted(layers)),
-        modules_to_save=sorted({names[_module(k)] for k in adapter.saved if not _is_bias(k)})
+        modules_to_save=sorted({names[_module(k)] for k in trained if not k.endswith(".bias")})
         or None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -188,8 +186,4 @@ def _renamed(name: str, rules: Mapping[str, str]) -> str:
 
 
 def _module(key: str) -> str:
-    return key.rpartition(".")[0].removesuffix(".base_layer").removesuffix(".original_module")
-
-
-def _is_bias(key: str) -> bool:
-    return key.endswith(".bias") and not key.endswith(".original_module.bias")
+    return key.rpartition(".")[0]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from randlora_jax.commands.report import existing_directory, progress
+from randlora_jax.commands.report import Misuse, existing_directory, progress
 from randlora_jax.interop.adapter import Adapter, check_finite
+from randlora_jax.interop.base_model import BaseModel
+from randlora_jax.interop.errors import ConfigError
+from randlora_jax.interop.numpy_delta import Deltas
 from randlora_jax.interop.peft_dir import load_adapter, open_adapter
 from randlora_jax.interop.torch_rng import Generation
 
@@ -28,6 +31,18 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
         help="how PyTorch drew the bases of an adapter that was saved without them: "
         + ", ".join(Generation),
     )
+
+
+def deltas_of(adapter: Adapter, base: BaseModel, generation: str | None = None) -> Deltas:
+    """As `Deltas`, with a progress bar where bases must be drawn.
+
+    Raises:
+      Misuse: `generation` is given for an adapter that has its bases.
+    """
+    try:
+        return Deltas(adapter, base, generation, progress)
+    except ConfigError as error:
+        raise Misuse(str(error)) from error
 
 
 def read_showing_progress(directory: str | Path) -> Adapter:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from randlora_jax.commands import inspect_plot
+from randlora_jax.commands.inputs import deltas_of
 from randlora_jax.commands.inspect_text import in_words
 from randlora_jax.commands.report import (
     Commands,
@@ -24,7 +25,6 @@ from randlora_jax.interop.base_model import BaseModel
 from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
 from randlora_jax.interop.draws import base_dtypes, generations
 from randlora_jax.interop.keys import BASE_PARTS, roles_of
-from randlora_jax.interop.numpy_delta import Deltas
 from randlora_jax.interop.peft_dir import load_adapter, narrowest, open_adapter
 from randlora_jax.interop.tensor_file import TensorFile
 
@@ -107,7 +107,7 @@ def inspect(
         with BaseModel(base) as model:
             shapes = {name: layer.shape for name, layer in model.layers(adapter).items()}
             if adapter.bases is not None or plot is not None:
-                deltas = Deltas(adapter, model)  # checks the extents of the bases
+                deltas = deltas_of(adapter, model)  # checks the extents of the bases
         if plot is not None and good:
             drawn = inspect_plot.draw(deltas, plot, layers)
     data = {
@@ -167,11 +167,11 @@ def _layers(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> list[dic
 def _bases(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     """Where the bases come from; for each torch generation, whether it draws them from the key."""
     config, recorded = adapter.config, adapter.provenance
-    box = None
+    extents = None
     if shapes:
         low, high = sorted(max(sides) for sides in zip(*shapes.values(), strict=True))
-        box = low, high
-    comparable = adapter.bases is not None or (recorded is not None and box is not None)
+        extents = low, high
+    comparable = adapter.bases is not None or (recorded is not None and extents is not None)
     return {
         "in_file": adapter.bases is not None,
         "kind": config.kind,
@@ -185,7 +185,7 @@ def _bases(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> dict[str,
         "torch": [
             {
                 "generation": generation,
-                "base_dtypes": list(map(str, base_dtypes(adapter, generation, box))),
+                "base_dtypes": list(map(str, base_dtypes(adapter, generation, extents))),
             }
             for generation in generations(config.kind)
         ]

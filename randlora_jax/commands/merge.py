@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from randlora_jax.commands.inputs import add_inputs, read_showing_progress
-from randlora_jax.commands.merge_plan import Plan, plan
+from randlora_jax.commands.inputs import add_inputs, deltas_of, read_showing_progress
+from randlora_jax.commands.merge_plan import MergePlan, plan
 from randlora_jax.commands.report import (
-    Advance,
     Commands,
     Misuse,
     Report,
@@ -30,6 +29,7 @@ from randlora_jax.interop.base_model import INDEX, MODEL_CONFIG, BaseModel
 from randlora_jax.interop.config import CONFIG_NAME
 from randlora_jax.interop.errors import AdapterFileError, shown
 from randlora_jax.interop.numpy_delta import Deltas
+from randlora_jax.interop.progress import Advance
 from randlora_jax.interop.stream import Entry, write_stream
 from randlora_jax.interop.strict_json import read_object
 from randlora_jax.interop.tensor_file import pieces
@@ -102,7 +102,7 @@ def merge(
     _check_place(out, Path(base), force=force)
     adapter = read_showing_progress(directory)
     with BaseModel(base) as model:
-        deltas = Deltas(adapter, model, torch_generation)
+        deltas = deltas_of(adapter, model, torch_generation)
         todo = plan(deltas, model)
         keep, leave = _other_files(model)
         total = sum(model.tensor(key).nbytes for key in model.home)
@@ -124,7 +124,7 @@ def merge(
 
 
 def _write_file(
-    name: str, staged: Path, base: BaseModel, deltas: Deltas, todo: Plan, advance: Advance
+    name: str, staged: Path, base: BaseModel, deltas: Deltas, todo: MergePlan, advance: Advance
 ) -> None:
     """One safetensors file: the tensors of the base model's, and in the last what is added."""
     source = base.files[name]
@@ -164,7 +164,7 @@ def _check_finite(weight: np.ndarray, where: Path, key: str) -> None:
         )
 
 
-def _index(base: BaseModel, todo: Plan) -> str:
+def _index(base: BaseModel, todo: MergePlan) -> str:
     index = read_object(base.folder / INDEX)
     places = {todo.renamed.get(key, key): name for key, name in base.home.items()}
     last = list(base.files)[-1]
@@ -212,7 +212,7 @@ def _check_place(out: Path, base: Path, *, force: bool) -> None:
     refuse_to_overwrite(out, [MODEL_CONFIG, *old], force=force)
 
 
-def _report(deltas: Deltas, todo: Plan, out: Path, total: int, leave: list[Path]) -> Report:
+def _report(deltas: Deltas, todo: MergePlan, out: Path, total: int, leave: list[Path]) -> Report:
     dtypes = sorted({str(layer.tensor.dtype) for layer in deltas.layers.values()})
     lines = [
         f"{out}: {len(todo.sums)} layers merged, {size(total)}, stored in {' and '.join(dtypes)}"

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from randlora_jax.interop import targets
-from randlora_jax.interop.adapter import Adapter
 from randlora_jax.interop.base_model import BaseModel
 from randlora_jax.interop.config import RandLoraConfig
-from randlora_jax.interop.errors import AdapterFileError, TargetError, shown
+from randlora_jax.interop.errors import TargetError, shown
+from randlora_jax.interop.keys import trained_tensors
 from randlora_jax.interop.numpy_delta import Deltas
 
 # The last layers of classifiers, whose rows are the labels.
@@ -27,7 +27,7 @@ _TASK_CLASSES = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class MergePlan:
     """The changes, by the checkpoint's keys.
 
     Attributes:
@@ -45,7 +45,7 @@ class Plan:
     config: dict[str, Any]
 
 
-def plan(deltas: Deltas, base: BaseModel) -> Plan:
+def plan(deltas: Deltas, base: BaseModel) -> MergePlan:
     """Plan a merge.
 
     Raises:
@@ -56,8 +56,9 @@ def plan(deltas: Deltas, base: BaseModel) -> Plan:
     for name in deltas.layers:
         _refuse_tied(base, f"{name}.weight")
     sums = {layer.key: name for name, layer in deltas.layers.items()}
+    trained = trained_tensors(adapter.saved)
     replaced, added = {}, {}
-    for key, value in trained_whole(adapter).items():
+    for key, value in trained.items():
         found = base.find(key)
         if found is None:
             _refuse_tied(base, key)
@@ -78,33 +79,14 @@ def plan(deltas: Deltas, base: BaseModel) -> Plan:
     # outside of it, as a head does, needs the prefix written out at all others.
     outside = {key for key in [*added, *adapter.layers] if not key.startswith(base.naming.strip)}
     if base.naming.strip and any(key in added for key in outside):
-        names = {*sums.values(), *trained_whole(adapter)}
+        names = {*sums.values(), *trained}
         renamed = {
             key: base.naming.strip + key
             for key in base.home
             if key.removesuffix(".weight") not in names and key not in names
         }
-        return Plan(sums, replaced, added, renamed, config)
-    return Plan(sums, replaced, {base.naming(k): v for k, v in added.items()}, {}, config)
-
-
-def trained_whole(adapter: Adapter) -> dict[str, np.ndarray]:
-    """What an adapter carries besides lambda and gamma, by the base model's state-dict keys.
-
-    Without PEFT's copies of frozen biases, on which no output depends.
-
-    Raises:
-      AdapterFileError: two tensors are for one place.
-    """
-    found: dict[str, np.ndarray] = {}
-    for key, value in adapter.saved.items():
-        if ".original_module." in key:
-            continue
-        name = key.replace(".base_layer.", ".")
-        if name in found:
-            raise AdapterFileError(f"the adapter carries {shown(name)} twice, as {shown(key)} too")
-        found[name] = value
-    return found
+        return MergePlan(sums, replaced, added, renamed, config)
+    return MergePlan(sums, replaced, {base.naming(k): v for k, v in added.items()}, {}, config)
 
 
 def _refuse_tied(base: BaseModel, key: str) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from randlora_jax.commands.merge_plan import HEAD, trained_whole
+from randlora_jax.commands.merge_plan import HEAD
 from randlora_jax.interop.adapter import Adapter
 from randlora_jax.interop.config import RandLoraConfig
+from randlora_jax.interop.keys import PREFIX, trained_tensors
 
 _TASKS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -24,7 +25,6 @@ _TASKS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
-_PREFIX = "base_model.model."
 
 
 class PeftTwin:
@@ -65,18 +65,13 @@ class PeftTwin:
             if hasattr(module, "randlora_lambda"):
                 delta = _numpy(module.get_delta_weight("default"))
                 delta = delta.T if module.fan_in_fan_out else delta
-                found[name.removeprefix(_PREFIX)] = delta
+                found[name.removeprefix(PREFIX)] = delta
         return found
 
     def saved(self) -> dict[str, np.ndarray]:
         """Every other parameter, by the base model's state-dict keys; the trained copy of two."""
-        return {
-            key.removeprefix(_PREFIX)
-            .replace(".modules_to_save.default.", ".")
-            .replace(".base_layer.", "."): _numpy(value)
-            for key, value in self.model.state_dict().items()
-            if ".original_module." not in key
-        }
+        state = self.model.state_dict().items()
+        return trained_tensors({key.removeprefix(PREFIX): _numpy(x) for key, x in state})
 
     def logits(self) -> np.ndarray:
         """What the adapted model makes of `inputs`."""
@@ -113,7 +108,9 @@ def _base_class(config: RandLoraConfig, base: str | Path) -> Any:
 
 
 def _labels(adapter: Adapter) -> dict[str, int]:
-    heads = [len(value) for key, value in trained_whole(adapter).items() if HEAD.search(key)]
+    heads = [
+        len(value) for key, value in trained_tensors(adapter.saved).items() if HEAD.search(key)
+    ]
     classifies = adapter.config.task_type in ("SEQ_CLS", "TOKEN_CLS")
     return {"num_labels": heads[-1]} if heads and classifies else {}
 

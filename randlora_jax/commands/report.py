@@ -8,7 +8,7 @@ rest.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +17,9 @@ from typing import Any, TypeAlias
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from randlora_jax.interop.errors import RandLoraError
+from randlora_jax.interop.progress import Advance
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-Advance = Callable[[int], object]
 
 
 class Misuse(RandLoraError):

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from randlora_jax.commands.inputs import add_inputs, read_showing_progress
+from randlora_jax.commands.inputs import add_inputs, deltas_of, read_showing_progress
 from randlora_jax.commands.report import (
     Commands,
     Report,
@@ -25,8 +25,7 @@ from randlora_jax.commands.report import (
 from randlora_jax.interop.atomic import replacing_files
 from randlora_jax.interop.base_model import BaseModel
 from randlora_jax.interop.config import ALL_LINEAR, CONFIG_NAME, RandLoraConfig
-from randlora_jax.interop.keys import PREFIX
-from randlora_jax.interop.numpy_delta import Deltas
+from randlora_jax.interop.keys import PREFIX, file_key, trained_tensors
 from randlora_jax.interop.peft_dir import WEIGHTS_NAME
 from randlora_jax.interop.strict_json import dump_object, thaw, write_text
 from randlora_jax.interop.tensor_file import write_tensors
@@ -125,7 +124,7 @@ def to_lora(
     adapter = read_showing_progress(directory)
     found: dict[str, Factors] = {}
     with BaseModel(base) as model:
-        deltas = Deltas(adapter, model, torch_generation)
+        deltas = deltas_of(adapter, model, torch_generation)
         sizes = {name: 4 * prod(layer.shape) for name, layer in deltas.layers.items()}
         with progress("factoring", sum(sizes.values())) as advance:
             for name, nbytes in sizes.items():
@@ -136,9 +135,8 @@ def to_lora(
     config = lora_config(adapter.config, ranks, conv1d)
     config["base_model_name_or_path"] = adapter.config.base_model_name_or_path or str(base)
     arrays = {
-        PREFIX + key: value
-        for key, value in adapter.saved.items()
-        if ".original_module." not in key  # PEFT's copy of a frozen bias, which nothing uses
+        PREFIX + file_key(key, adapter.layers): value
+        for key, value in trained_tensors(adapter.saved).items()
     }
     for name, factors in found.items():
         arrays[f"{PREFIX}{name}.lora_A.weight"] = factors.A

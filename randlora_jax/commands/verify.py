@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from randlora_jax.commands.inputs import add_inputs, read_showing_progress
-from randlora_jax.commands.merge_plan import trained_whole
+from randlora_jax.commands.inputs import add_inputs, deltas_of, read_showing_progress
 from randlora_jax.commands.peft_model import PeftTwin
 from randlora_jax.commands.report import Commands, Misuse, Report, command_parser
 from randlora_jax.interop.base_model import BaseModel
-from randlora_jax.interop.numpy_delta import Deltas
+from randlora_jax.interop.keys import trained_tensors
 
 DELTAS, LOGITS = 1e-5, 1e-5
 TWINS = 1e-3  # base models that differ by more are not the same model
@@ -83,7 +82,7 @@ def verify(
             ) from error
     adapter = read_showing_progress(directory)
     with BaseModel(base) as model:
-        deltas = Deltas(adapter, model, torch_generation)
+        deltas = deltas_of(adapter, model, torch_generation)
         theirs = PeftTwin(adapter, directory, base)
         layers, tensors = theirs.deltas(), theirs.saved()
         found = [
@@ -91,7 +90,7 @@ def verify(
             for name in deltas.layers
             if name in layers
         ]
-    whole = trained_whole(adapter)
+    whole = trained_tensors(adapter.saved)
     # PEFT rounds to the base model's dtype, which is kept only where PEFT has to draw the bases
     allowed = 0.0 if adapter.bases is not None else 2**-8
     found += [

@@ -70,7 +70,7 @@ def test_what_cannot_be_written(tmp_path, rng):
     with pytest.raises(AdapterFileError, match="digest"):
         write_adapter(tmp_path, dataclasses.replace(adapter, bases=other))
     wide = dataclasses.replace(adapter.provenance, shapes=dict.fromkeys(TARGETS, (12, 7)))
-    with pytest.raises(AdapterFileError, match=r"layer\.10\.randlora_gamma: expected 7, found 10"):
+    with pytest.raises(AdapterFileError, match=r"layer\.10\.randlora_gamma': expected 7, found 10"):
         write_adapter(tmp_path, dataclasses.replace(adapter, provenance=wide))
     lam, gamma = adapter.layers["layer.2"]
     for bad in ((lam.astype(np.float64), gamma), (lam, gamma * np.nan), (lam, gamma.T)):

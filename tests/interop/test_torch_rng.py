@@ -174,7 +174,7 @@ def test_memory_is_the_results_own(kind):
     assert peak < sum(x.nbytes for x in pair) + 5e6
 
 
-def origins() -> list[tuple[str, Generation | None, type]]:
+def draws() -> list[tuple[str, Generation | None, type]]:
     """Every way to draw that gives these extents and key numbers of their own."""
     f32, f16, bf16 = np.float32, np.float16, ml_dtypes.bfloat16
     dense = [("dense", generation, f32) for generation in Generation]
@@ -183,12 +183,12 @@ def origins() -> list[tuple[str, Generation | None, type]]:
     return dense + [(kind, None, t) for kind in KINDS[1:] for t in (f32, bf16, f16)]
 
 
-@pytest.mark.parametrize(("kind", "generation", "base_dtype"), origins())
+@pytest.mark.parametrize(("kind", "generation", "base_dtype"), draws())
 def test_identify_names_every_way_to_draw(kind, generation, base_dtype):
     a, b = torch_bases(5, *TOGETHER, kind=kind, generation=generation, base_dtype=base_dtype)
-    origin = (kind, generation, np.dtype(base_dtype))
-    assert identify(a, b, 5) == origin
-    assert identify(a.astype(np.float32), b.astype(np.float32), 5 + 2**32) == origin
+    draw = (kind, generation, np.dtype(base_dtype))
+    assert identify(a, b, 5) == draw
+    assert identify(a.astype(np.float32), b.astype(np.float32), 5 + 2**32) == draw
     assert identify(a, b, 6) is None
     almost = b.copy()
     almost[-1, -1, -1] = np.nextafter(almost[-1, -1, -1], almost.dtype.type(9))
