@@ -184,9 +184,12 @@ class TorchDraw(NamedTuple):
 
 
 def torch_draw(kind: Kind, generation: Generation | None, base_dtype: npt.DTypeLike) -> TorchDraw:
-    """The draw for base models in `base_dtype`, named as `identify` names one that is the same."""
+    """The draw for base models in `base_dtype`, one name for what is surely the same.
+
+    The dtype of a dense draw rounds nothing more: such a draw is named float32, as by `identify`.
+    """
     if generation is not None and np.dtype(base_dtype) == _RULES[generation].dtype:
-        base_dtype = _F32  # nothing is rounded a second time
+        base_dtype = _F32
     return TorchDraw(kind, generation, np.dtype(base_dtype))
 
 

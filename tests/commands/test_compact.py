@@ -23,6 +23,7 @@ from peft_nets import (
     run,
     with_adapter_names,
 )
+from randlora_jax.interop.adapter import bases_digest
 from randlora_jax.interop.errors import AdapterFileError
 from randlora_jax.interop.peft_dir import read_adapter, write_adapter
 from randlora_jax.interop.tensor_file import TensorFile
@@ -108,7 +109,9 @@ def test_bases_that_torch_draws_again_are_dropped(tmp_path, kind, dtype):
     assert "first adapter" in report.text
     written = read_adapter(tmp_path / "dst")
     assert not written.config.save_projection
-    assert written.provenance.digest and written.provenance.source.startswith("torch:")
+    assert written.provenance.digest == bases_digest(*read_adapter(tmp_path / "src").bases)
+    named = drawn["generation"] or kind  # "very_sparse" is not called sparse
+    assert written.provenance.source == f"torch:{named}:{drawn['base_dtypes'][0]}:10x10"
 
 
 def bump(tensors):
