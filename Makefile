@@ -1,12 +1,15 @@
 # From a fresh clone, with Python 3.11 and nothing installed:
 #   make demo    fine-tunes a real model on real text and opens the adapter in PyTorch PEFT
-#   make test    linter, type checker, all tests
+#   make test    linter, type checker, tests, one of the matrix
+#   make test-long  all tests, those too that are slow and seldom find anything
+#   make matrix  every Python we declare, with old and new releases, on what needs no torch
 #   make examples  a short training loop in every library, each adapter opened in PyTorch PEFT
 #   make bench   what a step costs beside PEFT, JAX LoRA and full fine-tuning; about 20 minutes
 #   make profile  where the time of those steps goes
 #   make compare  RandLoRA beside LoRA, the head alone and full fine-tuning; some hours
 #   make low-precision  how a bfloat16 model learns, by the ways to apply an adapter; loss curves
 #   make fuzz    damages adapters in 100,000 ways (FUZZ_ARGS='--cases 5000 --seed 1')
+#   make dist    the source distribution and the wheel, checked, into dist/
 #   make compat  older releases of PEFT open what we write; tunix on transformers 5
 # All install what they need into .venv the first time.
 
@@ -19,7 +22,8 @@ PYTEST_ARGS ?=
 # Nothing is downloaded once the environment stands.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test examples bench profile compare low-precision lint types fuzz compat clean
+.PHONY: demo test test-long matrix examples bench profile compare low-precision lint types dist \
+	fuzz compat clean
 
 # The C allocator would hand every large buffer back and ask for it again: a third of the time.
 # One arena, since the others, which XLA's threads take, map large buffers whatever they are told.
@@ -40,21 +44,53 @@ compare: $(VENV)/.installed
 low-precision: $(VENV)/.installed
 	$(PINNED) $(RUN) -W ignore benchmarks/low_precision.py
 
+# One Python of the matrix goes along, unless tests were chosen.
 test: lint types
+	$(RUN) -m pytest -n 2 $(or $(PYTEST_ARGS),-m "not long")
+	$(if $(PYTEST_ARGS),,$(RUN) tests/matrix.py 3.12-newest)
+
+test-long: lint types
 	$(RUN) -m pytest -n 2 $(PYTEST_ARGS)
 
-lint: $(VENV)/.installed
+matrix: $(VENV)/.installed
+	$(RUN) tests/matrix.py
+
+# Linter of imports and type checker find a module by its path, so they get a copy laid out as it is
+# imported. The short loops (with_*.py) are written as users write.
+LAID_OUT := build/types
+.PHONY: $(LAID_OUT)
+$(LAID_OUT):
+	rm -rf $@ && mkdir -p $@
+	cp -r randlora_jax examples $@/ && cp -r interop $@/randlora_jax/interop
+
+lint: $(VENV)/.installed $(LAID_OUT)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	cd $(LAID_OUT) && ../../$(VENV)/bin/lint-imports ../../pyproject.toml --no-cache --no-logo
 
-# The type checker finds a module by its path, so it gets a copy laid out as it is imported. The
-# short loops (with_*.py) are written as users write.
-TYPES := build/types
-types: $(VENV)/.installed
-	rm -rf $(TYPES) && mkdir -p $(TYPES)
-	cp -r randlora_jax examples $(TYPES)/ && cp -r interop $(TYPES)/randlora_jax/interop
-	cd $(TYPES) && ../../$(RUN) -m mypy --config-file ../../pyproject.toml \
+types: $(VENV)/.installed $(LAID_OUT)
+	cd $(LAID_OUT) && ../../$(RUN) -m mypy --config-file ../../pyproject.toml \
 		--cache-dir ../../.mypy_cache randlora_jax examples/[!w]*.py
+
+# Both are made, and looked at as an index would; from the first all tests can be collected and some
+# are run; the second goes into an empty environment, where the README's first usage is run.
+UNPACKED := build/dist
+dist: $(VENV)/.installed .venv-dist/.installed
+	rm -rf dist $(UNPACKED) && mkdir -p $(UNPACKED)
+	.venv-dist/bin/python -m build
+	.venv-dist/bin/python -m twine check --strict dist/*
+	tar xzf dist/*.tar.gz -C $(UNPACKED) --strip-components 1
+	cd $(UNPACKED) && ../../$(RUN) -m pytest -q --collect-only > collected.txt || cat collected.txt
+	cd $(UNPACKED) && ../../$(RUN) -m pytest -q -n 2 tests/front_ends tests/interop/test_targets.py
+	$(BASE_PYTHON) -m venv $(UNPACKED)/empty
+	$(UNPACKED)/empty/bin/python -m pip --disable-pip-version-check install -q dist/*.whl
+	$(RUN) tests/readme.py nnx > $(UNPACKED)/empty/usage.py
+	cd $(UNPACKED)/empty && bin/python usage.py
+
+.venv-dist/.installed:
+	$(BASE_PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install build twine
+	@touch $@
 
 EXAMPLES := nnx linen hf_flax haiku equinox
 examples: $(VENV)/.installed .venv-tunix/.installed
@@ -107,4 +143,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peft* build out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
