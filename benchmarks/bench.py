@@ -36,7 +36,7 @@ from rich.table import Table
 from shapes import Shape, llama, minilm, opt
 
 from randlora_jax import RandLoraConfig, RandLoraModel, get_peft_model
-from randlora_jax.core.bases import Box, draw, jax_identity
+from randlora_jax.core.bases import BasisIdentity, Extents, draw
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -155,8 +155,8 @@ def size_of(folder: Path) -> int:
 def bases() -> Report:
     """Seconds to draw a dense pair for Llama-3-8B's widest layer, the best of seven."""
     r, n_in, n_out = WIDE
-    box = Box(n_out, n_in // r, n_in)
-    identity = jax_identity(RandLoraConfig(r=r), box)
+    extents = Extents(n_out, n_in // r, n_in)
+    identity = BasisIdentity.drawn(0, "dense", r, smallest=n_in)
 
     def torchs() -> None:
         # what PEFT does when it wraps a model, of which it needs the dimensions alone
@@ -169,7 +169,7 @@ def bases() -> Report:
 
     jobs = {
         "PEFT": torchs,
-        "ours, from a JAX key": lambda: draw(identity, box).B.block_until_ready(),
+        "ours, from a JAX key": lambda: draw(identity, extents).B.block_until_ready(),
         "ours, as torch draws them": compatible,
     }
     times: dict[str, list[float]] = {name: [] for name in jobs}

@@ -17,6 +17,8 @@ if not (_folder / "interop").is_dir():
     __path__.append(str(_folder.parent))
 
 if TYPE_CHECKING:
+    from randlora_jax.core.contraction import Contraction as Contraction
+    from randlora_jax.core.kernel_layout import KernelLayout as KernelLayout
     from randlora_jax.front_ends.nnx import AdapterParam as AdapterParam
     from randlora_jax.front_ends.nnx import FrozenAdapterParam as FrozenAdapterParam
     from randlora_jax.interop.config import RandLoraConfig as RandLoraConfig
@@ -24,8 +26,10 @@ if TYPE_CHECKING:
     from randlora_jax.interop.errors import ConfigError as ConfigError
     from randlora_jax.interop.errors import RandLoraError as RandLoraError
     from randlora_jax.interop.errors import TargetError as TargetError
-    from randlora_jax.models.model import RandLoraModel as RandLoraModel
-    from randlora_jax.models.model import get_peft_model as get_peft_model
+    from randlora_jax.models.layer import LayerType as LayerType
+    from randlora_jax.wrapping import RandLoraModel as RandLoraModel
+    from randlora_jax.wrapping import get_peft_model as get_peft_model
+    from randlora_jax.wrapping import register_front_end as register_front_end
 
 # Imported when first asked for: the command line reads adapter files without loading jax.
 _HOMES = {
@@ -34,8 +38,12 @@ _HOMES = {
     "ConfigError": "interop.errors",
     "RandLoraError": "interop.errors",
     "TargetError": "interop.errors",
-    "RandLoraModel": "models.model",
-    "get_peft_model": "models.model",
+    "RandLoraModel": "wrapping",
+    "get_peft_model": "wrapping",
+    "register_front_end": "wrapping",
+    "LayerType": "models.layer",
+    "KernelLayout": "core.kernel_layout",
+    "Contraction": "core.contraction",
     "AdapterParam": "front_ends.nnx",
     "FrozenAdapterParam": "front_ends.nnx",
 }

@@ -19,12 +19,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from randlora_jax import AdapterParam, ConfigError, RandLoraConfig, get_peft_model
-from randlora_jax.core.bases import Bases, BasisIdentity, Box, _draw, draw, prng_key
+from randlora_jax.core.applying import Contribution, RunningLayer, adapted
+from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents, _draw, draw, prng_key
 from randlora_jax.core.contraction import LAST_AXES, Contraction
-from randlora_jax.core.delta import Term
-from randlora_jax.core.kernel_layout import View
-from randlora_jax.core.layers import How, Layer, Part, adapted
-from randlora_jax.front_ends.nnx import SharedBasis
+from randlora_jax.core.kernel import Kernel
+from randlora_jax.core.kernel_layout import KernelLayout
+from randlora_jax.core.update import Update
+from randlora_jax.core.ways import ExecutionOptions
+from randlora_jax.front_ends.nnx.variables import SharedBasis
 
 assert len(jax.devices()) == 8
 
@@ -83,23 +85,14 @@ def base(kernel, x, spec, rows, explicit):
     return jnp.matmul(x, kernel, out_sharding=P(rows, columns))
 
 
-def stack(terms, kernels, bases, x, how, shardings, rows, explicit=False):
-    for kernel, term, sharding in zip(kernels, terms, shardings, strict=True):
+def stack(trained, kernels, pair, x, options, shardings, rows, explicit=False):
+    for kernel, lam_gamma, sharding in zip(kernels, trained, shardings, strict=True):
         spec = sharding.spec if sharding else P()
-        layer = Layer("here", (), View("io"), kernel.shape, sharding=sharding)
-        x = jnp.tanh(
-            adapted(
-                lambda k, x, spec=spec: base(k, x, spec, rows, explicit),
-                kernel,
-                x,
-                [Part(Term(*term, bases, 0.1))],
-                View("io"),
-                call=LAST_AXES,
-                low_precision=False,
-                how=how,
-                layer=layer,
-            )
-        )
+        run = lambda k, x, spec=spec: base(k, x, spec, rows, explicit)  # noqa: E731
+        placed = Kernel.traced(kernel, KernelLayout("io"), sharding)
+        layer = RunningLayer("here", run, placed, LAST_AXES, jnp.float32)
+        update = Update(*lam_gamma, pair, 0.1, kernel.shape)
+        x = jnp.tanh(adapted(layer, x, [Contribution(update)], options))
     return (x**2).mean()
 
 
@@ -107,10 +100,10 @@ def stack(terms, kernels, bases, x, how, shardings, rows, explicit=False):
 def arrays():
     keys = iter(jax.random.split(jax.random.key(0), 20))
     draw = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
-    terms = [(0.3 * draw(R, N), 0.3 * draw(N, WIDTH)) for _ in range(DEPTH)]
+    trained = [(0.3 * draw(R, N), 0.3 * draw(N, WIDTH)) for _ in range(DEPTH)]
     kernels = [draw(WIDTH, WIDTH) / 16 for _ in range(DEPTH)]
-    bases = Bases(draw(R, WIDTH).astype(jnp.bfloat16), draw(WIDTH, N, R).astype(jnp.bfloat16))
-    return terms, kernels, bases, draw(TOKENS, WIDTH)
+    pair = BasisPair(draw(R, WIDTH).astype(jnp.bfloat16), draw(WIDTH, N, R).astype(jnp.bfloat16))
+    return trained, kernels, pair, draw(TOKENS, WIDTH)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +112,9 @@ def alone(arrays):
 
     def run(apply):
         gradient = jax.grad(
-            lambda terms, *rest: stack(terms, *rest, How(apply), [None] * DEPTH, None)
+            lambda trained, *rest: stack(
+                trained, *rest, ExecutionOptions(apply), [None] * DEPTH, None
+            )
         )
         compiled = jax.jit(gradient).lower(*arrays).compile()
         return compiled(*arrays), compiled.cost_analysis()["flops"]
@@ -135,18 +130,18 @@ def test_layout(name, apply, axis_type, arrays, alone):
     explicit = axis_type == AxisType.Explicit
     mesh = jax.make_mesh(tuple(extents.values()), tuple(extents), (axis_type,) * len(extents))
     shardings = [NamedSharding(mesh, spec) for spec in specs]
-    how = How(apply, () if explicit or not rows else (rows,))
-    terms, kernels, bases, x = arrays
+    options = ExecutionOptions(apply, () if explicit or not rows else (rows,))
+    trained, kernels, pair, x = arrays
     put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))  # noqa: E731
     placed = (
-        put(terms, P()),
+        put(trained, P()),
         [jax.device_put(k, s) for k, s in zip(kernels, shardings, strict=True)],
-        put(bases, P()),
+        put(pair, P()),
         put(x, P(rows, None)),
     )
 
-    def loss(terms, kernels, bases, x):
-        return stack(terms, kernels, bases, x, how, shardings, rows, explicit)
+    def loss(trained, kernels, pair, x):
+        return stack(trained, kernels, pair, x, options, shardings, rows, explicit)
 
     with jax.set_mesh(mesh) if explicit else nullcontext():
         compiled = jax.jit(jax.grad(loss)).lower(*placed).compile()
@@ -164,7 +159,7 @@ def test_layout(name, apply, axis_type, arrays, alone):
     if apply == "auto" and name != "data parallel" and name != "data and tensor":
         assert abs(share * 8 - 1) <= 0.03
     if name == "data parallel":
-        # the terms in T are shared, those in width cubed are not: each device forms delta itself
+        # the trained in T are shared, those in width cubed are not: each device forms delta itself
         cubed = 6 * WIDTH / (6 * TOKENS + 6 * WIDTH) if apply == "auto" else 0
         assert share <= (1 - cubed) / 8 + cubed + 0.01
 
@@ -173,19 +168,19 @@ def test_what_is_left_to_the_partitioner_is_seen(arrays):
     """Without a word on the tokens, delta's whole gradient is summed: the check above can fail."""
     mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
     shardings = [NamedSharding(mesh, P())] * DEPTH
-    terms, kernels, bases, x = arrays
-    placed = (*jax.device_put((terms, kernels, bases), shardings[0]),)
+    trained, kernels, pair, x = arrays
+    placed = (*jax.device_put((trained, kernels, pair), shardings[0]),)
     x = jax.device_put(x, NamedSharding(mesh, P("data", None)))
 
-    def loss(terms, kernels, bases, x):
-        return stack(terms, kernels, bases, x, How(), shardings, "data")
+    def loss(trained, kernels, pair, x):
+        return stack(trained, kernels, pair, x, ExecutionOptions(), shardings, "data")
 
     compiled = jax.jit(jax.grad(loss)).lower(*placed, x).compile()
     sent = {(o, kind(s, TOKENS // 8)) for o, s in collectives(compiled.as_text())}
     assert ("all-reduce", "kernel") in sent
 
 
-EINSUM, VIEW = "BSD,CKDH->CBSKH", View("soio")  # keys and values in one array, as Gemma's
+EINSUM, LAYOUT = "BSD,CKDH->CBSKH", KernelLayout("soio")  # keys and values in one array, as Gemma's
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
@@ -198,35 +193,29 @@ def test_several_matrices_in_one_kernel(spec, axis_type):
     draw = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
     n = width // R
     lam, gamma = 0.3 * draw(2, R, n), 0.3 * draw(2, n, width)
-    bases = Bases(draw(R, width).astype(jnp.bfloat16), draw(width, n, R).astype(jnp.bfloat16))
+    pair = BasisPair(draw(R, width).astype(jnp.bfloat16), draw(width, n, R).astype(jnp.bfloat16))
     kernel, x = draw(2, 8, width, width // 8) / 11, draw(8, tokens // 8, width)
 
-    def loss(lam, gamma, kernel, bases, x, sharding=None):
+    def loss(lam, gamma, kernel, pair, x, sharding=None):
         def run(kernel, x):
             if sharding and explicit:
                 kernel = jax.sharding.reshard(kernel, P())
             return jnp.einsum(EINSUM, x, kernel)
 
-        out = adapted(
-            run,
-            kernel,
-            x,
-            [Part(Term(lam, gamma, bases, 0.1))],
-            VIEW,
-            call=Contraction(EINSUM),
-            low_precision=False,
-            how=How("auto", ("data",) if sharding and not explicit else ()),
-            layer=Layer("here", (), VIEW, kernel.shape, sharding=sharding),
-        )
+        placed = Kernel.traced(kernel, LAYOUT, sharding)
+        layer = RunningLayer("here", run, placed, Contraction(EINSUM), jnp.float32)
+        update = Update(lam, gamma, pair, 0.1, (width, width))
+        options = ExecutionOptions("auto", ("data",) if sharding and not explicit else ())
+        out = adapted(layer, x, [Contribution(update)], options)
         return (jnp.tanh(out) ** 2).mean()
 
     gradient = jax.jit(jax.grad(loss, (0, 1, 4)), static_argnums=5)
-    expected = gradient(lam, gamma, kernel, bases, x)
+    expected = gradient(lam, gamma, kernel, pair, x)
     whole = NamedSharding(mesh, P())
     placed = (
         *jax.device_put((lam, gamma), whole),
         jax.device_put(kernel, cut),
-        jax.device_put(bases, whole),
+        jax.device_put(pair, whole),
         jax.device_put(x, NamedSharding(mesh, P("data"))),
     )
     with jax.set_mesh(mesh) if explicit else nullcontext():
@@ -248,13 +237,13 @@ def test_several_matrices_in_one_kernel(spec, axis_type):
 def test_bases_are_drawn_where_they_lie(spec, kind, sparsity):
     """Nothing is sent, and the numbers are one device's."""
     sharding = NamedSharding(jax.make_mesh((8,), ("data",), (AxisType.Auto,)), spec)
-    identity, box = BasisIdentity("jax", 7, kind, 16, sparsity), Box(64, 8, 128)
-    found, expected = draw(identity, box, sharding), draw(identity, box)
+    identity, extents = BasisIdentity("jax", 7, kind, 16, sparsity), Extents(64, 8, 128)
+    found, expected = draw(identity, extents, sharding), draw(identity, extents)
     for a, b in zip(found, expected, strict=True):
         assert a.sharding.is_equivalent_to(sharding, a.ndim)
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     numbers = jax.jit(_draw, static_argnums=(1, 2, 3, 4), out_shardings=sharding)
-    compiled = numbers.lower(prng_key(7), kind, 16, sparsity, box).compile()
+    compiled = numbers.lower(prng_key(7), kind, 16, sparsity, extents).compile()
     assert not collectives(compiled.as_text())
 
 

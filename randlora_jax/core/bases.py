@@ -13,7 +13,7 @@ that is exact but for one rounding.
 import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,32 +22,30 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 
-from randlora_jax.interop.config import RandLoraConfig
-from randlora_jax.interop.torch_rng import Kind
+Kind = Literal["dense", "sparse", "very_sparse"]
 
 
-class Bases(NamedTuple):
+class BasisPair(NamedTuple):
     """One pair of shared bases, as layers use it.
 
     A: (r, MIN), B: (MAX, N, r); bfloat16 wherever that loses nothing, else float32. Ternary ones
-    are int8, -1, 0 or 1, and their unit is a part of the adapter's scaling. PEFT keeps a middle
-    axis of length one in A; it exists only in files (``randlora_jax.interop``).
+    are int8, -1, 0 or 1, and their unit is a part of the adapter's scaling.
     """
 
     A: jax.Array
     B: jax.Array
 
 
-class Box(NamedTuple):
+class Extents(NamedTuple):
     """Extents of a pair: ``MAX`` rows of B, ``N`` bases, ``MIN`` columns of A."""
 
     max: int
     n: int
     min: int
 
-    def union(self, other: "Box") -> "Box":
+    def union(self, other: "Extents") -> "Extents":
         """The smallest extents that hold both."""
-        return Box(*map(max, self, other))
+        return Extents(*map(max, self, other))
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,12 @@ class BasisIdentity:
     r: int
     sparsity: float = 0.0
 
+    @classmethod
+    def drawn(cls, key: int, kind: Kind, r: int, smallest: int) -> "BasisIdentity":
+        """Of a pair that `draw` makes, for an adapter whose pair has `smallest` columns of A."""
+        sparsity = {"dense": 0.0, "sparse": 3.0, "very_sparse": math.sqrt(smallest)}[kind]
+        return cls("jax", key, kind, r, sparsity)
+
     @property
     def unit(self) -> float:
         """What an integer of a pair drawn here stands for; 1 for dense pairs."""
@@ -79,25 +83,9 @@ class BasisIdentity:
         )
 
 
-def used_box(shape: tuple[int, int], r: int) -> Box:
+def used_extents(shape: tuple[int, int], r: int) -> Extents:
     """The corner of the bases that one (in, out) matrix slices: max, ceil(min / r), min."""
-    return Box(max(shape), math.ceil(min(shape) / r), min(shape))
-
-
-def peft_box(shapes: list[tuple[int, int]], r: int) -> Box:
-    """The extents PEFT gives the pair of an adapter with these (in, out) matrices.
-
-    PEFT takes the largest ``in`` and the largest ``out`` over all targets, then their maximum and
-    minimum (``RandLoraModel._find_dim``): often far more than any layer slices.
-    """
-    return used_box((max(s[0] for s in shapes), max(s[1] for s in shapes)), r)
-
-
-def jax_identity(config: RandLoraConfig, box: Box) -> BasisIdentity:
-    """Identity of the pair that `config` asks for, for an adapter whose PEFT box is `box`."""
-    kind = config.kind
-    sparsity = {"dense": 0.0, "sparse": 3.0, "very_sparse": math.sqrt(box.min)}[kind]
-    return BasisIdentity("jax", config.projection_prng_key, kind, config.r, sparsity)
+    return Extents(max(shape), math.ceil(min(shape) / r), min(shape))
 
 
 def prng_key(key: int) -> jax.Array:
@@ -106,8 +94,10 @@ def prng_key(key: int) -> jax.Array:
     return jax.random.wrap_key_data(jnp.asarray(halves), impl="threefry2x32")
 
 
-def draw(identity: BasisIdentity, box: Box, sharding: NamedSharding | None = None) -> Bases:
-    """Draws a pair of `identity` with the extents of `box`: bfloat16, or int8 if it is ternary.
+def draw(
+    identity: BasisIdentity, extents: Extents, sharding: NamedSharding | None = None
+) -> BasisPair:
+    """Draws a pair of `identity` and `extents`: bfloat16, or int8 if it is ternary.
 
     On the default device, or right where `sharding` wants it: each device draws what it holds.
 
@@ -120,10 +110,10 @@ def draw(identity: BasisIdentity, box: Box, sharding: NamedSharding | None = Non
     if identity.source != "jax":
         raise ValueError(f"bases of {identity} come from a file and cannot be drawn")
     numbers = jax.jit(_draw, static_argnums=(1, 2, 3, 4), out_shardings=sharding)
-    return numbers(prng_key(identity.key), identity.kind, identity.r, identity.sparsity, box)
+    return numbers(prng_key(identity.key), identity.kind, identity.r, identity.sparsity, extents)
 
 
-def _draw(key: jax.Array, kind: Kind, r: int, sparsity: float, box: Box) -> Bases:
+def _draw(key: jax.Array, kind: Kind, r: int, sparsity: float, extents: Extents) -> BasisPair:
     numbers = _uniform if kind == "dense" else functools.partial(_ternary, s=sparsity)
 
     def keys(side: int, count: int) -> tuple[jax.Array, jax.Array]:
@@ -136,12 +126,12 @@ def _draw(key: jax.Array, kind: Kind, r: int, sparsity: float, box: Box) -> Base
         return lax.broadcasted_iota(jnp.uint32, shape, axis)
 
     high, low = keys(0, r)
-    a = _words(high[:, None], low[:, None], counter((r, box.min), 1))  # (r, MIN)
-    high, low = keys(1, box.n)
-    shape = (box.max, box.n, r)
+    a = _words(high[:, None], low[:, None], counter((r, extents.min), 1))  # (r, MIN)
+    high, low = keys(1, extents.n)
+    shape = (extents.max, extents.n, r)
     place = counter(shape, 0) * np.uint32(r) + counter(shape, 2)  # within a basis, row by row
     b = _words(high[:, None], low[:, None], place)  # (MAX, N, r)
-    return Bases(numbers(a), numbers(b))
+    return BasisPair(numbers(a), numbers(b))
 
 
 def _words(high: jax.Array, low: jax.Array, counters: jax.Array) -> jax.Array:
@@ -173,12 +163,3 @@ def _ternary(words: jax.Array, s: float) -> jax.Array:
     edge = round(2**32 / (2 * s))
     high = (words >= jnp.uint32(2**32 - edge)).astype(jnp.int8)
     return high - (words < jnp.uint32(edge)).astype(jnp.int8)
-
-
-def in_full(identity: BasisIdentity, pair: Bases) -> tuple[np.ndarray, np.ndarray]:
-    """A (r, 1, MIN) and B (MAX, N, r) of a pair drawn here, as files hold them: bfloat16."""
-
-    def numbers(x: jax.Array) -> np.ndarray:
-        return (np.asarray(x, np.float32) * np.float32(identity.unit)).astype(ml_dtypes.bfloat16)
-
-    return numbers(pair.A)[:, None], numbers(pair.B)

@@ -1,7 +1,7 @@
 """A layer's call as a sum over axes of its input, so that an adapter can be applied beside it.
 
 What a layer computes is an einsum of its input and its kernel, a letter an axis. With the kernel's
-view (which of its axes are in, out, stack), that tells how to lay the input out as rows of a
+layout (which of its axes are in, out, stack), that tells how to lay the input out as rows of a
 matrix, and the rows of a result as the layer's output.
 """
 
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from randlora_jax.core.kernel_layout import View
+from randlora_jax.core.kernel_layout import KernelLayout
 
 
 @dataclass(frozen=True)
-class Letters:
+class CallAxes:
     """The axes of one call: of its input and output, and the kernel's by their role."""
 
     x: str
@@ -48,11 +48,11 @@ class Contraction:
 
     equation: str | None = None
 
-    def letters(self, view: View, ndim: int) -> Letters:
-        """The axes of a call whose input has `ndim`, of a layer whose kernel has `view`."""
+    def axes(self, layout: KernelLayout, ndim: int) -> CallAxes:
+        """The axes of a call whose input has `ndim`, of a layer whose kernel has `layout`."""
         if self.equation is None:
-            kernel = string.ascii_letters[: len(view.axes)]
-            ins, outs = (_of(view, kernel, side) for side in "io")
+            kernel = string.ascii_letters[: len(layout.axes)]
+            ins, outs = (_of(layout, kernel, side) for side in "io")
             x, out = f"...{ins}", f"...{outs}"
         else:
             x, _, rest = self.equation.replace(" ", "").partition(",")
@@ -60,34 +60,34 @@ class Contraction:
         free = [c for c in string.ascii_letters if c not in x + kernel + out]
         dots = "".join(free[: ndim - len(x.replace("...", ""))])
         x, out = x.replace("...", dots), out.replace("...", dots)
-        return Letters(x, out, *(_of(view, kernel, side) for side in "sio"))
+        return CallAxes(x, out, *(_of(layout, kernel, side) for side in "sio"))
 
 
 LAST_AXES = Contraction()
 
 
-def _of(view: View, kernel: str, side: str) -> str:
-    return "".join(c for c, role in zip(kernel, view.axes, strict=True) if role == side)
+def _of(layout: KernelLayout, kernel: str, side: str) -> str:
+    return "".join(c for c, role in zip(kernel, layout.axes, strict=True) if role == side)
 
 
-def as_rows(x: jax.Array, letters: Letters) -> jax.Array:
+def as_rows(x: jax.Array, axes: CallAxes) -> jax.Array:
     """A layer's input as (*shared stack, rows..., in)."""
-    order = letters.shared + letters.rows + letters.n_in
-    laid = jnp.transpose(x, [letters.x.index(c) for c in order])
-    return laid.reshape(*laid.shape[: laid.ndim - len(letters.n_in)], -1)
+    order = axes.shared + axes.rows + axes.n_in
+    laid = jnp.transpose(x, [axes.x.index(c) for c in order])
+    return laid.reshape(*laid.shape[: laid.ndim - len(axes.n_in)], -1)
 
 
-def as_output(y: jax.Array, letters: Letters, sizes: Sequence[int]) -> jax.Array:
+def as_output(y: jax.Array, axes: CallAxes, sizes: Sequence[int]) -> jax.Array:
     """(*stack, rows..., out) as the layer lays its output out; `sizes` of the out axes."""
-    order = letters.stack + letters.rows + letters.n_out
+    order = axes.stack + axes.rows + axes.n_out
     whole = y.reshape(*y.shape[:-1], *sizes)
-    return jnp.transpose(whole, [order.index(c) for c in letters.out])
+    return jnp.transpose(whole, [order.index(c) for c in axes.out])
 
 
 def for_each_matrix(
-    apply: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], letters: Letters
+    apply: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], axes: CallAxes
 ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """(rows, lambda, gamma) -> result, for every matrix of a stack."""
-    for axis in reversed(letters.stack):
-        apply = jax.vmap(apply, (0 if axis in letters.x else None, 0, 0))
+    for axis in reversed(axes.stack):
+        apply = jax.vmap(apply, (0 if axis in axes.x else None, 0, 0))
     return apply

@@ -4,23 +4,19 @@ All shapes are static under ``jit``, so the choice is made once, while tracing. 
 device, a layer (in, out) and the flattened rank s = r * n, counted in multiply-adds times two
 *beyond what the frozen layer itself costs*:
 
-                                 merged                        factored
-    forward                      2 s in out (+ 2 T in out)     2 T s (in + out)
-    gradient of the input        2 s in out (+ 2 T in out)     2 T s (in + out)
-    gradient of lambda, gamma    2 s in out + 2 T in out       2 T s (in + out)
+                                 W + delta    x delta beside            factored
+    forward                      2 s in out   2 s in out + 2 T in out   2 T s (in + out)
+    gradient of the input        2 s in out   2 s in out + 2 T in out   2 T s (in + out)
+    gradient of lambda, gamma    2 s in out + 2 T in out (both)         2 T s (in + out)
 
-"Merged" forms delta and, where the layer may hold W + delta, runs the layer with it; elsewhere
-(low precision, dropout) x @ delta is added beside, which is what stands in brackets. Where
-in <= out the two factored gradients share dy @ B_flat. Memory traffic counts as well: what is
-formed and read again, in bytes, each as dear as `FLOPS_PER_BYTE` operations.
+Where in <= out the two factored gradients share dy @ B_flat. Memory traffic counts as well: what
+is formed and read again, in bytes, each as dear as `FLOPS_PER_BYTE` operations.
 """
 
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal, get_args
 
-Way = Literal["merged", "factored"]
-Apply = Literal["auto", "factored", "merged"]
+from randlora_jax.core.ways import PossibleWays, Way
 
 # What a byte moved costs in operations. CPU cores come to about 8, accelerators to 50 and more for
 # float32; the choice hardly depends on it, since what is formed is also what is computed.
@@ -45,53 +41,50 @@ class Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """The way of each pass.
-
-    joined: "merged" runs the layer with W + delta; else it adds x @ delta beside.
-    """
+    """The way of each pass: forward, gradient of the input, gradient of lambda and gamma."""
 
     forward: Way
     inputs: Way
     trained: Way
-    joined: bool
 
     def __str__(self) -> str:
-        merged = "W + delta_W" if self.joined else "x delta_W beside"
-        word = {"merged": merged, "factored": "factored"}
-        return ", ".join(
-            f"{name}: {word[way]}"
-            for name, way in (
-                ("forward", self.forward),
-                ("input gradient", self.inputs),
-                ("lambda and gamma", self.trained),
-            )
-        )
+        passes = {"forward": self.forward, "input gradient": self.inputs}
+        passes["lambda and gamma"] = self.trained
+        return ", ".join(f"{name}: {way.value}" for name, way in passes.items())
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one layer on one device: tokens, (in, out), flattened rank r * n of all its adapters.
+    """Of one layer on one device.
 
-    shards: the devices that share in forming delta, each a part of it.
+    Args:
+      tokens: rows of its input.
+      n_in, n_out: of its matrix.
+      flat_rank: r * n, summed over the adapters that run together.
+      shards: the devices that share in forming delta, each a part of it.
     """
 
     tokens: int
     n_in: int
     n_out: int
-    flat: int
+    flat_rank: int
     shards: int = 1
 
     def work(self, plan: Plan) -> tuple[Work, Work]:
         """Forward, and both gradients, beyond the frozen layer's own."""
-        backward = self._backward(plan.inputs, plan.trained, plan.joined)
-        return self._forward(plan.forward, plan.joined), backward
+        return self._applied(plan.forward), self._applied(plan.inputs) + self._trained(plan)
+
+    @property
+    def frozen_flops(self) -> float:
+        """Of the frozen layer, forward and backward."""
+        return 4.0 * self.tokens * self.n_in * self.n_out
 
     @property
     def _delta(self) -> Work:
         """Forming delta from the factors: bfloat16 B, float32 A_flat and delta."""
         low, high = sorted((self.n_in, self.n_out))
-        area = low * high / self.shards
-        return Work(2 * self.flat * area, 2 * high * self.flat + 4 * low * self.flat + 8 * area)
+        area, rank = low * high / self.shards, self.flat_rank
+        return Work(2 * rank * area, 2 * high * rank + 4 * low * rank + 8 * area)
 
     @property
     def _through_delta(self) -> Work:
@@ -100,64 +93,43 @@ class Sizes:
 
     def _half(self, n: int) -> Work:
         """One of the two products of the factored way: (T, n) by (n, s), or back."""
-        return Work(2 * self.tokens * self.flat * n, 4 * self.tokens * (self.flat + n))
+        return Work(2 * self.tokens * self.flat_rank * n, 4 * self.tokens * (self.flat_rank + n))
 
-    def _forward(self, way: Way, joined: bool) -> Work:
-        if way == "factored":
+    def _applied(self, way: Way) -> Work:
+        if way is Way.FACTORED:
             return self._half(self.n_in) + self._half(self.n_out)
-        return self._delta if joined else self._delta + self._through_delta
+        return self._delta if way is Way.IN_KERNEL else self._delta + self._through_delta
 
-    def _backward(self, inputs: Way, trained: Way, joined: bool) -> Work:
-        work = self._forward(inputs, joined)
-        if trained == "merged":
-            return work + self._through_delta + self._delta
-        shares = inputs == "factored" and self.n_in <= self.n_out
-        return work + self._half(self.n_in) + (Work() if shares else self._half(self.n_out))
+    def _trained(self, plan: Plan) -> Work:
+        if plan.trained is not Way.FACTORED:
+            return self._through_delta + self._delta
+        shared = plan.inputs is Way.FACTORED and self.n_in <= self.n_out
+        return self._half(self.n_in) + (Work() if shared else self._half(self.n_out))
 
 
-def cheapest(
-    tokens: int,
-    n_in: int,
-    n_out: int,
-    flat: int,
-    *,
-    joins: bool = True,
-    factors: bool = True,
-    apply: Apply = "auto",
-    shards: int = 1,
-) -> Plan:
-    """The plan with the least work.
-
-    Args:
-      tokens: rows of the layer's input on one device.
-      flat: r * n, summed over the adapters that run together.
-      joins: the layer may run with W + delta, so that delta alone need not be applied.
-      factors: the layer is a plain contraction of its input, which the factored way needs.
-      apply: "factored" and "merged" insist.
-      shards: the devices over which the kernel is cut.
-    """
-    if apply != "auto" or not factors:
-        way: Way = "factored" if apply == "factored" and factors else "merged"
-        return Plan(way, way, way, joins)
-    sizes, ways = Sizes(tokens, n_in, n_out, flat, shards), get_args(Way)
-    plans = [Plan(f, i, t, joins) for f, i, t in product(ways, repeat=3)]
+def cheapest(possible: PossibleWays, sizes: Sizes) -> Plan:
+    """The plan with the least work among the possible ones; there must be one."""
+    passes = (possible.forward, possible.forward, possible.trained)
+    plans = [Plan(*ways) for ways in product(*passes)]
     return min(plans, key=lambda plan: sum(work.cost for work in sizes.work(plan)))
 
 
-def explained(
-    name: str, tokens: int, n_in: int, n_out: int, flat: int, joins: bool, apply: Apply
-) -> str:
-    """A line on what `cheapest` chose, and what the plain alternatives would cost."""
-    plan = cheapest(tokens, n_in, n_out, flat, joins=joins, apply=apply)
-    sizes = Sizes(tokens, n_in, n_out, flat)
-    frozen = 4.0 * tokens * n_in * n_out
+def explained(name: str, possible: PossibleWays, sizes: Sizes) -> str:
+    """What `cheapest` chose for a layer, what plain alternatives would cost, what is impossible.
+
+    One line, and one more for each way that the layer cannot take.
+    """
 
     def ratio(plan: Plan) -> str:
         extra = sum(work.flops for work in sizes.work(plan))
-        return f"{(frozen + extra) / frozen:.2f}"
+        return f"{(sizes.frozen_flops + extra) / sizes.frozen_flops:.2f}"
 
-    merged, factored = (Plan(way, way, way, joins) for way in ("merged", "factored"))
-    return (
-        f"{name} ({n_in} -> {n_out}): {plan}. FLOPs of the frozen layer's step times "
-        f"{ratio(plan)}; all merged {ratio(merged)}, all factored {ratio(factored)}"
-    )
+    plan = cheapest(possible, sizes)
+    others = [
+        f"all {way.value} {ratio(Plan(way, way, way))}"
+        for way in possible.forward
+        if possible.forward != (way,)
+    ]
+    line = f"{name} ({sizes.n_in} -> {sizes.n_out}): {plan}. FLOPs of the frozen layer's step "
+    line += ", ".join([f"times {ratio(plan)}", *others])
+    return "\n".join([line, *(f"  not {w.value}: {why}" for w, why in possible.against.items())])

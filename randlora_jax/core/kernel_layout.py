@@ -1,14 +1,12 @@
 """Kernels of any rank seen as (in, out) matrices.
 
-A view is a string with one letter an axis: ``i`` belongs to the input, ``o`` to the output and
+A layout is a string with one letter an axis: ``i`` belongs to the input, ``o`` to the output and
 ``s`` stacks layers. ``"i o"`` is a Dense kernel, ``"o i"`` a transposed one, ``"i o o"`` a
 projection to (heads, head_dim), ``"s i o"`` the kernels of scanned layers. That is all the core
 needs to know about a layer: "run it with W + delta_W" works for every type.
 """
 
 import math
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
@@ -18,7 +16,7 @@ from randlora_jax.interop.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class View:
+class KernelLayout:
     """How the axes of a kernel form matrices; see the module's text.
 
     Raises:
@@ -31,24 +29,30 @@ class View:
         object.__setattr__(self, "axes", self.axes.replace(" ", ""))
         if set(self.axes) - set("ios") or not {"i", "o"} <= set(self.axes):
             raise ConfigError(
-                f"view {self.axes!r}: expected one letter per kernel axis out of i (in), o (out) "
-                "and s (stack), with at least one i and one o, such as 'i o' for a Dense kernel"
+                f"kernel layout {self.axes!r}: expected one letter per kernel axis out of i (in), "
+                "o (out) and s (stack), with at least one i and one o, such as 'i o' for a Dense "
+                "kernel"
             )
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
         """(stack extents, in, out) of a kernel of `shape`."""
         if len(shape) != len(self.axes):
             raise ConfigError(
-                f"view {self.axes!r} describes {len(self.axes)} axes, the kernel has shape {shape}"
+                f"kernel layout {self.axes!r} describes {len(self.axes)} axes, the kernel has "
+                f"shape {shape}"
             )
         pick = {c: [n for a, n in zip(self.axes, shape, strict=True) if a == c] for c in "ios"}
         return tuple(pick["s"]), math.prod(pick["i"]), math.prod(pick["o"])
 
-    def within(self, ndim: int) -> "View":
-        """The view inside scans that took the outer stack axes and left `ndim` axes."""
-        return View(self.axes.replace("s", "", len(self.axes) - ndim))
+    def out_sizes(self, shape: tuple[int, ...]) -> list[int]:
+        """The out axes' extents of a kernel of `shape`."""
+        return [n for side, n in zip(self.axes, shape, strict=True) if side == "o"]
 
-    def splits(self, whole: "View") -> bool:
+    def within(self, ndim: int) -> "KernelLayout":
+        """The layout inside scans that took the outer stack axes and left `ndim` axes."""
+        return KernelLayout(self.axes.replace("s", "", len(self.axes) - ndim))
+
+    def splits(self, whole: "KernelLayout") -> bool:
         """Whether this is `whole`, but for out axes of it that are taken for a stack of layers."""
         pairs = list(zip(self.axes, whole.axes, strict=False))
         return len(self.axes) == len(whole.axes) and all(
@@ -66,23 +70,3 @@ class View:
         stack, n_in, n_out = self.sizes(kernel.shape)
         order = [i for c in "sio" for i, a in enumerate(self.axes) if a == c]
         return jnp.transpose(kernel, order).reshape(*stack, n_in, n_out)
-
-
-@dataclass(frozen=True)
-class Views:
-    """Views that a user states: regular expressions on a layer's path (``/`` between its parts).
-
-    Raises:
-      ConfigError: a stated view is malformed.
-    """
-
-    stated: Mapping[str, str]
-
-    def __post_init__(self) -> None:
-        for axes in self.stated.values():
-            View(axes)
-
-    def find(self, path: tuple[object, ...]) -> View | None:
-        """The first stated view whose expression matches the whole path of a layer."""
-        joined = "/".join(map(str, path))
-        return next((View(v) for k, v in self.stated.items() if re.fullmatch(k, joined)), None)

@@ -25,16 +25,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from randlora_jax.core.bases import Bases
-from randlora_jax.core.delta import Term, flat_factors, formed, sliced, through
-from randlora_jax.core.kernel_layout import View
+from randlora_jax.core.bases import BasisPair
+from randlora_jax.core.kernel_layout import KernelLayout
+from randlora_jax.core.update import Update
 
 Axes = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Of one layer.
+class Placement:
+    """Where one layer lies.
 
     Args:
       mesh: of devices.
@@ -47,7 +47,7 @@ class Layout:
     n_out: Axes
     rows: tuple[Axes, ...] = ()
 
-    def of_rows(self, x: jax.Array, shared: int, token_axes: Axes) -> "Layout":
+    def of_rows(self, x: jax.Array, shared: int, token_axes: Axes) -> "Placement":
         """With the rows of `x`, (`shared` stack axes, rows..., in).
 
         Args:
@@ -77,17 +77,19 @@ class Layout:
         """How many devices lie along `axes`."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
-    def cut(self, term: Term, n_in: int, n_out: int) -> Term:
-        """`term` with its bases reduced to what (in, out) slices and cut as the kernel is."""
-        small, large = (self.n_in, self.n_out) if n_in <= n_out else (self.n_out, self.n_in)
-        term = sliced(term, n_in, n_out)
+    def cut(self, update: Update) -> Update:
+        """`update` of one matrix, its bases sliced and cut as the kernel is."""
+        n_in, n_out = self.n_in, self.n_out
+        small, large = (n_in, n_out) if update.in_is_smaller else (n_out, n_in)
+        update = update.sliced()
         columns, rows = P(None, small or None), P(large or None)
-        return term._replace(
-            gamma=self._placed(term.gamma, columns),
-            bases=Bases(self._placed(term.bases.A, columns), self._placed(term.bases.B, rows)),
+        return replace(
+            update,
+            gamma=self._placed(update.gamma, columns),
+            pair=BasisPair(self._placed(update.pair.A, columns), self._placed(update.pair.B, rows)),
         )
 
-    def applied(self, x: jax.Array, term: Term, n_in: int, n_out: int, factored: bool) -> jax.Array:
+    def applied(self, x: jax.Array, update: Update, *, factored: bool) -> jax.Array:
         """x (rows..., in) @ delta, (rows..., out) in float32; `factored`: without forming delta.
 
         Written for each device, so that what is summed over devices backwards is the gradient of
@@ -95,22 +97,22 @@ class Layout:
         is formed in parts and gathered: its gradient is scattered, and each device works on its
         part. Along other axes (tensor parallel) each device keeps to its part of the layer.
         """
-        wide, term = n_in <= n_out, sliced(term, n_in, n_out)
+        update = update.sliced()
         gathered = [tuple(a for a in axes if a in self.tokens) for axes in (self.n_in, self.n_out)]
         kept = [tuple(a for a in axes if a not in self.tokens) for axes in (self.n_in, self.n_out)]
         cuts = kept if factored else [self.n_in, self.n_out]
-        small, large = cuts if wide else cuts[::-1]
+        small, large = cuts if update.in_is_smaller else cuts[::-1]
 
-        def local(x: jax.Array, lam: jax.Array, gamma: jax.Array, *bases: jax.Array) -> jax.Array:
+        def local(x: jax.Array, lam: jax.Array, gamma: jax.Array, *pair: jax.Array) -> jax.Array:
             # from here on they differ, as far as a device knows: so their gradients stay apart
             lam = jax.lax.pcast(lam, self.used, to="varying")
             gamma = jax.lax.pcast(
                 gamma, tuple(a for a in self.used if a not in small), to="varying"
             )
-            factors = flat_factors(Term(lam, gamma, Bases(*bases), term.scaling))
+            mine = replace(update, lam=lam, gamma=gamma, pair=BasisPair(*pair)).factors()
             if factored:
-                return jax.lax.psum(through(x, *factors, wide), kept[0])
-            whole = formed(*factors, wide)
+                return jax.lax.psum(mine.applied(x), kept[0])
+            whole = mine.formed()
             for axis, axes in enumerate(gathered):
                 if axes:
                     whole = jax.lax.all_gather(whole, axes, axis=axis, tiled=True)
@@ -120,7 +122,7 @@ class Layout:
         columns = P(None, small or None)
         specs = (P(*rows, kept[0] or None), P(), columns, columns, P(large or None))
         arrays: tuple[jax.Array, ...]
-        arrays = (x.astype(jnp.float32), term.lam, term.gamma, *term.bases)
+        arrays = (x.astype(jnp.float32), update.lam, update.gamma, *update.pair)
         if _explicit(self.mesh):
             arrays = tuple(map(self._placed, arrays, specs))
         mapped = jax.shard_map(
@@ -166,8 +168,10 @@ def alone_among_processes(what: str) -> Iterator[bool]:
             multihost_utils.sync_global_devices(f"randlora_jax.{what}")
 
 
-def layout_of(kernel: jax.Array, view: View, base: NamedSharding | None) -> Layout | None:
-    """The layout of a layer by its kernel, None where there is no mesh, or no way to follow it.
+def placement_of(
+    kernel: jax.Array, layout: KernelLayout, base: NamedSharding | None
+) -> Placement | None:
+    """Where a layer lies, by its kernel, None where there is no mesh, or no way to follow it.
 
     Args:
       base: the kernel's sharding when its model was wrapped, for automatic meshes.
@@ -181,13 +185,13 @@ def layout_of(kernel: jax.Array, view: View, base: NamedSharding | None) -> Layo
     else:
         return None
     sides: dict[str, list[Axes]] = {"i": [], "o": [], "s": []}
-    for letter, axes in zip(view.axes, spec, strict=True):
+    for letter, axes in zip(layout.axes, spec, strict=True):
         sides[letter].append(axes)
     # a side made of several axes is cut in contiguous parts only along the first of them
     inner = [axes for side in "io" for axes in sides[side][1:]]
     if any(inner) or any(sides["s"]):
         return None
-    return Layout(sharding.mesh, sides["i"][0], sides["o"][0])
+    return Placement(sharding.mesh, sides["i"][0], sides["o"][0])
 
 
 def _explicit(mesh: Any) -> bool:

@@ -12,10 +12,10 @@ import jax
 from jax.custom_derivatives import SymbolicZero
 
 Tree = Any
-Way = Callable[[Tree, Tree], jax.Array]  # (arguments, what is trained) -> the result
+Function = Callable[[Tree, Tree], jax.Array]  # (arguments, what is trained) -> the result
 
 
-def each_pass_its_way(forward: Way, inputs: Way, trained: Way) -> Way:
+def each_pass_its_way(forward: Function, inputs: Function, trained: Function) -> Function:
     """The function that all three compute: by `forward` where its value is wanted, ...
 
     ... by `inputs` and `trained` where it is differentiated with respect to its first and second
@@ -25,8 +25,8 @@ def each_pass_its_way(forward: Way, inputs: Way, trained: Way) -> Way:
     """
 
     @jax.custom_jvp
-    def function(arguments: Tree, terms: Tree) -> jax.Array:
-        return forward(arguments, terms)
+    def function(arguments: Tree, updates: Tree) -> jax.Array:
+        return forward(arguments, updates)
 
     def rule(primals: tuple[Tree, Tree], tangents: tuple[Tree, Tree]) -> tuple[Any, Any]:
         leaves, tree = jax.tree.flatten(primals)
@@ -39,7 +39,7 @@ def each_pass_its_way(forward: Way, inputs: Way, trained: Way) -> Way:
         }
 
         def tangent(leaves: list[jax.Array], steps: dict[int, jax.Array]) -> jax.Array:
-            def along(way: Way, moving: Sequence[int]) -> jax.Array:
+            def along(way: Function, moving: Sequence[int]) -> jax.Array:
                 def moved(values: list[jax.Array]) -> jax.Array:
                     now = {**dict(enumerate(leaves)), **dict(zip(moving, values, strict=True))}
                     return way(*jax.tree.unflatten(tree, [now[i] for i in range(len(leaves))]))

@@ -1,1 +1,10 @@
-"""Where each framework keeps its arrays and how it runs its layers."""
+"""Front ends: where each framework keeps its arrays, and how it runs its layers.
+
+Importing this makes those of the library known. They do not know of each other.
+"""
+
+# The last one is asked first. Any model may be a pytree, so that one comes first here.
+from randlora_jax.front_ends import pytree  # isort: skip
+from randlora_jax.front_ends import linen, nnx  # isort: skip
+
+__all__ = ["linen", "nnx", "pytree"]

@@ -12,91 +12,123 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from randlora_jax.core.delta import Term
-from randlora_jax.core.kernel_layout import Views
-from randlora_jax.core.layers import AdapterSpec, How, kernel_delta
-from randlora_jax.core.mesh import layout_of
-from randlora_jax.front_ends.collections import BASES, FROZEN, TRAINED, FunctionalRandLora
+from randlora_jax.front_ends.collections import (
+    PAIRS,
+    CollectionStore,
+    FunctionalRandLora,
+    adapter_trees,
+    state_of,
+)
 from randlora_jax.interop.errors import ConfigError
-from randlora_jax.models.layer_types import layer_at
-from randlora_jax.models.names import Names, Path, dotted
-from randlora_jax.models.registry import AdapterState, Book, Origin
+from randlora_jax.models import adapter_arrays
+from randlora_jax.models.finding import FoundModule, find_layers
+from randlora_jax.models.front_end import WrapRules, register_front_end
+from randlora_jax.models.names import Path, dotted
+from randlora_jax.models.registry import (
+    AdapterRegistry,
+    AdapterSpec,
+    AdapterState,
+    BaseModelInfo,
+)
 
 Tree = Any
 
 
-class PytreeRandLora(FunctionalRandLora):
-    """A params pytree with adapters; ``model.variables`` as its base class has them."""
+class PytreeStore(CollectionStore):
+    """Collections whose "params" are any pytree of arrays."""
 
-    def __init__(self, params: Tree, how: How, views: Views, names: Names) -> None:
-        if how.apply == "factored":
+    def __init__(self, params: Tree) -> None:
+        super().__init__({"params": params})
+        leaves, self.tree = jax.tree_util.tree_flatten_with_path(params)
+        self.paths: list[Path] = [tuple(map(_part, keys)) for keys, _ in leaves]
+
+    def leaves_of(self, params: Tree) -> dict[Path, jax.Array]:
+        """The arrays of `params`, a tree of this form, by path."""
+        return dict(zip(self.paths, jax.tree.leaves(params), strict=True))
+
+    def tree_of(self, leaves: Mapping[Path, jax.Array]) -> Tree:
+        """The reverse of `leaves_of`."""
+        return jax.tree.unflatten(self.tree, [leaves[path] for path in self.paths])
+
+    def base_leaves(self) -> Mapping[Path, jax.Array]:
+        """Of the params."""
+        return self.leaves_of(self.base["params"])
+
+    def set_base_leaves(self, leaves: Mapping[Path, jax.Array]) -> None:
+        """In a new tree."""
+        self.base = {"params": self.tree_of({**self.base_leaves(), **leaves})}
+
+    def install(
+        self, registry: AdapterRegistry, spec: AdapterSpec, state: AdapterState, rngs: Any
+    ) -> None:
+        """As any collections, but dropout has no input to act on."""
+        if spec.dropout:
+            raise ConfigError(
+                f"randlora_dropout={spec.dropout} needs to see a layer's input, and a params "
+                "pytree has none; set it to 0"
+            )
+        super().install(registry, spec, state, rngs)
+
+    def release(self) -> Tree:
+        """The params."""
+        return self.base["params"]
+
+
+def _accepts(model: Any, rules: WrapRules) -> bool:
+    leaves = jax.tree.leaves(model)
+    return bool(rules.layouts.rules) and all(isinstance(leaf, jax.Array) for leaf in leaves)
+
+
+@register_front_end("a pytree of arrays with views= of its kernels", accepts=_accepts)
+class PytreeRandLora(FunctionalRandLora):
+    """A params pytree with adapters; ``model.variables`` holds the collections."""
+
+    _collections: PytreeStore
+
+    def __init__(self, params: Tree, rules: WrapRules) -> None:
+        if rules.options.apply == "factored":
             raise ConfigError(
                 "apply='factored' needs to see a layer's input, and a params pytree has none; "
                 "use 'auto' or 'merged'"
             )
-        leaves, self._treedef = jax.tree_util.tree_flatten_with_path(params)
-        self._paths: list[Path] = [tuple(map(_part, keys)) for keys, _ in leaves]
-        self._begin({"params": params})
+        self._collections = store = PytreeStore(params)
         owned: dict[Path, dict[str, jax.Array]] = {}
-        for path, (_, leaf) in zip(self._paths, leaves, strict=True):
+        for path, leaf in store.base_leaves().items():
             if not isinstance(leaf, jax.Array):
                 raise ConfigError(
                     f"params {dotted(path)!r} is a {type(leaf).__name__}: expected arrays alone; "
                     "take the rest out first, such as by equinox.partition(model, is_array)"
                 )
             owned.setdefault(path[:-1], {})[path[-1]] = leaf
-        found = {p: layer_at(p, s, None, views.find(p), names) for p, s in owned.items()}
-        layers = {layer.name: layer for layer in found.values() if layer}
-        modules = {names.first(path) for path, layer in found.items() if not layer}
-        how = replace(how, apply="merged")  # there is no other way
-        self._book = Book(layers, tuple(sorted(modules)), names, Origin(), how)
+        modules = (FoundModule(path, arrays) for path, arrays in owned.items())
+        found = find_layers(modules, rules.layouts, rules.names)
+        options = replace(rules.options, apply="merged")  # there is no other way
+        self._registry = AdapterRegistry.of(found, rules.names, BaseModelInfo(), options)
+
+    @property
+    def _base_name(self) -> str:
+        return "a params pytree"
+
+    @property
+    def params(self) -> Tree:
+        """The base model's own, frozen."""
+        return self._collections.release()
 
     def merged(self, variables: Mapping[str, Any]) -> Tree:
         """The params with the active adapters' deltas added: formed in float32, rounded once.
 
         A pure function of `variables`, to be called inside ``jit`` and ``grad``.
         """
-        leaves = dict(zip(self._paths, jax.tree.leaves(variables["params"]), strict=True))
-        book = self._book
-        terms: dict[str, list[Term]] = {}
-        trees = {**variables.get(FROZEN, {}), **variables.get(TRAINED, {})}
-        for adapter, tree in trees.items():
-            spec, state = book.specs[adapter], self._state_of(tree)
-            bases = variables[BASES][str(spec.identity)]
-            for path, value in state.saved.items():
-                leaves[path] = value.astype(leaves[path].dtype)
-            for name, (lam, gamma) in state.layers.items():
-                terms.setdefault(name, []).append(Term(lam, gamma, bases, spec.scaling))
-        for name, mine in terms.items():
-            path, kernel = book.layers[name].kernel_path, leaves[book.layers[name].kernel_path]
-            view = book.layers[name].view
-            layout = layout_of(kernel, view, book.layers[name].sharding)
-            change = kernel_delta(mine, view, kernel.shape, layout)
-            leaves[path] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
-        return jax.tree.unflatten(self._treedef, [leaves[path] for path in self._paths])
-
-    # What RandLoraModel asks of a front end.
-
-    def _base_leaves(self) -> Mapping[Path, jax.Array]:
-        return dict(zip(self._paths, jax.tree.leaves(self._collections["params"]), strict=True))
-
-    def _set_base_leaves(self, leaves: Mapping[Path, jax.Array]) -> None:
-        new = {**self._base_leaves(), **leaves}
-        params = jax.tree.unflatten(self._treedef, [new[path] for path in self._paths])
-        self._collections = {"params": params}
-
-    def _install(self, spec: AdapterSpec, state: AdapterState, rngs: Any) -> None:
-        if spec.dropout:
-            raise ConfigError(
-                f"randlora_dropout={spec.dropout} needs to see a layer's input, and a params "
-                "pytree has none; set it to 0"
-            )
-        super()._install(spec, state, rngs)
-
-    def _release(self) -> Tree:
-        return self._collections["params"]
+        store = self._collections
+        leaves = store.leaves_of(variables["params"])
+        states = {name: state_of(tree) for name, tree in adapter_trees(variables).items()}
+        for state in states.values():
+            leaves |= {path: x.astype(leaves[path].dtype) for path, x in state.saved.items()}
+        pairs = variables[PAIRS]
+        updates = adapter_arrays.updates_by_layer(self._registry, states, pairs)
+        leaves |= adapter_arrays.merged_kernels(self._registry, leaves, updates, traced=True)
+        return store.tree_of(leaves)
 
 
 def _part(key: Any) -> str:

@@ -1,41 +1,58 @@
 """Between a model's adapter and its PEFT directory: names, layouts, whose the bases are."""
 
 import dataclasses
-import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path as FilePath
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from randlora_jax.core.bases import draw, in_full, used_box
-from randlora_jax.core.layers import AdapterSpec, Layer
+from randlora_jax.core.bases import used_extents
 from randlora_jax.interop import targets
 from randlora_jax.interop.adapter import Adapter, Provenance, bases_digest
 from randlora_jax.interop.config import RandLoraConfig
-from randlora_jax.interop.errors import AdapterFileError, RandLoraError, TargetError, nearest, shown
+from randlora_jax.interop.errors import (
+    AdapterFileError,
+    RandLoraError,
+    TargetError,
+    nearest,
+    shown,
+    warn,
+)
+from randlora_jax.interop.keys import file_key, trained_tensors
 from randlora_jax.interop.peft_dir import read_adapter
-from randlora_jax.models import names, origins
-from randlora_jax.models.names import Path
-from randlora_jax.models.origins import Pair, Stored
-from randlora_jax.models.registry import AdapterState, Book
+from randlora_jax.models import basis_source
+from randlora_jax.models.basis_source import KeptPairs
+from randlora_jax.models.layer import Layer
+from randlora_jax.models.names import TORCH_LEAF, Path, dotted
+from randlora_jax.models.peft_layout import from_peft_layout, to_peft_layout, torch_keys
+from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 
 
-def export(book: Book, adapter_name: str, state: AdapterState) -> Adapter:
+class Restored(NamedTuple):
+    """An adapter that was read and fits a model; `kept` is what of its bases cannot be redrawn."""
+
+    spec: AdapterSpec
+    config: RandLoraConfig
+    state: AdapterState
+    kept: KeptPairs
+
+
+def export(registry: AdapterRegistry, adapter_name: str, state: AdapterState) -> Adapter:
     """An adapter in PEFT's names and layouts, in host memory.
 
     Raises:
       TargetError: a leaf has no PyTorch name.
     """
-    spec, config = book.specs[adapter_name], book.configs[adapter_name]
+    spec = registry.specs[adapter_name]
     layers: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     owners: dict[str, Layer] = {}
     for name, (lam, gamma) in state.layers.items():
-        layer = book.layers[name]
-        if len(layer.names) != math.prod(layer.stack):
+        layer = registry.layers[name]
+        if not layer.is_named:
             raise TargetError(
                 f"{name!r} holds {layer.stack} PyTorch layers in one array, and no rule says how "
                 f"they are named: pass names={{{name.replace('.', '/')!r}: 'model.layers.{{}}...'}}"
@@ -43,29 +60,11 @@ def export(book: Book, adapter_name: str, state: AdapterState) -> Adapter:
         gammas = layer.split(np.asarray(gamma))
         layers |= {k: (lam, gammas[k]) for k, lam in layer.split(np.asarray(lam)).items()}
         owners |= dict.fromkeys(layer.names, layer)
-    bases = peft_pair(book, spec)
-    if book.origin.model_type and not (config.base_model_name_or_path or book.origin.name_or_path):
-        warnings.warn(
-            "base_model_name_or_path is unknown, so PEFT's Auto classes will not find the base "
-            "model of this adapter; give it in RandLoraConfig",
-            stacklevel=4,
-        )
-    written = dataclasses.replace(
-        config,
-        target_modules=targets.write_targets(layers, [*book.modules, *book.owners()]),
-        layers_to_transform=None,  # target_modules says all
-        layers_pattern=None,
-        modules_to_save=targets.saved_modules(config) or None,
-        fan_in_fan_out=any(layer.fan_in_fan_out for layer in owners.values()),
-        base_model_name_or_path=config.base_model_name_or_path or book.origin.name_or_path,
-        auto_mapping=config.auto_mapping
-        or (None if config.task_type else book.origin.auto_mapping),
-        inference_mode=True,
-    )
+    bases = basis_source.stored_pair(spec.identity, spec.extents, registry.kept_pairs)
     return Adapter(
-        config=written,
+        config=_written_config(registry, adapter_name, owners),
         layers=layers,
-        saved=_saved_tensors(book, state),
+        saved=_saved_tensors(registry, state),
         bases=bases,
         provenance=Provenance(
             source=spec.identity.source,
@@ -76,6 +75,30 @@ def export(book: Book, adapter_name: str, state: AdapterState) -> Adapter:
                 name: (out, in_) for name, layer in owners.items() for in_, out in [layer.matrix]
             },
         ),
+    )
+
+
+def _written_config(
+    registry: AdapterRegistry, adapter_name: str, owners: Mapping[str, Layer]
+) -> RandLoraConfig:
+    """What PEFT's file says of an adapter whose layers have the canonical names of `owners`."""
+    config, info = registry.configs[adapter_name], registry.info
+    base = config.base_model_name_or_path or info.name_or_path
+    if info.model_type and not base:
+        warn(
+            "base_model_name_or_path is unknown, so PEFT's Auto classes will not find the base "
+            "model of this adapter; give it in RandLoraConfig"
+        )
+    return dataclasses.replace(
+        config,
+        target_modules=targets.write_targets(owners, [*registry.modules, *registry.owners()]),
+        layers_to_transform=None,  # target_modules says all
+        layers_pattern=None,
+        modules_to_save=targets.saved_modules(config) or None,
+        fan_in_fan_out=any(layer.fan_in_fan_out for layer in owners.values()),
+        base_model_name_or_path=base,
+        auto_mapping=config.auto_mapping or (None if config.task_type else info.auto_mapping),
+        inference_mode=True,
     )
 
 
@@ -91,47 +114,28 @@ def warn_if_apart(adapters: Mapping[str, Adapter]) -> None:
     elif len(biased) > 1:
         reason = f"{biased} all train biases"
     if reason:
-        warnings.warn(
-            f"PEFT cannot open these adapters in one PyTorch model, only one at a time: {reason}",
-            stacklevel=4,
-        )
+        warn(f"PEFT cannot open these adapters in one PyTorch model, only one at a time: {reason}")
 
 
-def _saved_tensors(book: Book, state: AdapterState) -> dict[str, np.ndarray]:
-    """What is trained whole, by PyTorch key."""
+def _saved_tensors(registry: AdapterRegistry, state: AdapterState) -> dict[str, np.ndarray]:
+    """What is trained whole, by the file's key."""
     saved: dict[str, np.ndarray] = {}
+    adapted = {name for layer in state.layers for name in registry.layers[layer].names}
     for path, value in state.saved.items():
-        module = names.dotted(path[:-1])
-        tensors = names.to_torch(value, path, book.layers.get(module), book.names)
-        if module in state.layers:  # PEFT's wrapper holds an adapted layer one level down
-            tensors = {_below(key): tensor for key, tensor in tensors.items()}
-        saved |= tensors
+        layer = registry.layers.get(dotted(path[:-1]))
+        for key, tensor in to_peft_layout(value, path, layer, registry.names).items():
+            saved[file_key(key, adapted)] = tensor
     return saved
 
 
-def _below(key: str) -> str:
-    module, leaf = key.rsplit(".", 1)
-    return f"{module}.base_layer.{leaf}"
-
-
-def peft_pair(book: Book, spec: AdapterSpec) -> Pair:
-    """The adapter's pair with exactly the extents PEFT expects in a file."""
-    if spec.identity in book.stored:
-        return book.stored[spec.identity]
-    return in_full(spec.identity, draw(spec.identity, spec.box))
-
-
 def restore(
-    book: Book,
+    registry: AdapterRegistry,
     base: Mapping[Path, jax.Array],
     directory: str | FilePath,
     adapter_name: str,
     torch_generation: str | None,
-) -> tuple[AdapterSpec, RandLoraConfig, AdapterState, Stored]:
+) -> Restored:
     """Reads an adapter directory and fits it to a model; changes nothing.
-
-    Returns:
-      the adapter's spec, config and state, and of its bases what cannot be drawn again.
 
     Raises:
       AdapterFileError: the files are damaged, or hold other tensors than their config asks for.
@@ -139,32 +143,34 @@ def restore(
     """
     with _about(directory):
         adapter = read_adapter(directory)
-        owners = book.owners()
-        _check_layers(book, owners, adapter, directory)
+        owners = registry.owners()
+        _check_layers(registry, owners, adapter, directory)
         chosen = {name: owners[name] for name in adapter.layers}
-        box = book.box(chosen, adapter.config.r)
+        extents = basis_source.pair_extents(
+            [layer.matrix for layer in chosen.values()], adapter.config.r
+        )
         if adapter.bases is not None:
             a, b = adapter.bases
-            if (b.shape[0], a.shape[2]) != (box.max, box.min):
+            if (b.shape[0], a.shape[2]) != (extents.max, extents.min):
                 raise TargetError(
                     f"{directory} has bases for extents {(b.shape[0], a.shape[2])}; its layers "
-                    f"need {(box.max, box.min)} in this model, and PEFT would refuse anything "
-                    "else: it was trained on another model"
+                    f"need {(extents.max, extents.min)} in this model, and PEFT would refuse "
+                    "anything else: it was trained on another model"
                 )
         dtype = base_dtype(base, chosen.values())
-        identity, stored, config = origins.of_adapter(
-            adapter, box, dtype, torch_generation, directory
+        identity, kept, config = basis_source.of_adapter(
+            adapter, extents, dtype, torch_generation, directory
         )
-        scaling = config.scaling * origins.unit(identity, stored)
-        spec = AdapterSpec(adapter_name, scaling, config.randlora_dropout, identity, box)
-        saved = _saved_leaves(book, base, adapter, directory)
+        scaling = config.scaling * basis_source.product_unit(identity, kept)
+        spec = AdapterSpec(adapter_name, scaling, config.randlora_dropout, identity, extents)
         lams = {name: lam for name, (lam, _) in adapter.layers.items()}
         gammas = {name: gamma for name, (_, gamma) in adapter.layers.items()}
         layers = {
             layer.name: (jnp.asarray(layer.join(lams)), jnp.asarray(layer.join(gammas)))
             for layer in chosen.values()
         }
-        return spec, config, AdapterState(layers, saved), stored
+        saved = _saved_leaves(registry, base, adapter, directory)
+        return Restored(spec, config, AdapterState(layers, saved), kept)
 
 
 @contextmanager
@@ -188,7 +194,10 @@ def base_dtype(base: Mapping[Path, jax.Array], layers: Iterable[Layer]) -> np.dt
 
 
 def _check_layers(
-    book: Book, owners: Mapping[str, Layer], adapter: Adapter, directory: str | FilePath
+    registry: AdapterRegistry,
+    owners: Mapping[str, Layer],
+    adapter: Adapter,
+    directory: str | FilePath,
 ) -> None:
     """The file's layers are the model's, of the right sizes, and all that its config selects."""
     for name, (lam, gamma) in adapter.layers.items():
@@ -198,14 +207,14 @@ def _check_layers(
                 f"linear layer; it has {nearest(name, list(owners))}"
             )
         matrix = owners[name].matrix
-        _, n, smallest = used_box(matrix, adapter.config.r)
+        _, n, smallest = used_extents(matrix, adapter.config.r)
         if lam.shape != (adapter.config.r, n) or gamma.shape != (n, smallest):
             raise TargetError(
                 f"{directory}: layer {shown(name)} has lambda {lam.shape} and gamma {gamma.shape}; "
                 f"this model's (in, out) = {matrix} needs {(adapter.config.r, n)} and "
                 f"{(n, smallest)}: it was trained on another model"
             )
-    chosen = book.select(adapter.config)
+    chosen = registry.select(adapter.config)
     if set(chosen) != set(adapter.layers):
         missing, extra = set(chosen) - set(adapter.layers), set(adapter.layers) - set(chosen)
         raise AdapterFileError(
@@ -216,27 +225,29 @@ def _check_layers(
 
 
 def _saved_leaves(
-    book: Book, base: Mapping[Path, jax.Array], adapter: Adapter, directory: str | FilePath
+    registry: AdapterRegistry,
+    base: Mapping[Path, jax.Array],
+    adapter: Adapter,
+    directory: str | FilePath,
 ) -> dict[Path, jax.Array]:
-    # PEFT's copy of a frozen bias is the base model's own; no output depends on it
-    tensors = {k: v for k, v in adapter.saved.items() if ".original_module." not in k}
-    tensors = {k.replace(".base_layer.", "."): v for k, v in tensors.items()}
+    """What the file holds of modules trained whole, by path."""
+    tensors = trained_tensors(adapter.saved)
     saved, used = {}, set()
-    for path, leaf in base.items():
-        layer = book.layers.get(names.dotted(path[:-1]))
-        if path[-1] not in names.TORCH_LEAF and not (layer and path == layer.kernel_path):
+    for path, leaf in base.items() if tensors else ():
+        layer = registry.layers.get(dotted(path[:-1]))
+        if path[-1] not in TORCH_LEAF and not (layer and path == layer.kernel_path):
             continue
-        keys = names.torch_keys(path, layer, book.names)
+        keys = torch_keys(path, layer, registry.names)
         present = [key for key in keys if key in tensors]
         if present and len(present) < len(keys):
             raise TargetError(
-                f"{directory} carries {present}, a part of {names.dotted(path)!r}, which is one "
+                f"{directory} carries {present}, a part of {dotted(path)!r}, which is one "
                 f"array here: {sorted(set(keys) - set(present))} are missing"
             )
         if present:
             # trained numbers are widened, never narrowed
             wide = [tensors[key].astype(np.float32) for key in keys]
-            saved[path] = names.from_torch(wide, path, layer, leaf)
+            saved[path] = from_peft_layout(wide, path, layer, leaf)
             used |= set(keys)
     for key in tensors:
         if key not in used:

@@ -1,53 +1,115 @@
-"""What a front end provides: it stores arrays and runs layers, and decides nothing."""
+"""Front ends make themselves known here: each says which models it accepts and how it wraps them.
 
-from collections.abc import Mapping
-from typing import Any
+@register_front_end("an equinox module", accepts=lambda model: isinstance(model, eqx.Module))
+def wrap(model: eqx.Module, rules: WrapRules) -> RandLoraModel: ...
+"""
 
-import jax
+from __future__ import annotations
 
-from randlora_jax.core.bases import Bases, BasisIdentity
-from randlora_jax.core.layers import AdapterSpec
-from randlora_jax.models.names import Path
-from randlora_jax.models.registry import AdapterState, Book
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from randlora_jax.core.ways import ExecutionOptions
+from randlora_jax.interop.errors import ConfigError
+from randlora_jax.models.finding import StatedLayouts
+from randlora_jax.models.known_models import KnownModel
+from randlora_jax.models.layer_types import Table
+from randlora_jax.models.names import Names, Rules
+
+if TYPE_CHECKING:
+    from randlora_jax.models.model import RandLoraModel
 
 
-class FrontEnd:
-    """The arrays of an adapted model, wherever its framework keeps them."""
+@dataclass(frozen=True)
+class WrapRules:
+    """What a user says of a model when wrapping it; see `get_peft_model`."""
 
-    _book: Book
+    options: ExecutionOptions = field(default_factory=ExecutionOptions)
+    layouts: StatedLayouts = field(default_factory=lambda: StatedLayouts({}))
+    names: Names = field(default_factory=lambda: Names({}))
+    layer_types: Table = field(default_factory=dict)
 
-    def _base_leaves(self) -> Mapping[Path, jax.Array]:
-        """Every frozen leaf of the base model by path."""
-        raise NotImplementedError
+    @classmethod
+    def stated(
+        cls,
+        apply: Any,
+        token_axes: Sequence[str],
+        views: Mapping[str, str] | None,
+        names: Rules | None,
+        layer_types: Table | None,
+    ) -> WrapRules:
+        """Of the arguments of `get_peft_model`.
 
-    def _set_base_leaves(self, leaves: Mapping[Path, jax.Array]) -> None:
-        """Replaces some of them."""
-        raise NotImplementedError
+        Raises:
+          ConfigError: `apply` or a view is malformed.
+        """
+        return cls(
+            ExecutionOptions(apply, tuple(token_axes)),
+            StatedLayouts(views or {}),
+            Names(names or {}),
+            layer_types or {},
+        )
 
-    def _install(self, spec: AdapterSpec, state: AdapterState, rngs: Any) -> None:
-        """Stores an adapter's arrays; `rngs` is for dropout."""
-        raise NotImplementedError
+    def beside(self, known: KnownModel) -> WrapRules:
+        """The user's rules, and after them those of a model that is known by name."""
+        return replace(
+            self,
+            layouts=StatedLayouts({**self.layouts.rules, **known.layouts}),
+            names=Names({**self.names.rules, **known.names}),
+            layer_types={**self.layer_types, **known.layer_types},
+        )
 
-    def _remove(self, adapter_name: str) -> None:
-        """Forgets an adapter's arrays."""
-        raise NotImplementedError
 
-    def _state(self, adapter_name: str) -> AdapterState:
-        """The arrays of an adapter as they are now."""
-        raise NotImplementedError
+Wrap = TypeVar("Wrap", bound="Callable[[Any, WrapRules], RandLoraModel]")
 
-    def _trainable_leaves(self) -> list[jax.Array]:
-        """What an optimizer sees."""
-        raise NotImplementedError
 
-    def _set_bases(self, bases: Mapping[BasisIdentity, Bases]) -> None:
-        """Replaces the shared pairs on the device."""
-        raise NotImplementedError
+class _FrontEnd(NamedTuple):
+    expects: str
+    accepts: Callable[[Any, WrapRules], bool]
+    wrap: Callable[[Any, WrapRules], RandLoraModel]
 
-    def _sync(self) -> None:
-        """The book says otherwise which adapters are active, trained or merged."""
-        raise NotImplementedError
 
-    def _release(self) -> Any:
-        """The base model as its framework knows it, without wrappers."""
-        raise NotImplementedError
+_front_ends: list[_FrontEnd] = []
+
+
+def register_front_end(
+    expects: str, *, accepts: Callable[[Any, WrapRules], bool]
+) -> Callable[[Wrap], Wrap]:
+    """Makes a front end known: decorates a class, or a function, of (model, rules).
+
+    The one that was registered last is asked first.
+
+    Args:
+      expects: what it wraps, in words, for messages.
+      accepts: whether it wraps a model, under the user's rules.
+    """
+
+    def register(wrap: Wrap) -> Wrap:
+        _front_ends.append(_FrontEnd(expects, accepts, wrap))
+        return wrap
+
+    return register
+
+
+def wrap(model: Any, rules: WrapRules) -> RandLoraModel:
+    """`model` wrapped by the front end that accepts it, with no adapter yet.
+
+    Raises:
+      ConfigError: no front end accepts it, or its mesh has no such token axes.
+    """
+    for front_end in reversed(_front_ends):
+        if front_end.accepts(model, rules):
+            wrapped = front_end.wrap(model, rules)
+            break
+    else:
+        expected = ", or ".join(front_end.expects for front_end in reversed(_front_ends))
+        raise ConfigError(f"cannot wrap a {type(model).__name__}: expected {expected}")
+    mesh, token_axes = wrapped._registry.replicated, rules.options.token_axes
+    if not set(token_axes) <= set(mesh.mesh.axis_names if mesh else ()):
+        raise ConfigError(
+            f"token_axes={token_axes}: the base model lies on "
+            f"{f'a mesh with the axes {mesh.mesh.axis_names}' if mesh else 'no mesh'}; put its "
+            "arrays on the mesh first (jax.device_put with a NamedSharding), then wrap it"
+        )
+    return wrapped

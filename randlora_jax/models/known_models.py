@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from randlora_jax.models.layer_types import LayerType, Table, of_einsum
+from randlora_jax.models.layer import LayerType
+from randlora_jax.models.layer_types import Table, of_einsum
 from randlora_jax.models.names import Rules
-from randlora_jax.models.registry import Origin
+from randlora_jax.models.registry import BaseModelInfo
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,13 @@ class KnownModel:
     """What users would else state themselves: see `get_peft_model`.
 
     Args:
-      origin: what PEFT records of the PyTorch twin.
+      info: what PEFT records of the PyTorch twin.
     """
 
     names: Rules = field(default_factory=dict)
-    views: Mapping[str, str] = field(default_factory=dict)
+    layouts: Mapping[str, str] = field(default_factory=dict)
     layer_types: Table = field(default_factory=dict)
-    origin: Origin = field(default_factory=Origin)
+    info: BaseModelInfo = field(default_factory=BaseModelInfo)
 
 
 _ATTENTION, _LAYER = r"layers/(\d+)/attn/", r"layers/(\d+)/"
@@ -49,7 +50,7 @@ _TUNIX_NAMES: Rules = {
 }
 
 # The parts axis looks like an out axis in their einsum strings.
-_TUNIX_VIEWS = {_ATTENTION + "q?kv_einsum": "s o i o"}
+_TUNIX_LAYOUTS = {_ATTENTION + "q?kv_einsum": "s o i o"}
 
 
 def _of_tunix(module: Any) -> LayerType:
@@ -59,9 +60,9 @@ def _of_tunix(module: Any) -> LayerType:
 def _tunix(package: str, torch_class: str, torch_package: str, model_type: str) -> KnownModel:
     return KnownModel(
         _TUNIX_NAMES,
-        _TUNIX_VIEWS,
+        _TUNIX_LAYOUTS,
         {f"tunix.models.{package}.model.Einsum": _of_tunix},
-        Origin(
+        BaseModelInfo(
             model_type=model_type,
             auto_mapping={
                 "base_model_class": torch_class,

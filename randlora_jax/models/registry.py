@@ -1,4 +1,4 @@
-"""What a wrapped model knows (`Book`) and trains (`AdapterState`), apart from any framework."""
+"""What a wrapped model knows (`AdapterRegistry`) and trains (`AdapterState`), in any framework."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,14 +7,17 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from randlora_jax.core.bases import Box, peft_box
-from randlora_jax.core.layers import AdapterSpec, How, Layer
+from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents, used_extents
 from randlora_jax.core.mesh import on_host
+from randlora_jax.core.update import Update
+from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.interop import targets
 from randlora_jax.interop.config import RandLoraConfig
-from randlora_jax.interop.errors import TargetError
+from randlora_jax.interop.errors import ConfigError, TargetError
+from randlora_jax.models.basis_source import KeptPairs
+from randlora_jax.models.finding import FoundLayers
+from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Names, Path
-from randlora_jax.models.origins import Stored
 
 
 @dataclass
@@ -41,7 +44,36 @@ class AdapterState:
 
 
 @dataclass(frozen=True)
-class Origin:
+class AdapterSpec:
+    """What a layer must know of an adapter and cannot train: all static under ``jit``.
+
+    scaling: alpha / r, times what the product of two integers of ternary bases stands for.
+    extents: of the pair that PEFT gives this adapter's own targets.
+    """
+
+    name: str
+    scaling: float
+    dropout: float
+    identity: BasisIdentity
+    extents: Extents
+
+    def update(
+        self,
+        lam: jax.Array,
+        gamma: jax.Array,
+        pairs: Mapping[str, BasisPair],
+        matrix: tuple[int, int],
+    ) -> Update:
+        """What this adapter adds to a layer of (in, out) = `matrix`.
+
+        Args:
+          pairs: of the model, by their identity as text.
+        """
+        return Update(lam, gamma, pairs[str(self.identity)], self.scaling, matrix)
+
+
+@dataclass(frozen=True)
+class BaseModelInfo:
     """What a base model says of itself; PEFT records it with an adapter."""
 
     model_type: str | None = None
@@ -51,24 +83,48 @@ class Origin:
 
 
 @dataclass(frozen=True, eq=False)
-class Book:
+class AdapterRegistry:
     """All a wrapped model knows that is not an array on a device; replaced, never changed.
 
-    Compared by identity, so that a model whose book was replaced is retraced under ``jit``.
+    Compared by identity, so that a model whose registry was replaced is retraced under ``jit``.
     """
 
     layers: Mapping[str, Layer]
-    modules: tuple[str, ...]  # canonical names of every module that owns arrays
+    modules: tuple[str, ...]  # canonical names of every other module that owns arrays
     names: Names
-    origin: Origin
-    how: How
+    info: BaseModelInfo
+    options: ExecutionOptions
     configs: Mapping[str, RandLoraConfig] = field(default_factory=dict)
     specs: Mapping[str, AdapterSpec] = field(default_factory=dict)
-    stored: Stored = field(default_factory=dict)
+    kept_pairs: KeptPairs = field(default_factory=dict)
     active: tuple[str, ...] = ()  # adapters that are applied
     trained: frozenset[str] = frozenset()  # adapters that train when they are active
     merged: tuple[str, ...] = ()  # adapters whose deltas are in the base kernels
     originals: Mapping[Path, np.ndarray] = field(default_factory=dict)  # kernels before merging
+
+    @classmethod
+    def of(
+        cls, found: FoundLayers, names: Names, info: BaseModelInfo, options: ExecutionOptions
+    ) -> "AdapterRegistry":
+        """Of a model that has no adapter yet."""
+        return cls(found.layers, found.modules, names, info, options)
+
+    def spec(self, adapter_name: str) -> AdapterSpec:
+        """Of the adapter of that name.
+
+        Raises:
+          ConfigError: there is none.
+        """
+        if adapter_name not in self.specs:
+            raise ConfigError(
+                f"no adapter named {adapter_name!r}; this model has {sorted(self.specs)}"
+            )
+        return self.specs[adapter_name]
+
+    @property
+    def training(self) -> tuple[str, ...]:
+        """Adapters whose leaves an optimizer sees now, in the order in which they are applied."""
+        return tuple(n for n in self.active if n in self.trained and n not in self.merged)
 
     @property
     def replicated(self) -> NamedSharding | None:
@@ -105,11 +161,12 @@ class Book:
             config,
             list(owners),
             [m for m in self.modules if m not in owners],
-            model_type=self.origin.model_type,
-            output_embedding=heads[0] if heads and self.origin.has_output_head else None,
+            model_type=self.info.model_type,
+            output_embedding=heads[0] if heads and self.info.has_output_head else None,
         )
+        taken = set(chosen)
         for layer in {owners[name].name: owners[name] for name in chosen}.values():
-            left_out = sorted(set(layer.names) - set(chosen))
+            left_out = sorted(set(layer.names) - taken)
             if left_out:
                 raise TargetError(
                     f"target_modules takes a part of {layer.name!r}, one array that holds "
@@ -117,6 +174,9 @@ class Book:
                 )
         return {name: owners[name] for name in chosen}
 
-    def box(self, chosen: Mapping[str, Layer], r: int) -> Box:
-        """The extents of PEFT's pair for the layers `chosen`."""
-        return peft_box([layer.matrix for layer in chosen.values()], r)
+    def used_extents(self, spec: AdapterSpec, layers: Mapping[str, object]) -> Extents:
+        """What an adapter's `layers`, by their names, slice of its pair."""
+        extents = Extents(0, 0, 0)
+        for matrix in {self.layers[name].matrix for name in layers}:
+            extents = extents.union(used_extents(matrix, spec.identity.r))
+        return extents

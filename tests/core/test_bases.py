@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 
 from randlora_jax.core.bases import (
     BasisIdentity,
-    Box,
+    Extents,
     _words,
     draw,
-    in_full,
-    peft_box,
     prng_key,
-    used_box,
+    used_extents,
 )
+from randlora_jax.models.basis_source import pair_extents, stored_pair
 
 KINDS = {"dense": 0.0, "sparse": 3.0, "very_sparse": 8.0}
 
@@ -31,9 +30,10 @@ def identity(kind="dense", key=42, r=5):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unit_standard_deviation_and_values(kind):
-    pair = draw(identity(kind, r=16), Box(400, 20, 3000))
+    extents = Extents(400, 20, 3000)
+    pair = draw(identity(kind, r=16), extents)
     assert {x.dtype for x in pair} == {np.dtype("bfloat16" if kind == "dense" else "int8")}
-    for x in in_full(identity(kind, r=16), pair):
+    for x in stored_pair(identity(kind, r=16), extents, {}):
         values = np.asarray(x, np.float32)
         assert abs(values.std() - 1) < 0.02 and abs(values.mean()) < 0.02
         distinct = len(np.unique(values))
@@ -51,14 +51,14 @@ def test_unit_standard_deviation_and_values(kind):
     st.integers(0, 5),
 )
 def test_larger_extents_extend_the_pair(kind, rows, n, columns, more, bases, wider):
-    small = draw(identity(kind), Box(rows, n, columns))
-    large = draw(identity(kind), Box(rows + more, n + bases, columns + wider))
+    small = draw(identity(kind), Extents(rows, n, columns))
+    large = draw(identity(kind), Extents(rows + more, n + bases, columns + wider))
     np.testing.assert_array_equal(large.A[:, :columns], small.A)
     np.testing.assert_array_equal(large.B[:rows, :n], small.B)
 
 
 def test_other_keys_ranks_and_kinds_give_other_numbers():
-    box = Box(8, 3, 12)
+    box = Extents(8, 3, 12)
     first = np.asarray(draw(identity(), box).B, np.float32)
     assert not np.array_equal(first, np.asarray(draw(identity(key=43), box).B, np.float32))
     assert not np.array_equal(first, np.asarray(draw(identity("sparse"), box).B, np.float32))
@@ -76,9 +76,9 @@ def test_words_are_those_of_jax_random():
 
 
 def test_boxes():
-    assert used_box((384, 1536), 16) == Box(1536, 24, 384)
-    assert peft_box([(384, 1536), (1536, 384), (384, 384)], 16) == Box(1536, 96, 1536)
-    assert peft_box([(5, 7)], 3) == Box(7, 2, 5)
+    assert used_extents((384, 1536), 16) == Extents(1536, 24, 384)
+    assert pair_extents([(384, 1536), (1536, 384), (384, 384)], 16) == Extents(1536, 96, 1536)
+    assert pair_extents([(5, 7)], 3) == Extents(7, 2, 5)
 
 
 DIGESTS = r"""
@@ -87,12 +87,13 @@ import jax
 jax.config.update("jax_enable_x64", sys.argv[1] == "64")
 if sys.argv[2] == "mesh":
     jax.config.update("jax_threefry_partitionable", False)
-from randlora_jax.core.bases import BasisIdentity, Box, draw, in_full
+from randlora_jax.core.bases import BasisIdentity, Extents
+from randlora_jax.models.basis_source import stored_pair
 found = {}
 for kind, s in (("dense", 0.0), ("sparse", 3.0), ("very_sparse", 8.0)):
     for key in (0, 42, -3, 2**40 + 5):
         identity = BasisIdentity("jax", key, kind, 5, s)
-        blob = b"".join(x.tobytes() for x in in_full(identity, draw(identity, Box(40, 13, 64))))
+        blob = b"".join(x.tobytes() for x in stored_pair(identity, Extents(40, 13, 64), {}))
         found[f"{kind} {key}"] = hashlib.sha256(blob).hexdigest()[:16]
 print(json.dumps(found))
 """

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from randlora_jax import AdapterParam, ConfigError, RandLoraConfig, get_peft_model
-from randlora_jax.front_ends.nnx import RandLoraLayer, SharedBasis
+from randlora_jax.front_ends.nnx.layer import RandLoraLayer
+from randlora_jax.front_ends.nnx.variables import SharedBasis
 
 
 class Block(nnx.Module):

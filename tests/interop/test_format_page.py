@@ -38,7 +38,8 @@ from randlora_jax.interop.peft_dir import (
 from randlora_jax.interop.torch_rng import torch_bases
 from transformers.pytorch_utils import Conv1D
 
-from randlora_jax.core.bases import BasisIdentity, Box, draw, in_full
+from randlora_jax.core.bases import BasisIdentity, Extents
+from randlora_jax.models.basis_source import stored_pair
 
 pytestmark = pytest.mark.torch
 
@@ -322,6 +323,6 @@ def test_jaxs_draw(kind):
         return (sign.astype(np.float32) * np.float32(math.sqrt(s))).astype(BF16)
 
     identity = BasisIdentity("jax", key, kind, r, s)
-    a, b = in_full(identity, draw(identity, Box(high, 3, low)))
+    a, b = stored_pair(identity, Extents(high, 3, low), {})
     np.testing.assert_array_equal(numbers_of(0, r, (low,))[:, None], a)
     np.testing.assert_array_equal(numbers_of(1, 3, (high, r)).transpose(1, 0, 2), b)

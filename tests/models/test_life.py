@@ -114,7 +114,7 @@ def test_disable_adapter_is_the_base_model_to_the_bit(pair):
     pair.ours.merge_adapter()
     with pair.ours.disable_adapter():
         np.testing.assert_array_equal(pair.run_ours(pair.ours), base)
-    assert pair.ours._book.merged == ("default",)
+    assert pair.ours._registry.merged == ("default",)
 
 
 def test_delete_adapter(pair):
@@ -153,7 +153,8 @@ def test_a_broken_adapter_is_not_merged(pair):
     state = pair.ours._state("default")
     lam, gamma = state.layers["square"]
     state.layers["square"] = (lam * np.inf, gamma)
-    pair.ours._install(pair.ours._book.specs["default"], state, None)
+    registry = pair.ours._registry
+    pair.ours._store.install(registry, registry.specs["default"], state, None)
     pair.ours._sync()
     kernels = dict(pair.ours._base_leaves())
     with pytest.raises(ConfigError, match="not finite"):

@@ -29,6 +29,7 @@ PUBLIC = {
     "randlora_jax.errors": ["AdapterFileError", "ConfigError", "RandLoraError", "TargetError"],
     "randlora_jax.layer_types": ["LayerType", "Table", "of_axes", "of_einsum"],
     "randlora_jax.names": ["Names"],
+    "randlora_jax.views": ["View"],
 }
 
 

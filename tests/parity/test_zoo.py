@@ -11,8 +11,7 @@ from zoo import FAMILIES, mend_clip, torch_layers, twins
 from zoo_table import in_bfloat16, measure
 
 from randlora_jax import RandLoraConfig, TargetError, get_peft_model
-from randlora_jax.core.layers import How
-from randlora_jax.models.model import wrap
+from randlora_jax.models.front_end import WrapRules, wrap
 
 pytestmark = pytest.mark.torch
 
@@ -40,7 +39,8 @@ def old_clip(monkeypatch):
 
 def owners(model) -> dict[str, tuple[int, int]]:
     """(in, out) of every layer we can adapt, by canonical name."""
-    return {name: layer.matrix for name, layer in wrap(model, How())._book.owners().items()}
+    found = wrap(model, WrapRules())._registry.owners()
+    return {name: layer.matrix for name, layer in found.items()}
 
 
 def test_all_of_transformers_flax_classes_are_known():

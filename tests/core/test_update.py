@@ -1,5 +1,7 @@
 """The arithmetic against PEFT's own layers, over shapes and ranks that hypothesis picks."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from randlora_jax.core.bases import Bases
-from randlora_jax.core.delta import Term, delta, through_delta, through_factors
+from randlora_jax.core.bases import BasisPair
+from randlora_jax.core.update import Update
 
 pytestmark = pytest.mark.torch
 
@@ -35,16 +37,17 @@ def peft_layer(n_in, n_out, r, seed=0, alpha=3.0):
     with torch.no_grad():
         layer.randlora_lambda["default"].normal_()
         layer.randlora_gamma["default"].normal_()
-    term = Term(
+    update = Update(
         jnp.asarray(layer.randlora_lambda["default"].detach().numpy()),
         jnp.asarray(layer.randlora_gamma["default"].detach().numpy()),
-        Bases(
+        BasisPair(
             jnp.asarray(layer.randlora_A["default"].float().numpy()[:, 0]),
             jnp.asarray(layer.randlora_B["default"].float().numpy()),
         ),
         alpha / r,
+        (n_in, n_out),
     )
-    return layer, term
+    return layer, update
 
 
 def relative(found, expected):
@@ -53,44 +56,45 @@ def relative(found, expected):
 
 @given(WIDTH, WIDTH, st.integers(1, 30))
 def test_delta_is_pefts(n_in, n_out, r):
-    layer, term = peft_layer(n_in, n_out, r)
+    layer, update = peft_layer(n_in, n_out, r)
     expected = layer.get_delta_weight("default").detach().numpy()
-    assert relative(delta(term, n_in, n_out).T, expected) < 1e-6
+    assert relative(update.formed().T, expected) < 1e-6
 
 
 @pytest.mark.parametrize("n_in, n_out, r", [(12, 12, 5), (12, 20, 4), (20, 12, 5), (6, 20, 9)])
 def test_known_mistakes_are_seen(n_in, n_out, r):
-    layer, term = peft_layer(n_in, n_out, r)
+    layer, update = peft_layer(n_in, n_out, r)
     expected = layer.get_delta_weight("default").detach().numpy()
-    good = np.asarray(delta(term, n_in, n_out).T)
-    n = term.lam.shape[1]
+    good = np.asarray(update.formed().T)
+    n = update.lam.shape[1]
     if n > 1:
-        swapped = term._replace(
-            bases=Bases(
-                term.bases.A,
-                term.bases.B[:, :n].transpose(0, 2, 1).reshape(term.bases.B.shape[0], n, r),
-            )
+        swapped = replace(
+            update,
+            pair=BasisPair(
+                update.pair.A,
+                update.pair.B[:, :n].transpose(0, 2, 1).reshape(update.pair.B.shape[0], n, r),
+            ),
         )
-        assert relative(delta(swapped, n_in, n_out).T, expected) > 1e-4
+        assert relative(swapped.formed().T, expected) > 1e-4
     if n_in == n_out:
         assert relative(good.T, expected) > 1e-4
-    assert relative(good / term.scaling, expected) > 1e-4
+    assert relative(good / update.scaling, expected) > 1e-4
 
 
-@pytest.mark.parametrize("through", [through_factors, through_delta])
+@pytest.mark.parametrize("factored", [True, False])
 @pytest.mark.parametrize("n_in, n_out, r", [(12, 12, 5), (12, 20, 4), (20, 12, 5)])
-def test_output_and_gradients_are_torchs(through, n_in, n_out, r):
-    layer, term = peft_layer(n_in, n_out, r)
+def test_output_and_gradients_are_torchs(factored, n_in, n_out, r):
+    layer, update = peft_layer(n_in, n_out, r)
     x = np.random.default_rng(1).normal(size=(7, n_in)).astype(np.float32)
     seen = torch.tensor(x, requires_grad=True)
     out = layer(seen) - layer.base_layer(seen)
     (out**2).sum().backward()
 
     def loss(lam, gamma, x):
-        y = through(x, term._replace(lam=lam, gamma=gamma), n_in, n_out)
+        y = replace(update, lam=lam, gamma=gamma).applied(x, factored=factored)
         return (y**2).sum(), y
 
-    grads, y = jax.grad(loss, (0, 1, 2), has_aux=True)(term.lam, term.gamma, jnp.asarray(x))
+    grads, y = jax.grad(loss, (0, 1, 2), has_aux=True)(update.lam, update.gamma, jnp.asarray(x))
     assert relative(y, out.detach().numpy()) < 1e-5
     assert relative(grads[0], layer.randlora_lambda["default"].grad.numpy()) < 1e-5
     assert relative(grads[1], layer.randlora_gamma["default"].grad.numpy()) < 1e-5
@@ -98,21 +102,21 @@ def test_output_and_gradients_are_torchs(through, n_in, n_out, r):
 
 
 def test_second_derivatives_and_forward_mode():
-    _, term = peft_layer(6, 9, 4)
+    _, update = peft_layer(6, 9, 4)
     x = jnp.ones((2, 6))
-    f = lambda lam: (through_delta(x, term._replace(lam=lam), 6, 9) ** 2).sum()  # noqa: E731
-    hessian = jax.jacfwd(jax.grad(f))(term.lam)
+    f = lambda lam: (replace(update, lam=lam).applied(x, factored=False) ** 2).sum()  # noqa: E731
+    hessian = jax.jacfwd(jax.grad(f))(update.lam)
     assert np.isfinite(np.asarray(hessian)).all()
     np.testing.assert_allclose(
-        jnp.einsum("abcd,ab,cd->", hessian, term.lam, term.lam), 2 * f(term.lam), rtol=1e-4
+        jnp.einsum("abcd,ab,cd->", hessian, update.lam, update.lam), 2 * f(update.lam), rtol=1e-4
     )
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (48, 96), (96, 48)])
 def test_no_basis_is_transposed_in_memory(shape):
     """Neither in what is asked for nor in what the compiler makes of it."""
-    _, term = peft_layer(*shape, 8)
-    term = term._replace(bases=Bases(*(x.astype(jnp.bfloat16) for x in term.bases)))
-    lowered = jax.jit(lambda term: delta(term, *shape)).lower(term)
+    _, update = peft_layer(*shape, 8)
+    update = replace(update, pair=BasisPair(*(x.astype(jnp.bfloat16) for x in update.pair)))
+    lowered = jax.jit(Update.formed).lower(update)
     assert "transpose" not in lowered.as_text()
     assert "transpose(" not in lowered.compile().as_text()

@@ -1,0 +1,54 @@
+"""A layer's kernel, which is asked to take updates and may refuse."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from randlora_jax.core.kernel_layout import KernelLayout
+from randlora_jax.core.mesh import Placement, placement_of
+from randlora_jax.core.update import Update
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel as its layer holds it.
+
+    Args:
+      array: its numbers, or a `jax.ShapeDtypeStruct` where only questions are asked.
+      layout: how its axes form matrices.
+      placement: where it lies on a mesh; None for anywhere, or where that cannot be followed.
+      on_mesh: it lay on a mesh when its model was wrapped.
+    """
+
+    array: jax.Array
+    layout: KernelLayout
+    placement: Placement | None = None
+    on_mesh: bool = False
+
+    @classmethod
+    def traced(
+        cls, array: jax.Array, layout: KernelLayout, sharding: NamedSharding | None
+    ) -> "Kernel":
+        """A kernel in the middle of a call; `sharding` as its model was wrapped."""
+        return cls(array, layout, placement_of(array, layout, sharding), sharding is not None)
+
+    @property
+    def refusal(self) -> str | None:
+        """Why no update can be added to its numbers, None where one can."""
+        if jnp.issubdtype(self.array.dtype, jnp.floating):
+            return None
+        return f"its kernel holds {self.array.dtype} numbers, which a float update cannot join"
+
+    def delta(self, updates: Sequence[Update]) -> jax.Array:
+        """The summed deltas of `updates` in the kernel's layout, float32."""
+        cut = self.placement.cut if self.placement else None
+        total = sum((update.formed(cut) for update in updates), start=jnp.zeros((), jnp.float32))
+        return self.layout.to_kernel(total, self.array.shape)
+
+    def taking(self, updates: Sequence[Update]) -> jax.Array:
+        """W + delta: formed in float32 and rounded once to what the layer holds."""
+        whole = self.array.astype(jnp.float32) + self.delta(updates)
+        return whole.astype(self.array.dtype)

@@ -1,0 +1,145 @@
+"""RandLoRA's arithmetic, once, for every front end: an update of one layer, as a value.
+
+With n = ceil(min / r) bases and the slices A[:, :min], B[:max, :n]:
+
+    A_flat[k*n + b, j] = lambda[k, b] * A[k, j] * gamma[b, j]     (r*n, min)
+    B_flat[i, b*r + k] = B[i, b, k]                               (max, n*r)
+    M                  = B_flat @ A_flat                          (max, min)
+    delta_W (out, in)  = (alpha / r) * (M if min == in else M.T)
+
+The two flattenings order (rank, basis) *differently*. That is PEFT's arithmetic
+(``tuners/randlora/layer.py``), every released adapter depends on it, and the paper's own order
+gives other numbers. Both flattenings are reshapes, so nothing is transposed in memory.
+
+JAX kernels are (in, out), so functions here return delta_W.T and call it delta.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from randlora_jax.core.bases import BasisPair
+
+
+@jax.custom_jvp
+def product(lam: jax.Array, a: jax.Array, gamma: jax.Array) -> jax.Array:
+    """lam (r, n), a (r, min) and gamma (n, min), multiplied to (r, n, min) in PEFT's order.
+
+    The gradients of lam and gamma are products of matrices. Left to the multiplication they would
+    be sums over products of arrays as large as the result, which XLA's CPU compiler writes out.
+    """
+    return lam[:, :, None] * a[:, None] * gamma
+
+
+@partial(product.defjvp, symbolic_zeros=True)
+def _(values: tuple[jax.Array, ...], steps: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    (lam, a, gamma), (lam_step, a_step, gamma_step) = values, steps
+    outer = partial(jnp.einsum, "kb,bj->kbj", precision="highest")
+    shares = (
+        (lam_step, lambda: outer(lam_step, gamma) * a[:, None]),
+        (gamma_step, lambda: outer(lam, gamma_step) * a[:, None]),
+        (a_step, lambda: product(lam, a_step, gamma)),
+    )
+    moved = [share() for step, share in shares if not isinstance(step, SymbolicZero)]
+    return product(lam, a, gamma), sum(moved[1:], moved[0])
+
+
+class FlatFactors(NamedTuple):
+    """B_flat (max, n*r) and scaled A_flat (r*n, min) of one matrix, both float32.
+
+    in_is_smaller: in <= out, square matrices included. Then delta_W is M, so delta is
+    A_flat.T B_flat.T: neither is transposed in memory.
+    """
+
+    b: jax.Array
+    a: jax.Array
+    in_is_smaller: bool
+
+    def formed(self) -> jax.Array:
+        """Delta (in, out)."""
+        if self.in_is_smaller:
+            return lax.dot_general(self.a, self.b, (((0,), (1,)), ((), ())))
+        return self.b @ self.a
+
+    def applied(self, x: jax.Array) -> jax.Array:
+        """x (..., in) @ delta without forming delta, (..., out)."""
+        if self.in_is_smaller:
+            return jnp.einsum("...j,sj->...s", x, self.a) @ self.b.T
+        return (x @ self.b) @ self.a
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Update:
+    """What one adapter adds to one (in, out) matrix, or to each matrix of a stack: a pytree.
+
+    Args:
+      lam: (*stack, r, n) float32.
+      gamma: (*stack, n, min) float32.
+      pair: the shared bases, at least as large as the matrix slices.
+      scaling: alpha / r, times what the product of two integers of ternary bases stands for.
+      matrix: (in, out).
+    """
+
+    lam: jax.Array
+    gamma: jax.Array
+    pair: BasisPair
+    scaling: float = field(metadata={"static": True})
+    matrix: tuple[int, int] = field(metadata={"static": True})
+
+    @property
+    def in_is_smaller(self) -> bool:
+        """in <= out."""
+        return self.matrix[0] <= self.matrix[1]
+
+    @property
+    def flat_rank(self) -> int:
+        """r * n: how many rows A_flat has."""
+        r, n = self.lam.shape[-2:]
+        return int(r * n)
+
+    def sliced(self) -> "Update":
+        """The same with just the corners of the bases that the matrix uses."""
+        a, b = self.pair
+        pair = BasisPair(a[:, : min(self.matrix)], b[: max(self.matrix), : self.lam.shape[-1]])
+        return replace(self, pair=pair)
+
+    def factors(self) -> FlatFactors:
+        """The flat factors of a sliced update of one matrix."""
+        r, n = self.lam.shape
+        a, b = self.pair
+        scaled = product(self.lam, a.astype(jnp.float32), self.gamma)
+        a_flat = scaled.reshape(r * n, a.shape[1]) * self.scaling
+        b_flat = b.reshape(b.shape[0], n * r).astype(jnp.float32)
+        return FlatFactors(b_flat, a_flat, self.in_is_smaller)
+
+    def formed(self, cut: "Callable[[Update], Update] | None" = None) -> jax.Array:
+        """Delta of every matrix, (*stack, in, out) in float32, scaling included.
+
+        Args:
+          cut: slices the update of one matrix, and says where its parts shall lie on a mesh.
+        """
+
+        def one(lam: jax.Array, gamma: jax.Array) -> jax.Array:
+            update = replace(self, lam=lam, gamma=gamma)
+            return (cut(update) if cut else update.sliced()).factors().formed()
+
+        for _ in range(self.lam.ndim - 2):
+            one = jax.vmap(one)
+        return one(self.lam, self.gamma)
+
+    def applied(self, x: jax.Array, *, factored: bool) -> jax.Array:
+        """x (..., in) @ delta of a single matrix: (..., out) in float32.
+
+        Args:
+          factored: without forming delta.
+        """
+        wide = x.astype(jnp.float32)
+        factors = self.sliced().factors()
+        return factors.applied(wide) if factored else wide @ factors.formed()

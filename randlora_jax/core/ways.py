@@ -1,0 +1,122 @@
+"""How a layer may run with its adapters: three exact ways, and the reasons against each.
+
+    delta in the kernel     the layer once, with W + delta_W; needs only the kernel's layout
+    delta beside, formed    the untouched layer, plus x @ delta_W
+    delta beside, factored  the same, with delta_W left in its factors
+
+Which of the possible ones is cheapest is another question (`cost`).
+"""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from randlora_jax.core.contraction import Contraction
+from randlora_jax.core.kernel import Kernel
+from randlora_jax.interop.errors import ConfigError
+
+Apply = Literal["auto", "factored", "merged"]
+
+
+class Way(enum.Enum):
+    """An exact way to run a layer with its adapters."""
+
+    IN_KERNEL = "W + delta_W"
+    FORMED = "x delta_W beside"
+    FACTORED = "factored"
+
+
+@dataclass(frozen=True)
+class ExecutionOptions:
+    """How layers apply their adapters: the user's word on it, the same for all of them.
+
+    Args:
+      apply: "auto" takes the cheapest exact way of each pass; "merged" always forms delta_W,
+        "factored" never does.
+      token_axes: the mesh axes that split a batch, where a trace cannot see it.
+
+    Raises:
+      ConfigError: `apply` is none of the three.
+    """
+
+    apply: Apply = "auto"
+    token_axes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.apply not in get_args(Apply):
+            raise ConfigError(f"apply={self.apply!r}: expected 'auto', 'factored' or 'merged'")
+
+
+@dataclass(frozen=True)
+class PossibleWays:
+    """The ways a layer may run.
+
+    Args:
+      forward: for the output and the gradient of the input.
+      trained: for the gradient of lambda and gamma.
+      against: the reason against each way that is impossible.
+    """
+
+    forward: tuple[Way, ...]
+    trained: tuple[Way, ...]
+    against: Mapping[Way, str]
+
+
+def possible_ways(
+    kernel: Kernel,
+    contraction: Contraction | None,
+    dtype: DTypeLike,
+    options: ExecutionOptions,
+    *,
+    drops: bool = False,
+) -> PossibleWays:
+    """How a layer may run, and why not otherwise. Both running and explaining ask this.
+
+    Args:
+      kernel: as the layer holds it.
+      contraction: the layer as a sum over axes of its input; None where it is anything else.
+      dtype: what the layer multiplies in.
+      drops: an adapter sees dropout(x) in place of x.
+    """
+    low_precision = jnp.finfo(dtype).bits < 32
+    against: dict[Way, str] = {}
+    if contraction is None:
+        unknown = "the layer is not known to be a sum over axes of its input"
+        against = {Way.FORMED: unknown, Way.FACTORED: unknown}
+    if kernel.refusal:
+        against[Way.IN_KERNEL] = kernel.refusal
+    elif drops:
+        against[Way.IN_KERNEL] = "under adapter dropout the layer itself must see its whole input"
+    elif low_precision and contraction is not None and options.apply != "merged":
+        against[Way.IN_KERNEL] = (
+            f"a small delta_W would drown in the rounding of W to {jnp.dtype(dtype).name}"
+        )
+    refused = {"factored": (Way.IN_KERNEL, Way.FORMED), "merged": (Way.FACTORED,), "auto": ()}
+    for way in refused[options.apply]:
+        against.setdefault(way, f"apply={options.apply!r} was asked for")
+    forward = tuple(way for way in Way if way not in against)
+    # The gradient of delta is the same through W + delta and beside. Beside, it can be summed over
+    # devices when it is small (`mesh`), and rows are merged first (`applying`).
+    alone = Way.FORMED in forward and (kernel.placement is not None or not low_precision)
+    trained = tuple(way for way in forward if not (alone and way is Way.IN_KERNEL))
+    return PossibleWays(forward, trained, against)
+
+
+def require_a_way(name: str, possible: PossibleWays) -> None:
+    """Nothing, if the layer `name` has a way to run.
+
+    Raises:
+      ConfigError: with the reason against each way, and what to do.
+    """
+    if possible.forward:
+        return
+    reasons = "; ".join(f"{way.value}: {reason}" for way, reason in possible.against.items())
+    raise ConfigError(
+        f"layer {name!r} cannot run with its adapters. {reasons}. Say what the layer computes with "
+        "layer_types={...: LayerType(layout, Contraction(equation))}, leave it out of "
+        "target_modules, or set randlora_dropout=0 and apply='auto'"
+    )

@@ -1,0 +1,132 @@
+"""The front end for Hugging Face's Flax models: linen modules behind an interface of their own."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.core import unfreeze
+
+from randlora_jax.front_ends.collections import CollectionStore
+from randlora_jax.front_ends.linen.model import InterceptedRandLora
+from randlora_jax.models.front_end import WrapRules, register_front_end
+from randlora_jax.models.names import Path
+from randlora_jax.models.registry import BaseModelInfo
+
+
+class HuggingFaceStore(CollectionStore):
+    """The collections of a Hugging Face model, which gets its params back in the end."""
+
+    def __init__(self, model: Any) -> None:
+        params = unfreeze(model.params)
+        self.model = model
+        # models with batch statistics keep whole collections in .params
+        self.nested = "params" in params
+        super().__init__(params if self.nested else {"params": params})
+
+    def params_of(self, collections: dict[str, Any]) -> dict[str, Any]:
+        """Collections as the model's own ``params`` holds them."""
+        return collections if self.nested else collections["params"]
+
+    def release(self) -> Any:
+        """The model."""
+        self.model.params = self.params_of(self.base)
+        return self.model
+
+
+@register_front_end(
+    "a Hugging Face Flax model",
+    accepts=lambda model, rules: isinstance(getattr(model, "module", None), nn.Module),
+)
+class HuggingFaceRandLora(InterceptedRandLora):
+    """A Hugging Face Flax model with adapters: call it, or ``.generate``, as the model itself.
+
+    ``model.params`` holds the collections, and is what ``params=`` takes everywhere; every other
+    attribute is the model's own.
+    """
+
+    _collections: HuggingFaceStore
+
+    def __init__(self, model: Any, rules: WrapRules) -> None:
+        self.model = model
+        self._begin(model.module, HuggingFaceStore(model), rules, _trace(model), _info(model))
+
+    @property
+    def _base_name(self) -> str:
+        return type(self.model).__name__
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Every collection; assign it back after training."""
+        return self.variables
+
+    @params.setter
+    def params(self, params: Mapping[str, Any]) -> None:
+        self.variables = dict(params)
+
+    def __call__(self, *args: Any, params: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+        """Calls the model; `params` as `self.params`, which is the default."""
+        return self._with_adapters(self.model.__call__)(*args, params=params, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model":  # __init__ has not run yet, as under copy
+            raise AttributeError(name)
+        found = getattr(self.model, name)
+        if callable(found) and "params" in _parameters(found):
+            return self._with_adapters(found)
+        return found
+
+    def _with_adapters(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method of the model that takes ``params``, with the adapters joined in."""
+
+        @functools.wraps(method)
+        def joined(*args: Any, params: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+            variables = self.params if params is None else params
+            whole = self._collections.params_of(self._joined(variables))
+            with self._intercepted(variables):
+                return method(*args, params=whole, **kwargs)
+
+        return joined
+
+
+def _parameters(method: Callable[..., Any]) -> Mapping[str, Any]:
+    try:
+        return inspect.signature(method).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
+def _trace(model: Any) -> dict[Path, nn.Module]:
+    """The linen module at each path of a Hugging Face model, by an abstract run of its init."""
+    found: dict[Path, nn.Module] = {}
+
+    def note(
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        found[context.module.path] = context.module.clone(parent=None)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(
+            functools.partial(model.init_weights, input_shape=model.input_shape), model.key
+        )
+    return found
+
+
+def _info(model: Any) -> BaseModelInfo:
+    """What PEFT records of a base model, from the names of a Hugging Face Flax class."""
+    name = type(model).__name__
+    return BaseModelInfo(
+        model_type=model.config.model_type,
+        name_or_path=model.config._name_or_path or None,
+        auto_mapping={
+            "base_model_class": name.removeprefix("Flax"),
+            "parent_library": type(model).__module__.replace("modeling_flax_", "modeling_"),
+        },
+        has_output_head=True,
+    )

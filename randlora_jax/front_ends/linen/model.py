@@ -1,0 +1,119 @@
+"""The front end for ``flax.linen`` modules.
+
+Linen keeps state in collections, so trained and frozen numbers get one each (`collections`).
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.core import unfreeze
+from flax.traverse_util import flatten_dict
+
+from randlora_jax.front_ends.collections import PAIRS, CollectionStore, FunctionalRandLora
+from randlora_jax.front_ends.linen.running import LinenRunner, beside_kernels
+from randlora_jax.front_ends.linen.types import DENSE, TYPES
+from randlora_jax.interop.errors import ConfigError
+from randlora_jax.models.adapter_arrays import Leaves
+from randlora_jax.models.finding import FoundModule, find_layers
+from randlora_jax.models.front_end import WrapRules, register_front_end
+from randlora_jax.models.layer import Layer, LayerRun
+from randlora_jax.models.layer_types import LayerTypes
+from randlora_jax.models.names import Path
+from randlora_jax.models.registry import AdapterRegistry, BaseModelInfo
+
+
+class InterceptedRandLora(FunctionalRandLora):
+    """A linen module whose layers are met while it runs."""
+
+    module: nn.Module
+    _types: LayerTypes
+    _seen: dict[str, LayerRun]
+
+    def _begin(
+        self,
+        module: nn.Module,
+        store: CollectionStore,
+        rules: WrapRules,
+        traced: Mapping[Path, nn.Module] | None,
+        info: BaseModelInfo,
+    ) -> None:
+        """Args: `traced`: the linen module at each path, where a trace of the model told."""
+        self.module = module
+        self._collections = store
+        self._types = LayerTypes((rules.layer_types, TYPES))
+        self._seen = {}
+        owned: dict[Path, dict[str, jax.Array]] = {}
+        for (*parts, leaf), value in flatten_dict(store.base["params"]).items():
+            owned.setdefault(tuple(parts), {})[leaf] = value
+        modules = []
+        for path, arrays in owned.items():
+            if traced is not None:
+                known = self._types.find(traced[path]) if path in traced else None
+            else:  # a plain module is not traced: its type is taken until it is called
+                taken = "kernel" in arrays and arrays["kernel"].ndim == 2
+                known = DENSE if taken and not rules.layouts.find(path) else None
+            modules.append(FoundModule(path, arrays, known))
+        found = find_layers(modules, rules.layouts, rules.names)
+        self._registry = AdapterRegistry.of(found, rules.names, info, rules.options)
+
+    def _runs(self, layers: Sequence[Layer], base: Leaves) -> dict[str, LayerRun]:
+        return {**super()._runs(layers, base), **self._seen}
+
+    def _intercepted(self, variables: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Within, layers run with the adapters in `variables`."""
+        pairs = variables.get(PAIRS, {})
+        return LinenRunner(self._registry, self._types, pairs, self._seen).running()
+
+    def _joined(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """What the module itself takes for `variables`."""
+        return beside_kernels(variables, applied=bool(self._registry.active))
+
+
+class LinenStore(CollectionStore):
+    """The collections of a linen module, which are bound to it again in the end."""
+
+    def __init__(self, module: nn.Module, base: dict[str, Any]) -> None:
+        super().__init__(base)
+        self.module = module
+
+    def release(self) -> nn.Module:
+        """The bound module."""
+        return self.module.bind(self.base)
+
+
+@register_front_end(
+    "a flax.linen module bound to its variables (module.bind(variables))",
+    accepts=lambda model, rules: isinstance(model, nn.Module),
+)
+class LinenRandLora(InterceptedRandLora):
+    """A linen module with adapters: ``model.apply(variables, ...)`` as linen's own.
+
+    ``variables = model.variables`` holds the collections; train ``variables["randlora"]``.
+    Adapter dropout is on exactly when a ``dropout`` rng is passed.
+    """
+
+    def __init__(self, model: nn.Module, rules: WrapRules) -> None:
+        if model.scope is None:
+            raise ConfigError(
+                f"the linen module {type(model).__name__} carries no variables: pass "
+                "module.bind(variables)"
+            )
+        module, variables = model.unbind()
+        store = LinenStore(module, unfreeze(variables))
+        self._begin(module, store, rules, None, BaseModelInfo())
+
+    @property
+    def _base_name(self) -> str:
+        return type(self.module).__name__
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Linen's ``Module.apply`` with the adapters in `variables` joined in."""
+        with self._intercepted(variables):
+            return self.module.apply(self._joined(variables), *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the bound module: `apply` with the model's own variables."""
+        return self.apply(self.variables, *args, **kwargs)

@@ -1,0 +1,126 @@
+"""The wrapper that stands in the place of a module and runs it with its adapters."""
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from randlora_jax.core.applying import Contribution, RunningLayer, adapted
+from randlora_jax.core.kernel import Kernel
+from randlora_jax.core.ways import ExecutionOptions
+from randlora_jax.front_ends.nnx.call import ModelToken, current
+from randlora_jax.front_ends.nnx.variables import retyped
+from randlora_jax.models.layer import Layer
+from randlora_jax.models.registry import AdapterRegistry, AdapterSpec
+
+
+class RandLoraLayer(nnx.Module):
+    """Stands in the place of a module and runs it with the adapters joined in.
+
+    Args:
+      base_layer: the module it replaces; unknown attributes are looked up there.
+      layer: None where only whole leaves are trained.
+      options: how layers apply their adapters.
+      model: whose call it belongs to.
+    """
+
+    def __init__(
+        self,
+        base_layer: nnx.Module,
+        layer: Layer | None,
+        options: ExecutionOptions,
+        model: ModelToken,
+    ) -> None:
+        self.base_layer = base_layer
+        self.randlora_lambda: dict[str, nnx.Variable[jax.Array]] = nnx.data({})
+        self.randlora_gamma: dict[str, nnx.Variable[jax.Array]] = nnx.data({})
+        self.trained_leaves: dict[str, dict[str, nnx.Variable[jax.Array]]] = nnx.data({})
+        self.randlora_dropout: dict[str, nnx.Dropout] = nnx.data({})
+        self.specs: tuple[AdapterSpec, ...] = ()  # of the active adapters
+        self.merged: tuple[str, ...] = ()
+        self.layer = layer
+        self.options = options
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "base_layer" or name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._effective(), name)
+
+    def held(self) -> tuple[dict[str, Any], ...]:
+        """Everything that is kept by adapter name."""
+        return (
+            self.randlora_lambda,
+            self.randlora_gamma,
+            self.trained_leaves,
+            self.randlora_dropout,
+        )
+
+    def follow(self, registry: AdapterRegistry) -> None:
+        """Applies and trains the adapters that the registry says, as far as they are here."""
+        here = {name for held in self.held() for name in held}
+        self.specs = tuple(registry.specs[name] for name in registry.active if name in here)
+        self.merged = registry.merged
+        training = set(registry.training)
+        for leaves in (self.randlora_lambda, self.randlora_gamma):
+            for name, leaf in leaves.items():
+                leaves[name] = retyped(leaf, trained=name in training)
+        for name, whole in self.trained_leaves.items():
+            for key, leaf in whole.items():
+                whole[key] = retyped(leaf, trained=name in training)
+
+    def _effective(self) -> nnx.Module:
+        """The base layer, with the leaves that the active adapters train whole in place."""
+        leaves = {k: v for s in self.specs for k, v in self.trained_leaves.get(s.name, {}).items()}
+        if not leaves:
+            return self.base_layer
+        graph, state = nnx.split(self.base_layer)
+        for name, leaf in leaves.items():
+            state[name] = state[name].replace(leaf[...].astype(state[name][...].dtype))
+        return cast(nnx.Module, nnx.merge(graph, state))
+
+    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+        """What the base layer returns, with the active adapters joined in."""
+        base = self._effective()
+        specs = [s for s in self.specs if s.name in self.randlora_lambda]
+        specs = [s for s in specs if s.name not in self.merged]
+        if self.layer is None or not specs:
+            return base(x, *args, **kwargs)
+        leaf = self.layer.leaf
+        graph, state = nnx.split(base)
+        kernel = state[leaf][...]
+        rest = nnx.State({k: v for k, v in state.items() if k != leaf})
+
+        def run(kernel: jax.Array, x: jax.Array) -> jax.Array:
+            whole = nnx.State({**rest, leaf: state[leaf].replace(kernel)})
+            return cast(jax.Array, nnx.merge(graph, whole)(x, *args, **kwargs))
+
+        kind = self.layer.running(kernel.ndim, self.layer.type, type(self.base_layer).__name__)
+        running = RunningLayer(
+            self.layer.name,
+            run,
+            Kernel.traced(kernel, kind.layout, self.layer.sharding),
+            kind.call,
+            multiplies_in(self.base_layer, jnp.result_type(x, kernel)),
+        )
+        return adapted(running, x, self._contributions(specs, self.layer), self.options)
+
+    def _contributions(self, specs: list[AdapterSpec], layer: Layer) -> list[Contribution]:
+        """What the adapters of `specs` add in this call."""
+        pairs = current(self._model, layer.name).pairs
+        found = []
+        for spec in specs:
+            lam, gamma = (held[spec.name][...] for held in self.held()[:2])
+            drop = self.randlora_dropout.get(spec.name)
+            off = drop is None or drop.deterministic
+            update = spec.update(lam, gamma, pairs, layer.matrix)
+            found.append(Contribution(update, None if off else drop))
+        return found
+
+
+def multiplies_in(module: nnx.Module, otherwise: DTypeLike) -> DTypeLike:
+    """The dtype a layer promotes its input and kernel to; `otherwise`, if it states none."""
+    stated: DTypeLike | None = getattr(module, "dtype", None)
+    return otherwise if stated is None else stated

@@ -1,0 +1,171 @@
+"""Where a wrapped nnx model keeps its arrays: in the modules they belong to, as Variables.
+
+Each question is answered by one walk over the model, whatever the number of layers asked about.
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import jax
+from flax import nnx
+
+from randlora_jax.core.bases import BasisPair
+from randlora_jax.front_ends.nnx.layer import RandLoraLayer
+from randlora_jax.front_ends.nnx.variables import FrozenAdapterParam, SharedBasis
+from randlora_jax.interop.errors import ConfigError
+from randlora_jax.models.names import Path, dotted
+from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
+from randlora_jax.models.store import ArrayStore
+
+if TYPE_CHECKING:
+    from randlora_jax.front_ends.nnx.model import NnxRandLora
+
+
+class NnxStore(ArrayStore):
+    """The arrays of one wrapped model, as it is now: ask for a new one after each change.
+
+    Args:
+      root: the wrapper around the whole model, which holds the bases.
+    """
+
+    def __init__(self, root: "NnxRandLora") -> None:
+        self.root = root
+
+    @cached_property
+    def _modules(self) -> dict[Path, nnx.Module]:
+        """Every module by its path in the base model: a wrapper, where one stands around it."""
+        found: dict[Path, nnx.Module] = {}
+        for path, module in nnx.iter_modules(self.root.model):
+            bare = _bare(path)
+            if bare not in found or isinstance(module, RandLoraLayer):
+                found[bare] = module
+        return found
+
+    def modules(self) -> Mapping[Path, nnx.Module]:
+        """By path in the base model; a wrapper in place of what it wraps."""
+        return self._modules
+
+    def _wrappers(self) -> dict[Path, RandLoraLayer]:
+        return {p: m for p, m in self._modules.items() if isinstance(m, RandLoraLayer)}
+
+    @cached_property
+    def _params(self) -> dict[Path, nnx.Variable[jax.Array]]:
+        flat = nnx.to_flat_state(nnx.state(self.root.model, nnx.Param))
+        return {_bare(path): leaf for path, leaf in flat}
+
+    def base_leaves(self) -> Mapping[Path, jax.Array]:
+        """Every ``nnx.Param`` of the base model."""
+        return {path: leaf[...] for path, leaf in self._params.items()}
+
+    def set_base_leaves(self, leaves: Mapping[Path, jax.Array]) -> None:
+        """In place."""
+        for path, value in leaves.items():
+            self._params[path][...] = value
+
+    def install(
+        self, registry: AdapterRegistry, spec: AdapterSpec, state: AdapterState, rngs: Any
+    ) -> None:
+        """In the wrappers of the layers concerned, made where there are none."""
+        if spec.dropout and rngs is None:
+            raise ConfigError(
+                f"randlora_dropout={spec.dropout} draws at random: pass rngs=nnx.Rngs(seed)"
+            )
+        rngs = nnx.Rngs(rngs) if isinstance(rngs, jax.Array) else rngs
+        layers = {registry.layers[name].path: name for name in state.layers}
+        self._wrap({*layers, *(path[:-1] for path in state.saved)}, registry)
+        wrappers = self._wrappers()
+        for path, name in layers.items():
+            lam, gamma = state.layers[name]
+            wrapper = wrappers[path]
+            wrapper.randlora_lambda[spec.name] = FrozenAdapterParam(lam)
+            wrapper.randlora_gamma[spec.name] = FrozenAdapterParam(gamma)
+            if spec.dropout:
+                wrapper.randlora_dropout[spec.name] = nnx.Dropout(spec.dropout, rngs=rngs)
+        for path, value in state.saved.items():
+            leaves = wrappers[path[:-1]].trained_leaves.setdefault(spec.name, {})
+            leaves[path[-1]] = FrozenAdapterParam(value)
+
+    def _wrap(self, paths: Iterable[Path], registry: AdapterRegistry) -> None:
+        """Puts a wrapper around every module at `paths` that has none."""
+        modules = self._modules
+        bare = {p: modules[p] for p in paths if not isinstance(modules[p], RandLoraLayer)}
+        made = {
+            path: RandLoraLayer(
+                module, registry.layers.get(dotted(path)), registry.options, self.root._token
+            )
+            for path, module in bare.items()
+        }
+        replace_modules(self.root, {id(bare[path]): wrapper for path, wrapper in made.items()})
+        modules.update(made)
+
+    def remove(self, adapter_name: str) -> None:
+        """From every wrapper."""
+        for wrapper in self._wrappers().values():
+            for held in wrapper.held():
+                held.pop(adapter_name, None)
+
+    def state(self, adapter_name: str) -> AdapterState:
+        """From every wrapper."""
+        state = AdapterState({})
+        for path, wrapper in self._wrappers().items():
+            if adapter_name in wrapper.randlora_lambda:
+                state.layers[dotted(path)] = (
+                    wrapper.randlora_lambda[adapter_name][...],
+                    wrapper.randlora_gamma[adapter_name][...],
+                )
+            for leaf, value in wrapper.trained_leaves.get(adapter_name, {}).items():
+                state.saved[(*path, leaf)] = value[...]
+        return state
+
+    def set_pairs(self, pairs: Mapping[str, BasisPair]) -> None:
+        """In the root."""
+        self.root.bases = nnx.data(
+            {i: {"A": SharedBasis(p.A), "B": SharedBasis(p.B)} for i, p in pairs.items()}
+        )
+
+    def pairs(self) -> Mapping[str, BasisPair]:
+        """Of the root."""
+        return {i: BasisPair(p["A"][...], p["B"][...]) for i, p in self.root.bases.items()}
+
+    def follow(self, registry: AdapterRegistry) -> None:
+        """Every wrapper does."""
+        for wrapper in self._wrappers().values():
+            wrapper.follow(registry)
+
+    def release(self) -> Any:
+        """The base model, its own modules back in place of their wrappers."""
+        wrappers = self._wrappers().values()
+        replace_modules(self.root, {id(wrapper): wrapper.base_layer for wrapper in wrappers})
+        return self.root.model
+
+
+def _bare(path: Path) -> Path:
+    """A path in the base model, from one in the wrapped model."""
+    return tuple(part for part in path if part != "base_layer")
+
+
+def replace_modules(root: nnx.Module, new: Mapping[int, nnx.Module]) -> None:
+    """Puts new modules in place of old ones wherever `root` holds these, in one walk.
+
+    Args:
+      new: by the ``id`` of the old module, which must live on.
+    """
+    for module in [module for _, module in nnx.iter_modules(root)]:
+        for name, value in list(vars(module).items()):
+            swapped = _swapped(value, new)
+            if swapped is not value:
+                setattr(module, name, swapped)
+
+
+def _swapped(value: Any, new: Mapping[int, nnx.Module]) -> Any:
+    """`value` with modules replaced, inside containers too; itself if nothing changed."""
+    if id(value) in new:
+        return new[id(value)]
+    if type(value) in (list, tuple):
+        parts = [_swapped(v, new) for v in value]
+        return value if all(map(lambda a, b: a is b, parts, value)) else type(value)(parts)
+    if type(value) is dict:
+        items = {k: _swapped(v, new) for k, v in value.items()}
+        return value if all(items[k] is value[k] for k in value) else items
+    return value

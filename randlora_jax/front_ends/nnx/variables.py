@@ -1,0 +1,25 @@
+"""The types of Variable by which nnx's filters tell what trains from what does not."""
+
+import jax
+from flax import nnx
+
+
+class AdapterParam(nnx.Variable[jax.Array]):
+    """A trained leaf: lambda, gamma, or a leaf of a module trained whole. Never an ``nnx.Param``.
+
+    ``nnx.Optimizer(model, tx, wrt=AdapterParam)`` trains exactly these.
+    """
+
+
+class FrozenAdapterParam(nnx.Variable[jax.Array]):
+    """A leaf of an adapter that is applied or kept, but not trained."""
+
+
+class SharedBasis(nnx.Variable[jax.Array]):
+    """One of the two frozen random bases of a pair; the root wrapper alone holds them."""
+
+
+def retyped(leaf: nnx.Variable[jax.Array], *, trained: bool) -> nnx.Variable[jax.Array]:
+    """`leaf` as what is trained, or as what is not; itself where it is so already."""
+    kind = AdapterParam if trained else FrozenAdapterParam
+    return leaf if type(leaf) is kind else kind(leaf[...])

@@ -1,0 +1,206 @@
+"""The life of a wrapped model's adapters: PEFT's methods, over a registry and a store of arrays."""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from randlora_jax.core.mesh import on_host, on_mesh
+from randlora_jax.interop.config import RandLoraConfig
+from randlora_jax.interop.errors import ConfigError, warn
+from randlora_jax.models import adapter_arrays, basis_source, files, life
+from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
+from randlora_jax.models.store import ArrayStore
+
+
+class AdaptedModel(ABC):
+    """A base model whose adapters come and go; `RandLoraModel` adds looking at them and files."""
+
+    _registry: AdapterRegistry
+
+    @property
+    @abstractmethod
+    def _store(self) -> ArrayStore:
+        """Where the arrays are."""
+
+    # The life of adapters.
+
+    def add_adapter(
+        self, adapter_name: str, config: RandLoraConfig, *, rngs: Any = None, trainable: bool = True
+    ) -> None:
+        """Adds a fresh adapter: lambda zero, gamma 1 / max(n, min), as PEFT initialises them.
+
+        The first adapter of a model is active at once; others wait for `set_adapter`.
+
+        Args:
+          rngs: an ``nnx.Rngs`` or a ``jax.random.key``, for ``init_weights=False`` and, in nnx,
+            adapter dropout.
+          trainable: False keeps it from the optimizer.
+
+        Raises:
+          ConfigError: the name is taken or the configuration contradicts another adapter's.
+          TargetError: the configuration selects no layer.
+        """
+        registry, base = self._registry, self._store.base_leaves()
+        layers = list({layer.name: layer for layer in registry.select(config).values()}.values())
+        extents = basis_source.pair_extents([layer.matrix for layer in layers], config.r)
+        dtype = files.base_dtype(base, layers)
+        identity, kept = basis_source.fresh(config, extents, dtype)
+        scaling = config.scaling * basis_source.product_unit(identity, kept)
+        spec = AdapterSpec(adapter_name, scaling, config.randlora_dropout, identity, extents)
+        state = adapter_arrays.fresh_state(registry, base, config, layers, rngs)
+        self._add(files.Restored(spec, config, state, kept), trainable, rngs)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Applies and trains the named adapter or adapters, and no other.
+
+        Args:
+          inference_mode: apply without training.
+
+        Raises:
+          ConfigError: no such adapter, or one of them is merged into the base.
+        """
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        self._follow(life.chosen(self._registry, names, trainable=not inference_mode))
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within, the model is its base model: modules trained whole and biases included.
+
+        (PEFT's biases stay trained.) A function that was compiled outside and closes over the
+        model cannot notice: pass the model, or its variables, as an argument.
+        """
+        before, merged = self._registry.active, self._registry.merged
+        if merged:
+            self.unmerge_adapter()
+        self._follow(life.disabled(self._registry))
+        try:
+            yield
+        finally:
+            self._follow(dataclasses.replace(self._registry, active=before))
+            if merged:
+                self.merge_adapter(list(merged))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forgets an adapter; if it was the only active one, the first that is left takes over.
+
+        Raises:
+          ConfigError: no such adapter, or adapters are merged.
+        """
+        before, after = self._registry, life.deleted(self._registry, adapter_name)
+        if set(after.active) - set(before.active):
+            warn(f"adapter {adapter_name!r} was active; now {after.active[0]!r} is")
+        self._store.remove(adapter_name)
+        self._follow(after)
+        self._refresh_pairs()
+
+    # Merging.
+
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Adds the deltas of the active (or named) adapters into the base kernels.
+
+        Formed in float32 and rounded once. The original kernels wait in host memory
+        (`merged_bytes`) until `unmerge_adapter` puts back their very bits.
+
+        Args:
+          safe_merge: check every merged kernel, and change nothing if one is not finite.
+
+        Raises:
+          ConfigError: no such adapter, or (with `safe_merge`) a kernel would not be finite.
+        """
+        registry, store = self._registry, self._store
+        wanted = [n for n in (adapter_names or registry.active) if n not in registry.merged]
+        if not wanted:
+            warn("all these adapters are merged already: nothing to do")
+            return
+        states = {registry.spec(name).name: store.state(name) for name in wanted}
+        pairs = adapter_arrays.shared_pairs(registry, states)
+        updates = adapter_arrays.updates_by_layer(registry, states, pairs)
+        base = store.base_leaves()
+        kernels = adapter_arrays.merged_kernels(registry, base, updates)
+        for path, kernel in kernels.items() if safe_merge else ():
+            if not jnp.isfinite(kernel).all():
+                raise ConfigError(
+                    f"merging {wanted} into {'.'.join(map(str, path[:-1]))!r} gives numbers that "
+                    "are not finite: an adapter is broken; nothing was merged"
+                )
+        originals = {p: on_host(base[p]) for p in kernels if p not in registry.originals}
+        store.set_base_leaves(kernels)
+        self._follow(life.merged(registry, wanted, originals))
+
+    def unmerge_adapter(self) -> None:
+        """Puts the original kernels back, to the bit (PEFT subtracts, and keeps the rounding)."""
+        if not self._registry.merged:
+            warn("no adapter is merged: nothing to do")
+            return
+        store = self._store
+        base, originals = store.base_leaves(), self._registry.originals.items()
+        store.set_base_leaves({p: jax.device_put(x, on_mesh(base[p])) for p, x in originals})
+        self._follow(life.unmerged(self._registry))
+
+    @property
+    def merged_bytes(self) -> int:
+        """Bytes of host memory that hold original kernels while adapters are merged."""
+        return sum(x.nbytes for x in self._registry.originals.values())
+
+    def merge_and_unload(
+        self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> Any:
+        """The base model with the active (or named) adapters merged in, and no trace of adapters.
+
+        Modules trained whole and biases take the place of the originals. This model must not be
+        used afterwards.
+
+        Returns:
+          what was wrapped: the nnx module, a bound linen module, the Hugging Face model.
+        """
+        names = list(adapter_names or self._registry.active)
+        if not set(names) <= set(self._registry.merged):
+            self.merge_adapter(names, safe_merge)
+        return self._unwrapped(names)
+
+    def unload(self) -> Any:
+        """The base model without its adapters; as in PEFT, modules trained whole stay trained."""
+        if self._registry.merged:
+            self.unmerge_adapter()
+        return self._unwrapped(self._registry.active)
+
+    # Within.
+
+    def _states(self) -> dict[str, AdapterState]:
+        """The arrays of every adapter as they are now."""
+        store = self._store
+        return {name: store.state(name) for name in self._registry.specs}
+
+    def _follow(self, registry: AdapterRegistry) -> None:
+        """From here on `registry` says what is; the store makes it so."""
+        self._registry = registry
+        self._store.follow(registry)
+
+    def _add(self, adapter: files.Restored, trainable: bool, rngs: Any) -> None:
+        """Takes an adapter in, or refuses it and changes nothing."""
+        spec, config, state, kept = adapter
+        after = life.added(self._registry, spec, config, kept, trainable=trainable)
+        store = self._store
+        state = adapter_arrays.placed(after, store.base_leaves(), state)
+        store.install(after, spec, state, rngs)
+        self._follow(after)
+        self._refresh_pairs()
+
+    def _refresh_pairs(self) -> None:
+        """One pair for each identity in use, of just the extents the layers slice."""
+        self._store.set_pairs(adapter_arrays.shared_pairs(self._registry, self._states()))
+
+    def _unwrapped(self, adapter_names: Sequence[str]) -> Any:
+        """The base model, with what the named adapters trained whole in place."""
+        store = self._store
+        base = store.base_leaves()
+        saved = {path: x for n in adapter_names for path, x in store.state(n).saved.items()}
+        store.set_base_leaves({path: x.astype(base[path].dtype) for path, x in saved.items()})
+        return store.release()

@@ -1,0 +1,152 @@
+"""The arrays of adapters: fresh ones, the updates they make, kernels with updates merged in."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents, used_extents
+from randlora_jax.core.kernel import Kernel
+from randlora_jax.core.mesh import on_mesh
+from randlora_jax.core.update import Update
+from randlora_jax.interop import targets
+from randlora_jax.interop.config import RandLoraConfig
+from randlora_jax.interop.errors import ConfigError
+from randlora_jax.models import basis_source
+from randlora_jax.models.layer import Layer
+from randlora_jax.models.names import TORCH_LEAF, Names, Path, dotted
+from randlora_jax.models.registry import AdapterRegistry, AdapterState
+
+Leaves = Mapping[Path, jax.Array]
+
+
+def fresh_state(
+    registry: AdapterRegistry,
+    base: Leaves,
+    config: RandLoraConfig,
+    chosen: Iterable[Layer],
+    rngs: Any,
+) -> AdapterState:
+    """Lambda zero, gamma 1 / max(n, min), as PEFT initialises them; copies of what trains whole.
+
+    Args:
+      rngs: an ``nnx.Rngs`` or a ``jax.random.key``, for ``init_weights=False``.
+
+    Raises:
+      ConfigError: ``init_weights=False`` without `rngs`.
+    """
+    key = None
+    if not config.init_weights:
+        if rngs is None:
+            raise ConfigError(
+                "init_weights=False draws lambda at random: pass rngs=nnx.Rngs(seed) or a jax key"
+            )
+        key = rngs
+    layers = {}
+    for i, layer in enumerate(chosen):
+        drawn = None
+        if key is not None:
+            drawn = jax.random.fold_in(key if isinstance(key, jax.Array) else key.params(), i)
+        layers[layer.name] = _fresh(layer, config, base[layer.kernel_path].dtype, drawn)
+    return AdapterState(layers, _trained_whole(registry.names, base, config, layers))
+
+
+def _fresh(
+    layer: Layer, config: RandLoraConfig, dtype: jnp.dtype, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Lambda and gamma of one layer whose kernel has `dtype`; lambda drawn if there is a key."""
+    _, n, smallest = used_extents(layer.matrix, config.r)
+    largest = max(n, smallest) if key is None else max(layer.matrix)
+    # PEFT makes gamma in the base layer's dtype and keeps it in float32 afterwards
+    gamma = jnp.full((*layer.stack, n, smallest), 1 / largest, dtype).astype(jnp.float32)
+    shape = (*layer.stack, config.r, n)
+    if key is None:
+        return jnp.zeros(shape, jnp.float32), gamma
+    return jax.random.normal(key, shape, jnp.float32), gamma
+
+
+def _trained_whole(
+    names: Names, base: Leaves, config: RandLoraConfig, adapted: Mapping[str, object]
+) -> dict[Path, jax.Array]:
+    """Copies of the base leaves that an adapter trains whole: modules_to_save and biases."""
+    patterns = targets.saved_modules(config)
+    if config.bias == "none" and not patterns:
+        return {}
+    saved = {}
+    for path, leaf in base.items():
+        bias = TORCH_LEAF.get(path[-1]) == "bias" and (
+            config.bias == "all"
+            or (config.bias == "randlora_only" and dotted(path[:-1]) in adapted)
+        )
+        if bias or targets.inside_saved(names.first(path[:-1]), patterns):
+            saved[path] = jnp.asarray(leaf, jnp.float32)
+    return saved
+
+
+def placed(registry: AdapterRegistry, base: Leaves, state: AdapterState) -> AdapterState:
+    """An adapter's arrays where the base model's lie: lambda and gamma on every device."""
+    everywhere = registry.replicated
+    layers = {
+        name: (jax.device_put(lam, everywhere), jax.device_put(gamma, everywhere))
+        for name, (lam, gamma) in state.layers.items()
+    }
+    saved = {p: jax.device_put(x, on_mesh(base[p])) for p, x in state.saved.items()}
+    return AdapterState(layers, saved)
+
+
+def shared_pairs(
+    registry: AdapterRegistry, states: Mapping[str, AdapterState]
+) -> dict[str, BasisPair]:
+    """One pair for each identity that the adapters of `states` use, of just what layers slice."""
+    needed: dict[BasisIdentity, Extents] = {}
+    for name, state in states.items():
+        identity = registry.specs[name].identity
+        extents = registry.used_extents(registry.specs[name], state.layers)
+        needed[identity] = extents.union(needed.get(identity, extents))
+    return {
+        str(identity): basis_source.device_pair(
+            identity, extents, registry.kept_pairs, registry.replicated
+        )
+        for identity, extents in needed.items()
+    }
+
+
+def updates_by_layer(
+    registry: AdapterRegistry,
+    states: Mapping[str, AdapterState],
+    pairs: Mapping[str, BasisPair],
+) -> dict[str, list[Update]]:
+    """What each layer gets from the adapters of `states`, by `Layer.name`."""
+    updates: dict[str, list[Update]] = {}
+    for name, state in states.items():
+        for layer, (lam, gamma) in state.layers.items():
+            matrix = registry.layers[layer].matrix
+            update = registry.specs[name].update(lam, gamma, pairs, matrix)
+            updates.setdefault(layer, []).append(update)
+    return updates
+
+
+def merged_kernels(
+    registry: AdapterRegistry,
+    base: Leaves,
+    updates: Mapping[str, Sequence[Update]],
+    *,
+    traced: bool = False,
+) -> dict[Path, jax.Array]:
+    """The kernels of the layers in `updates` with these merged in, each rounded once.
+
+    Args:
+      traced: inside ``jit``, where an array's own sharding cannot be seen: as it was when wrapped.
+    """
+    merged = {}
+    for name, mine in updates.items():
+        layer = registry.layers[name]
+        array = base[layer.kernel_path]
+        if traced:
+            kernel = Kernel.traced(array, layer.layout, layer.sharding)
+            merged[layer.kernel_path] = kernel.taking(mine)
+        else:
+            whole = Kernel(array, layer.layout).taking(mine)
+            merged[layer.kernel_path] = jax.device_put(whole, on_mesh(array))
+    return merged

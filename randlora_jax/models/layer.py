@@ -1,0 +1,130 @@
+"""A layer an adapter can take: where its kernel is, what is known of its type, its names."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
+
+from randlora_jax.core.contraction import LAST_AXES, Contraction
+from randlora_jax.core.kernel_layout import KernelLayout
+from randlora_jax.interop.errors import ConfigError
+from randlora_jax.models.names import Path
+
+
+@dataclass(frozen=True)
+class LayerType:
+    """What is known of a type of layer.
+
+    Args:
+      layout: of its kernel, without the axes along which scans stack layers.
+      call: what it computes, without its bias; None where that is no sum over axes of its input:
+        then adapters can only run with delta in the kernel.
+      fan_in_fan_out: its PyTorch twin is a Conv1D, which holds (in, out).
+      leaf: the kernel's name in the layer.
+    """
+
+    layout: KernelLayout
+    call: Contraction | None = LAST_AXES
+    fan_in_fan_out: bool = False
+    leaf: str = "kernel"
+
+
+class LayerRun(NamedTuple):
+    """How a layer runs: what it computes, None where that is unknown, and in what dtype."""
+
+    call: Contraction | None
+    dtype: DTypeLike
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer an adapter can take.
+
+    Args:
+      name: its path in the JAX model, dotted.
+      path: the same path, in parts.
+      layout: how its kernel forms matrices.
+      shape: of the kernel.
+      type: what is known of its type; None where only the user's word on its layout is.
+      names: canonical names, PyTorch module paths: one for each matrix of the kernel, in the order
+        of its stack axes. A stack that no rule names has one name for all.
+      leaf: the kernel's name in the layer.
+      sharding: of the kernel when its model was wrapped; None if it lay on no mesh.
+    """
+
+    name: str
+    path: Path
+    layout: KernelLayout
+    shape: tuple[int, ...]
+    type: LayerType | None = None
+    names: tuple[str, ...] = ()
+    leaf: str = "kernel"
+    sharding: NamedSharding | None = None
+
+    @property
+    def kernel_path(self) -> Path:
+        """Where the kernel lies in the model."""
+        return (*self.path, self.leaf)
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Its PyTorch twin holds its weight as (in, out)."""
+        return self.type is not None and self.type.fan_in_fan_out
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Extents of the axes that stack layers; () for a single one."""
+        return self.layout.sizes(self.shape)[0]
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(in, out) of one matrix."""
+        return self.layout.sizes(self.shape)[1:]
+
+    @property
+    def is_named(self) -> bool:
+        """Every matrix has a canonical name of its own."""
+        return len(self.names) == math.prod(self.stack)
+
+    def split(self, arrays: np.ndarray) -> dict[str, np.ndarray]:
+        """(*stack, ...) by canonical name, without the stack axes; whole if it is unnamed."""
+        if not self.is_named:
+            return dict.fromkeys(self.names, arrays)
+        inner = arrays.shape[len(self.stack) :]
+        return dict(zip(self.names, arrays.reshape(-1, *inner), strict=True))
+
+    def join(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The reverse of `split`."""
+        if not self.stack:
+            return arrays[self.names[0]]
+        stacked = np.stack([arrays[name] for name in self.names])
+        return stacked.reshape(*self.stack, *stacked.shape[1:])
+
+    def running(self, ndim: int, known: LayerType | None, kind: str) -> LayerType:
+        """What is called, of a layer whose kernel has `ndim` axes left inside scans.
+
+        Args:
+          known: of the running layer's class, whose name is `kind`.
+
+        Raises:
+          ConfigError: nothing is known of the class, or its layout is not this layer's.
+        """
+        layout = self.layout.within(ndim)
+        if known is None and self.type is not None:
+            raise ConfigError(
+                f"layer {self.name!r} is a {kind}, whose kernel layout is unknown: state it, such "
+                f"as views={{{self.name.replace('.', '/')!r}: 'i o'}}, or leave it out of "
+                "target_modules"
+            )
+        if known is None:
+            return LayerType(layout, call=None, leaf=self.leaf)
+        if not layout.splits(known.layout):
+            raise ConfigError(
+                f"layer {self.name!r} was taken for {layout.axes!r}, but a {kind} holds its kernel "
+                f"as {known.layout.axes!r}; state views={{...}} accordingly"
+            )
+        return LayerType(layout, known.call, known.fan_in_fan_out, self.leaf)

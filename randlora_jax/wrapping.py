@@ -1,0 +1,101 @@
+"""`get_peft_model`: a model of any kind that some front end accepts, with a fresh adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+from randlora_jax.core.ways import Apply
+from randlora_jax.interop.config import RandLoraConfig
+from randlora_jax.models.front_end import WrapRules, register_front_end, wrap
+from randlora_jax.models.layer_types import Table
+from randlora_jax.models.model import RandLoraModel
+from randlora_jax.models.names import Rules
+
+if TYPE_CHECKING:
+    import flax.linen
+    import flax.nnx
+
+    from randlora_jax.front_ends.linen import LinenRandLora
+    from randlora_jax.front_ends.nnx import NnxRandLora
+
+__all__ = ["RandLoraModel", "get_peft_model", "register_front_end"]
+
+
+@overload
+def get_peft_model(
+    model: flax.nnx.Module,
+    config: RandLoraConfig,
+    adapter_name: str = "default",
+    *,
+    apply: Apply = "auto",
+    token_axes: Sequence[str] = (),
+    rngs: Any = None,
+    views: Mapping[str, str] | None = None,
+    names: Rules | None = None,
+    layer_types: Table | None = None,
+) -> NnxRandLora: ...
+@overload
+def get_peft_model(
+    model: flax.linen.Module,
+    config: RandLoraConfig,
+    adapter_name: str = "default",
+    *,
+    apply: Apply = "auto",
+    token_axes: Sequence[str] = (),
+    rngs: Any = None,
+    views: Mapping[str, str] | None = None,
+    names: Rules | None = None,
+    layer_types: Table | None = None,
+) -> LinenRandLora: ...
+@overload
+def get_peft_model(
+    model: Any,  # a Hugging Face model, a params pytree, what a user's front end wraps
+    config: RandLoraConfig,
+    adapter_name: str = "default",
+    *,
+    apply: Apply = "auto",
+    token_axes: Sequence[str] = (),
+    rngs: Any = None,
+    views: Mapping[str, str] | None = None,
+    names: Rules | None = None,
+    layer_types: Table | None = None,
+) -> Any: ...
+def get_peft_model(
+    model: Any,
+    config: RandLoraConfig,
+    adapter_name: str = "default",
+    *,
+    apply: Apply = "auto",
+    token_axes: Sequence[str] = (),
+    rngs: Any = None,
+    views: Mapping[str, str] | None = None,
+    names: Rules | None = None,
+    layer_types: Table | None = None,
+) -> RandLoraModel:
+    """Wraps `model` with a fresh RandLoRA adapter; before training it computes what `model` does.
+
+    Args:
+      model: a ``flax.nnx.Module`` (its layers are replaced in place, as PEFT does), a
+        ``flax.linen`` module bound to its variables, a Hugging Face ``FlaxPreTrainedModel``, or,
+        of any other library, a pytree of arrays with the `views` of its kernels.
+      config: what to adapt and how.
+      apply: how layers apply the adapter: "auto" takes the cheapest exact way for each pass of each
+        layer (`RandLoraModel.explain` says which), "factored" and "merged" insist on one. Belongs
+        to the run and is never saved.
+      token_axes: the mesh axes that split a batch's first axis, where a trace cannot see it
+        (automatic axes): what is cheapest depends on the tokens of one device, and each device
+        then sums its own tokens' gradient of lambda and gamma (`randlora_jax.core.mesh`).
+      rngs: an ``nnx.Rngs`` or a jax key, for ``init_weights=False`` and, in nnx, adapter dropout.
+      views: kernel layouts that types do not tell, by regular expressions on layer paths, such as
+        ``{"layers/mlp/.*": "s i o"}`` for scanned Dense layers (`KernelLayout`).
+      names: rules from module paths to PyTorch's, where they differ (`Names`).
+      layer_types: types of layers that this library does not know (`LayerType`).
+
+    Raises:
+      ConfigError: `model` or `config` cannot be used.
+      TargetError: `config` selects no layer of `model`.
+    """
+    wrapped = wrap(model, WrapRules.stated(apply, token_axes, views, names, layer_types))
+    wrapped.add_adapter(adapter_name, config, rngs=rngs)
+    return wrapped
