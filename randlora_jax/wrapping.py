@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
+import randlora_jax.front_ends  # noqa: F401 - makes those of the library known
 from randlora_jax.core.ways import Apply
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.models.front_end import WrapRules, register_front_end, wrap
