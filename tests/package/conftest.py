@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from installed import build_wheel, copy_of_the_sources
+from installed import Environment, build_wheel, copy_of_the_sources
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +17,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built wheel."""
     work = tmp_path_factory.mktemp("wheel")
     return build_wheel(copy_of_the_sources(work / "source"), work)
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
+    """Where the wheel is installed."""
+    environment = Environment(tmp_path_factory.mktemp("installed"))
+    environment.install(wheel, cwd=environment.folder)
+    return environment
