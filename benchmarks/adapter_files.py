@@ -19,7 +19,6 @@ import json
 import os
 import shutil
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 from randlora_jax.interop.config import RandLoraConfig
-from randlora_jax.interop.tensor_file import write_tensors
+from randlora_jax.interop.tensor_writer import Entry, write_stream, write_tensors
 from randlora_jax.interop.torch_rng import Generation, torch_bases
 
 DEPTH = 28
@@ -90,24 +89,17 @@ def write_as_peft(folder: Path, shapes: Shapes) -> None:
     low, high = sorted(max(sides) for sides in zip(*shapes.values(), strict=True))
     drawn = torch_bases(KEY, RANK, low, high, generation=Generation.BF16_24BIT)
     bases = {part: array.astype("<f4") for part, array in zip("AB", drawn, strict=True)}
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for key, shape in tensors.items():
-        start, end = end, end + 4 * int(np.prod(shape))
-        header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    rng = np.random.default_rng(0)
+
+    def make(key: str) -> np.ndarray:
+        part = key.rpartition("randlora_")[2]
+        if part in bases:
+            return bases[part]
+        return rng.standard_normal(tensors[key], np.float32) * 0.01
 
     folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    with open(folder / "adapter_model.safetensors", "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for key, shape in tensors.items():
-            part = key.rpartition("randlora_")[2]
-            array = bases[part] if part in bases else rng.standard_normal(shape, np.float32) * 1e-2
-            file.write(array.reshape(-1).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
+    entries = {key: Entry("F32", shape) for key, shape in tensors.items()}
+    write_stream(folder / "adapter_model.safetensors", entries, {"format": "pt"}, make)
     RandLoraConfig(
         r=RANK,
         projection_prng_key=KEY,
@@ -171,6 +163,7 @@ def run(arguments: list[str]) -> tuple[float, float]:
 def forget(path: Path) -> None:
     """Drop a file from the system's memory, so that the next read comes from the disk."""
     with open(path, "rb") as file:
+        os.fsync(file.fileno())  # what is not yet on the disk stays
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 

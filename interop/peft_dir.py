@@ -32,7 +32,8 @@ from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
 from randlora_jax.interop.errors import AdapterFileError, ConfigError, listed, shown
 from randlora_jax.interop.keys import BASE_PARTS, LAYER_PARTS, PREFIX, Role, roles_of
 from randlora_jax.interop.strict_json import parse_object
-from randlora_jax.interop.tensor_file import Tensor, TensorFile, pieces, write_tensors
+from randlora_jax.interop.tensor_file import Tensor, TensorFile, pieces
+from randlora_jax.interop.tensor_writer import write_tensors
 
 __all__ = [
     "Adapter",

@@ -15,7 +15,7 @@ from random import Random
 
 import ml_dtypes
 import numpy as np
-from randlora_jax.interop.tensor_file import DTYPES
+from randlora_jax.interop.tensor_format import DTYPES
 from safetensors.numpy import save
 
 CONFIG = "adapter_config.json"

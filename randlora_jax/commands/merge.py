@@ -30,9 +30,9 @@ from randlora_jax.interop.config import CONFIG_NAME
 from randlora_jax.interop.errors import AdapterFileError, shown
 from randlora_jax.interop.numpy_delta import Deltas
 from randlora_jax.interop.progress import Advance
-from randlora_jax.interop.stream import Entry, write_stream
 from randlora_jax.interop.strict_json import read_object
 from randlora_jax.interop.tensor_file import pieces
+from randlora_jax.interop.tensor_writer import Entry, write_stream
 
 DESCRIPTION = """\
 Write the base model in MODEL_DIR with the adapter in DIR merged into its weights, as a Hugging Face

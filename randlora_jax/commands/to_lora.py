@@ -28,7 +28,7 @@ from randlora_jax.interop.config import ALL_LINEAR, CONFIG_NAME, RandLoraConfig
 from randlora_jax.interop.keys import PREFIX, file_key, trained_tensors
 from randlora_jax.interop.peft_dir import WEIGHTS_NAME
 from randlora_jax.interop.strict_json import dump_object, thaw, write_text
-from randlora_jax.interop.tensor_file import write_tensors
+from randlora_jax.interop.tensor_writer import write_tensors
 
 DESCRIPTION = """\
 Write the adapter in DIR as a PEFT LoRA adapter, for programs that know no RandLoRA. A RandLoRA
