@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -127,60 +127,77 @@ def check(adapter: Adapter, where: object) -> None:
     Raises:
       AdapterFileError: naming `where`, the tensor, what was expected and what was found.
     """
-
-    def expect(sound: bool, key: str, expected: object, found: object) -> None:
-        if not sound:
-            raise AdapterFileError(
-                f"{where}: {shown(key)}: expected {expected}, found {found}. The adapter was "
-                "damaged, or its config belongs to another; fetch both files again"
-            )
-
-    r = adapter.config.r
     if not adapter.layers:
         raise AdapterFileError(
             f"{where}: expected randlora_lambda and randlora_gamma of at least one layer, found "
             "none: this is no RandLoRA adapter, or nothing was targeted when it was saved"
         )
+    _check_layers(adapter, where)
+    if adapter.bases is not None:
+        _check_pair(adapter, adapter.bases, where)
+    if adapter.provenance is not None and adapter.provenance.shapes:
+        _check_recorded_shapes(adapter, adapter.provenance.shapes, where)
+
+
+def _check_layers(adapter: Adapter, where: object) -> None:
+    r = adapter.config.r
     for name, (lam, gamma) in adapter.layers.items():
         for part, array in (("lambda", lam), ("gamma", gamma)):
             key = f"{name}.randlora_{part}"
-            expect(array.dtype == np.float32, key, "float32", array.dtype)
-            expect(array.ndim == 2 and array.size > 0, key, "a matrix", array.shape)
+            _expect(array.dtype == np.float32, where, key, "float32", array.dtype)
+            _expect(array.ndim == 2 and array.size > 0, where, key, "a matrix", array.shape)
         smallest = gamma.shape[1]
         n = -(-smallest // r)
-        expect(gamma.shape[0] == n, f"{name}.randlora_gamma", (n, smallest), gamma.shape)
-        expect(lam.shape == (r, n), f"{name}.randlora_lambda", (r, n), lam.shape)
+        for part, array, shape in (("gamma", gamma, (n, smallest)), ("lambda", lam, (r, n))):
+            _expect(array.shape == shape, where, f"{name}.randlora_{part}", shape, array.shape)
 
+
+def _check_pair(adapter: Adapter, pair: StoredPair, where: object) -> None:
+    r, (a, b) = adapter.config.r, pair
+    for key, array in (("randlora_A", a), ("randlora_B", b)):
+        sound = array.dtype in BASE_DTYPES
+        _expect(sound, where, key, "float32, float16 or bfloat16", array.dtype)
+    sound = a.ndim == 3 and a.shape[:2] == (r, 1)
+    _expect(sound, where, "randlora_A", f"({r}, 1, MIN)", a.shape)
+    MIN = a.shape[2]
+    name = max(adapter.layers, key=lambda name: adapter.layers[name][1].shape[1])
+    needed = adapter.layers[name][1].shape[1]
+    expected = f"(r, 1, {needed} or more) for {shown(name)}"
+    _expect(needed <= MIN, where, "randlora_A", expected, a.shape)
+    n = -(-MIN // r)
+    sound = b.ndim == 3 and b.shape[0] >= MIN and b.shape[1:] == (n, r)
+    _expect(sound, where, "randlora_B", f"({MIN} or more, {n}, {r})", b.shape)
+
+
+def _check_recorded_shapes(
+    adapter: Adapter, shapes: Mapping[str, tuple[int, int]], where: object
+) -> None:
+    """Check that the shapes in the metadata are those of the tensors."""
+    _expect(
+        shapes.keys() == adapter.layers.keys(),
+        where,
+        "shapes in the metadata",
+        "those of the adapted layers",
+        f"other layers: {listed(sorted(shapes.keys() ^ adapter.layers.keys()))}",
+    )
+    for name, shape in shapes.items():
+        smallest = adapter.layers[name][1].shape[1]
+        key = f"{name}.randlora_gamma"
+        _expect(min(shape) == smallest, where, key, min(shape), smallest)
     if adapter.bases is not None:
-        a, b = adapter.bases
-        for key, array in (("randlora_A", a), ("randlora_B", b)):
-            expect(array.dtype in BASE_DTYPES, key, "float32, float16 or bfloat16", array.dtype)
-        expect(a.ndim == 3 and a.shape[:2] == (r, 1), "randlora_A", f"({r}, 1, MIN)", a.shape)
-        low = a.shape[2]
-        name = max(adapter.layers, key=lambda name: adapter.layers[name][1].shape[1])
-        needed = adapter.layers[name][1].shape[1]
-        expect(low >= needed, "randlora_A", f"(r, 1, {needed} or more) for {shown(name)}", a.shape)
-        n = -(-low // r)
-        sound = b.ndim == 3 and b.shape[0] >= low and b.shape[1:] == (n, r)
-        expect(sound, "randlora_B", f"({low} or more, {n}, {r})", b.shape)
+        # PEFT sizes the bases by the largest out and in of all layers, and accepts no other
+        extents = [max(sides) for sides in zip(*shapes.values(), strict=True)]
+        expected = sorted(extents, reverse=True)
+        found = [adapter.bases[1].shape[0], adapter.bases[0].shape[2]]
+        _expect(expected == found, where, "randlora_B, randlora_A", expected, found)
 
-    if adapter.provenance is not None and adapter.provenance.shapes:
-        shapes = adapter.provenance.shapes
-        expect(
-            shapes.keys() == adapter.layers.keys(),
-            "shapes in the metadata",
-            "those of the adapted layers",
-            f"other layers: {listed(sorted(shapes.keys() ^ adapter.layers.keys()))}",
+
+def _expect(sound: bool, where: object, key: str, expected: object, found: object) -> None:
+    if not sound:
+        raise AdapterFileError(
+            f"{where}: {shown(key)}: expected {expected}, found {found}. The adapter was "
+            "damaged, or its config belongs to another; fetch both files again"
         )
-        for name, shape in shapes.items():
-            smallest = adapter.layers[name][1].shape[1]
-            expect(min(shape) == smallest, f"{name}.randlora_gamma", min(shape), smallest)
-        if adapter.bases is not None:
-            extents = [max(sides) for sides in zip(*shapes.values(), strict=True)]
-            found = [adapter.bases[1].shape[0], adapter.bases[0].shape[2]]
-            # PEFT sizes the bases by the largest out and in of all layers, and accepts no other
-            expected = sorted(extents, reverse=True)
-            expect(expected == found, "randlora_B, randlora_A", expected, found)
 
 
 def check_finite(adapter: Adapter, where: object) -> None:

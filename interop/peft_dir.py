@@ -9,8 +9,9 @@ transformers' own loader does not look.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from os import fstat
 from os.path import samestat
 from pathlib import Path
@@ -109,17 +110,7 @@ def write_adapter(
             config = replace(config, projection_prng_key=derived_key(provenance.digest))
         metadata[METADATA_KEY] = provenance.to_json()
 
-    arrays = {PREFIX + key: array for key, array in adapter.saved.items()}
-    for name, (lam, gamma) in adapter.layers.items():
-        arrays[f"{PREFIX}{name}.randlora_lambda"] = lam
-        arrays[f"{PREFIX}{name}.randlora_gamma"] = gamma
-    dtypes: dict[str, np.dtype] = {}
-    if bases is not None:
-        first = min(adapter.layers, key=_natural)
-        for part, array in zip(BASE_PARTS, bases, strict=True):
-            key = f"{PREFIX}{first}.randlora_{part}"
-            arrays[key], dtypes[key] = array, narrowest(array)
-
+    arrays, dtypes = _file_tensors(adapter, bases)
     with replacing_files(folder, entry=CONFIG_NAME) as staged:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not overwrite and (folder / name).exists():
@@ -209,58 +200,79 @@ def load_once(config: RandLoraConfig, file: TensorFile) -> tuple[Adapter, Callab
     Copies are nearly all of some files, and a caller may have something to do meanwhile.
     """
     roles = roles_of(file.tensors.values(), config, file.fail)
-    layers: dict[str, dict[str, np.ndarray]] = {}
-    shared: dict[Role, np.ndarray] = {}  # what a file may hold more than once
-    first_place: dict[Role, Tensor] = {}
-    copies: dict[Role, list[Tensor]] = {}
-    for key, tensor in file.tensors.items():
-        role = roles[key]
-        if role.part in LAYER_PARTS + BASE_PARTS and tensor.dtype not in BASE_DTYPES:
-            file.fail(
-                f"{shown(key)}: expected F32, F16 or BF16, found {tensor}; save it again in one "
-                "of them"
-            )
-        if role.part in LAYER_PARTS:
-            array = file.read(tensor).astype(np.float32, copy=False)
-            layers.setdefault(role.name, {})[role.part] = array
-            continue
-        first = _kept(role)
-        if role.part == "repeated" or first in shared:
-            copies.setdefault(first, []).append(tensor)
-        else:
-            shared[first], first_place[first] = file.read(tensor), tensor
-
-    def compare_copies() -> None:
-        for role, tensors in copies.items():
-            other = file.unlike(tensors, shared[role])
-            if other is not None:
-                one = first_place[role]
-                file.fail(
-                    f"{shown(one.key)} ({one}) and {shown(other.key)} ({other}) "
-                    "should be copies of one tensor and differ: readers would disagree about what "
-                    "the adapter computes"
-                )
-
-    a, b = (shared.get(Role(part, "")) for part in BASE_PARTS)
+    content = _read_each_once(file, roles)
+    a, b = (content.arrays.get(Role(part, "")) for part in BASE_PARTS)
     bases = None if a is None or b is None else (a, b)
     if bases and not config.save_projection:
         file.fail(
-            f"{shown(first_place[Role('A', '')].key)}: expected no bases, since {CONFIG_NAME} has "
-            "save_projection false and PEFT would ignore them; set it to true to use them"
+            f"{shown(content.places[Role('A', '')].key)}: expected no bases, since {CONFIG_NAME} "
+            "has save_projection false and PEFT would ignore them; set it to true to use them"
         )
     if not bases:
         config = replace(config, projection_source="torch")  # PEFT draws them from the key
     text = file.metadata.get(METADATA_KEY)
     adapter = Adapter(
         config=config,
-        layers={name: (parts["lambda"], parts["gamma"]) for name, parts in layers.items()},
-        saved={role.name: array for role, array in shared.items() if role.part == "saved"},
+        layers=_layers(content.arrays),
+        saved={role.name: x for role, x in content.arrays.items() if role.part == "saved"},
         bases=bases,
         provenance=Provenance.from_json(text, f"{file.path}: {METADATA_KEY}") if text else None,
     )
     check(adapter, file.path)
     _check_provenance(adapter, file.path)
-    return adapter, compare_copies
+    return adapter, partial(_compare_copies, file, content)
+
+
+@dataclass
+class _Content:
+    """What a file holds, each tensor read once however often it is there.
+
+    Attributes:
+      arrays: by what they are.
+      places: where in the file each was read.
+      copies: where the same should be again.
+    """
+
+    arrays: dict[Role, np.ndarray] = field(default_factory=dict)
+    places: dict[Role, Tensor] = field(default_factory=dict)
+    copies: dict[Role, list[Tensor]] = field(default_factory=dict)
+
+
+def _read_each_once(file: TensorFile, roles: Mapping[str, Role]) -> _Content:
+    content = _Content()
+    for key, tensor in file.tensors.items():
+        part, role = roles[key].part, _kept(roles[key])
+        if part in LAYER_PARTS + BASE_PARTS and tensor.dtype not in BASE_DTYPES:
+            file.fail(
+                f"{shown(key)}: expected F32, F16 or BF16, found {tensor}; save it again in one "
+                "of them"
+            )
+        if part == "repeated" or role in content.arrays:
+            content.copies.setdefault(role, []).append(tensor)
+        else:
+            content.arrays[role], content.places[role] = file.read(tensor), tensor
+    return content
+
+
+def _compare_copies(file: TensorFile, content: _Content) -> None:
+    for role, copies in content.copies.items():
+        other = file.unlike(copies, content.arrays[role])
+        if other is not None:
+            one = content.places[role]
+            file.fail(
+                f"{shown(one.key)} ({one}) and {shown(other.key)} ({other}) should be copies of "
+                "one tensor and differ: readers would disagree about what the adapter computes"
+            )
+
+
+def _layers(arrays: Mapping[Role, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """``{layer: (lambda, gamma)}``, in float32."""
+    names = [role.name for role in arrays if role.part == "lambda"]
+    lams, gammas = (
+        [arrays[Role(part, name)].astype(np.float32, copy=False) for name in names]
+        for part in LAYER_PARTS
+    )
+    return dict(zip(names, zip(lams, gammas, strict=True), strict=True))
 
 
 def _kept(role: Role) -> Role:
@@ -311,6 +323,23 @@ def _bases_to_write(adapter: Adapter, where: Path) -> StoredPair | None:
             f"by a reader; these are from {provenance.source!r}. Set save_projection=True"
         )
     return None
+
+
+def _file_tensors(
+    adapter: Adapter, bases: StoredPair | None
+) -> tuple[dict[str, np.ndarray], dict[str, np.dtype]]:
+    """What to write by the file's keys, and the dtypes that are not the arrays' own."""
+    arrays = {PREFIX + key: array for key, array in adapter.saved.items()}
+    for name, (lam, gamma) in adapter.layers.items():
+        arrays[f"{PREFIX}{name}.randlora_lambda"] = lam
+        arrays[f"{PREFIX}{name}.randlora_gamma"] = gamma
+    dtypes: dict[str, np.dtype] = {}
+    if bases is not None:
+        first = min(adapter.layers, key=_natural)
+        for part, array in zip(BASE_PARTS, bases, strict=True):
+            key = f"{PREFIX}{first}.randlora_{part}"
+            arrays[key], dtypes[key] = array, narrowest(array)
+    return arrays, dtypes
 
 
 def narrowest(array: np.ndarray) -> np.dtype:
