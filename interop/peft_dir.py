@@ -36,19 +36,6 @@ from randlora_jax.interop.strict_json import parse_object
 from randlora_jax.interop.tensor_file import Tensor, TensorFile, pieces
 from randlora_jax.interop.tensor_writer import write_tensors
 
-__all__ = [
-    "Adapter",
-    "Provenance",
-    "bases_digest",
-    "derived_key",
-    "load_adapter",
-    "load_once",
-    "narrowest",
-    "open_adapter",
-    "read_adapter",
-    "write_adapter",
-]
-
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 METADATA_KEY = "randlora_jax"

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from randlora_jax.interop import atomic
+from randlora_jax.interop.adapter import Adapter
 from randlora_jax.interop.config import RandLoraConfig
-from randlora_jax.interop.peft_dir import Adapter, write_adapter
+from randlora_jax.interop.peft_dir import write_adapter
 
 from randlora_jax.commands.main import main
 

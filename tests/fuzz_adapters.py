@@ -30,7 +30,8 @@ import numpy as np
 from config_mutations import CONFIG, MUTATIONS, PREFIX, WEIGHTS, Files
 from flax import nnx
 from peft_nets import cast, jax_adapter, peft_net, rewrite, with_adapter_names
-from randlora_jax.interop.peft_dir import Adapter, read_adapter, write_adapter
+from randlora_jax.interop.adapter import Adapter
+from randlora_jax.interop.peft_dir import read_adapter, write_adapter
 from safetensors import safe_open
 
 from randlora_jax import RandLoraError, RandLoraModel

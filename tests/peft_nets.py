@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import peft
 import torch
+from randlora_jax.interop.adapter import Adapter, Provenance, bases_digest
 from randlora_jax.interop.config import RandLoraConfig
-from randlora_jax.interop.peft_dir import Adapter, Provenance, bases_digest
 from safetensors.numpy import load_file, save_file
 
 WEIGHTS = "adapter_model.safetensors"

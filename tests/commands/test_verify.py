@@ -9,8 +9,8 @@ import pytest
 import torch
 from families import FAMILIES, twins
 from peft_side import save_adapter, save_base
+from randlora_jax.interop.adapter import Adapter
 from randlora_jax.interop.numpy_delta import Deltas
-from randlora_jax.interop.peft_dir import Adapter
 
 from randlora_jax import RandLoraConfig, get_peft_model
 from randlora_jax.commands.main import main

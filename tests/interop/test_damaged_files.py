@@ -10,15 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from randlora_jax.interop.adapter import Adapter, Provenance, bases_digest
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import AdapterFileError
-from randlora_jax.interop.peft_dir import (
-    Adapter,
-    Provenance,
-    bases_digest,
-    read_adapter,
-    write_adapter,
-)
+from randlora_jax.interop.peft_dir import read_adapter, write_adapter
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 

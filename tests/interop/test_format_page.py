@@ -25,16 +25,10 @@ from peft_nets import (
     randomize,
     rewrite,
 )
-from randlora_jax.interop.adapter import Provenance
+from randlora_jax.interop.adapter import Adapter, Provenance, bases_digest, derived_key
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import AdapterFileError, ConfigError
-from randlora_jax.interop.peft_dir import (
-    Adapter,
-    bases_digest,
-    derived_key,
-    read_adapter,
-    write_adapter,
-)
+from randlora_jax.interop.peft_dir import read_adapter, write_adapter
 from randlora_jax.interop.torch_rng import torch_bases
 from transformers.pytorch_utils import Conv1D
 

@@ -8,14 +8,9 @@ import numpy as np
 import peft
 import pytest
 from peft_nets import TARGETS, WEIGHTS, Net, jax_adapter, peft_net
+from randlora_jax.interop.adapter import Adapter, bases_digest, derived_key
 from randlora_jax.interop.errors import AdapterFileError, ConfigError
-from randlora_jax.interop.peft_dir import (
-    Adapter,
-    bases_digest,
-    derived_key,
-    read_adapter,
-    write_adapter,
-)
+from randlora_jax.interop.peft_dir import read_adapter, write_adapter
 from safetensors import safe_open
 
 pytestmark = pytest.mark.torch

@@ -25,12 +25,9 @@ from peft_nets import (
     run,
     with_adapter_names,
 )
+from randlora_jax.interop.adapter import bases_digest
 from randlora_jax.interop.errors import AdapterFileError, ConfigError
-from randlora_jax.interop.peft_dir import (
-    bases_digest,
-    read_adapter,
-    write_adapter,
-)
+from randlora_jax.interop.peft_dir import read_adapter, write_adapter
 from safetensors.numpy import load_file, save_file
 
 pytestmark = pytest.mark.torch
