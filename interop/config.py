@@ -313,15 +313,15 @@ class RandLoraConfig:
         """
         if not isinstance(values, Mapping):
             raise _refusal("adapter configuration", "a JSON object (a dict)", values)
-        known = {name: value for name, value in values.items() if name in _FILE_FIELDS}
+        settings = {name: value for name, value in values.items() if name in _FILE_FIELDS}
         unknown = {name: value for name, value in values.items() if name not in _FILE_FIELDS}
         method = unknown.pop("peft_type", None)
         if isinstance(method, Enum):
             method = method.value
         if method != PEFT_TYPE:
             raise _refusal("peft_type", repr(PEFT_TYPE), method, "Only RandLoRA adapters open.")
-        source = "torch" if known.get("save_projection") is False else "file"
-        config = cls(**known, projection_source=source, unknown=unknown)
+        source = "torch" if settings.get("save_projection") is False else "file"
+        config = cls(**settings, projection_source=source, unknown=unknown)
         if unknown:
             _warn(
                 f"unknown fields {listed(sorted(unknown))}: kept and written back, but not acted "

@@ -72,5 +72,5 @@ def in_words(generation: Generation | None, dtypes: list[np.dtype]) -> str:
 
 def _is_exact(array: np.ndarray, dtype: np.dtype) -> bool:
     with np.errstate(over="ignore"):  # infinity differs as well
-        wide = (piece.astype(np.float32) for piece in pieces(array))
-        return all(np.array_equal(x, x.astype(dtype).astype(np.float32)) for x in wide)
+        numbers = (piece.astype(np.float32) for piece in pieces(array))
+        return all(np.array_equal(x, x.astype(dtype).astype(np.float32)) for x in numbers)

@@ -89,9 +89,9 @@ class Deltas:
             b_flat = b[part, :n].astype(np.float32).reshape(-1, n * r)
             block = b_flat @ a_flat
             block *= self.adapter.config.scaling
-            wide = np.promote_types(weight.dtype, np.float32)
+            sum_dtype = np.promote_types(weight.dtype, np.float32)
             with np.errstate(over="ignore"):  # what overflows float16 becomes inf, for all to see
-                matrix[part] = (matrix[part].astype(wide) + block).astype(weight.dtype)
+                matrix[part] = (matrix[part].astype(sum_dtype) + block).astype(weight.dtype)
 
 
 def _check_extents(pair: StoredPair, MAX: int, MIN: int, where: Path) -> None:

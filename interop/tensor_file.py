@@ -211,9 +211,9 @@ class TensorFile:
 
 def pieces(array: np.ndarray) -> Iterator[np.ndarray]:
     """A contiguous array's items in order, a quarter of a megabyte at a time."""
-    flat = np.ascontiguousarray(array).reshape(-1)
+    items = np.ascontiguousarray(array).reshape(-1)
     step = PIECE // array.dtype.itemsize
-    return (flat[at : at + step] for at in range(0, flat.size, step))
+    return (items[at : at + step] for at in range(0, items.size, step))
 
 
 def bytes_of(array: np.ndarray) -> memoryview:

@@ -305,10 +305,10 @@ class _Source:
     def _dense(
         self, words: np.random.RandomState, blocks: list[tuple[int, int, int]], fan_in: int
     ) -> np.ndarray:
-        """Uniform blocks, each drawn by itself, joined on the middle axis and normalised."""
+        """Uniform blocks, each drawn by itself, put together on the middle axis and normalised."""
         rows, _, columns = blocks[0]
         dtype, to_dtype = self.rule.dtype, _uniform(self.rule, fan_in)
-        joined = np.empty((rows, len(blocks), columns), dtype)
+        result = np.empty((rows, len(blocks), columns), dtype)
         block = np.empty(rows * columns, dtype)
         total = squares = 0.0
         for b in range(len(blocks)):
@@ -317,18 +317,18 @@ class _Source:
                 exact = block[part].astype(np.float64)
                 total += float(exact.sum())
                 squares += float(exact @ exact)
-            joined[:, b] = block.reshape(rows, columns)
-        std = dtype.type(_deviation(total, squares, joined.size))
+            result[:, b] = block.reshape(rows, columns)
+        std = dtype.type(_deviation(total, squares, result.size))
         # 16 bits have few patterns: the quotient of each one, computed once.
         with np.errstate(all="ignore"):
             every = np.arange(1 << 16, dtype=np.uint16).view(dtype).astype(_F32)
             quotients = (every / _F32.type(std)).astype(dtype).astype(_F32)
             quotients = quotients.astype(self.base_dtype).astype(_F32).astype(dtype)
-        table, patterns = quotients.view(np.uint16), joined.reshape(-1).view(np.uint16)
-        for start in range(0, joined.size, _CHUNK):
+        table, patterns = quotients.view(np.uint16), result.reshape(-1).view(np.uint16)
+        for start in range(0, result.size, _CHUNK):
             part = slice(start, start + _CHUNK)
             patterns[part] = table.take(patterns[part], mode="clip")
-        return joined
+        return result
 
     def _ternary(
         self, words: np.random.RandomState, shape: tuple[int, int, int], s: float

@@ -34,36 +34,49 @@ def draw(deltas: Deltas, path: Path, chosen: Sequence[str]) -> dict[str, Any]:
         for name in deltas.layers:
             norms[name] = float(np.linalg.norm(deltas.of(name)))
             done(_nbytes(deltas, name))
-    spectra: dict[str, dict[str, Any]] = {}
     picked = picked or _largest_of_each_kind(norms)
+    spectra: dict[str, dict[str, Any]] = {}
     with progress("singular values", sum(_nbytes(deltas, name) for name in picked)) as done:
         for name in picked:
-            values = np.linalg.svd(deltas.of(name), compute_uv=False)
-            rank = _equal_rank(deltas, name)
-            energy = np.square(values, dtype=np.float64)
-            kept = float(energy[:rank].sum() / energy.sum()) if energy.any() else 1.0
-            spectra[name] = {"values": values.tolist(), "lora_rank": rank, "lora_keeps": kept}
+            spectra[name] = _spectrum(deltas, name)
             done(_nbytes(deltas, name))
     figure = figure_type(figsize=(9, 8), layout="constrained")
     top, bottom = figure.subplots(2, 1)
-    top.bar(range(len(norms)), list(norms.values()))
-    top.set(title="size of the change", ylabel="Frobenius norm of ΔW", xlabel="layer")
+    _draw_norms(top, norms)
+    _draw_spectra(bottom, spectra)
+    figure.savefig(path)
+    return {"file": str(path), "norms": norms, "spectra": spectra}
+
+
+def _spectrum(deltas: Deltas, name: str) -> dict[str, Any]:
+    """A layer's singular values, the rank of a LoRA of equal size, and what that keeps."""
+    values = np.linalg.svd(deltas.of(name), compute_uv=False)
+    rank = _equal_rank(deltas, name)
+    energy = np.square(values, dtype=np.float64)
+    kept = float(energy[:rank].sum() / energy.sum()) if energy.any() else 1.0
+    return {"values": values.tolist(), "lora_rank": rank, "lora_keeps": kept}
+
+
+def _draw_norms(axes: Any, norms: dict[str, float]) -> None:
+    axes.bar(range(len(norms)), list(norms.values()))
+    axes.set(title="size of the change", ylabel="Frobenius norm of ΔW", xlabel="layer")
     if len(norms) <= 40:
-        top.set_xticks(range(len(norms)), [plain(name) for name in norms], rotation=90, fontsize=6)
+        axes.set_xticks(range(len(norms)), [plain(name) for name in norms], rotation=90, fontsize=6)
+
+
+def _draw_spectra(axes: Any, spectra: dict[str, dict[str, Any]]) -> None:
     for name, found in spectra.items():
         values, rank = np.array(found["values"]), found["lora_rank"]
         label = f"{plain(name)}: LoRA of rank {rank} keeps {found['lora_keeps']:.0%} of ‖ΔW‖²"
-        (line,) = bottom.plot(np.arange(1, len(values) + 1), values, label=label)
-        bottom.axvline(rank, color=line.get_color(), linestyle=":")
-    bottom.set(
+        (line,) = axes.plot(np.arange(1, len(values) + 1), values, label=label)
+        axes.axvline(rank, color=line.get_color(), linestyle=":")
+    axes.set(
         title="singular values of ΔW; dotted: the rank of a LoRA with as many numbers",
         xlabel="index",
         ylabel="singular value",
         yscale="log",
     )
-    bottom.legend(fontsize=7)
-    figure.savefig(path)
-    return {"file": str(path), "norms": norms, "spectra": spectra}
+    axes.legend(fontsize=7)
 
 
 def _figure_type(path: Path) -> Any:
@@ -71,9 +84,9 @@ def _figure_type(path: Path) -> Any:
         raise Misuse("--plot needs matplotlib: pip install matplotlib")
     from matplotlib.figure import Figure  # not pyplot: that would look for a screen
 
-    known = Figure().canvas.get_supported_filetypes()
-    if path.suffix.lstrip(".").lower() not in known:
-        raise Misuse(f"{path}: expected a name ending in one of {', '.join(sorted(known))}")
+    file_types = Figure().canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in file_types:
+        raise Misuse(f"{path}: expected a name ending in one of {', '.join(sorted(file_types))}")
     return Figure
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TextIO
 
+from randlora_jax import __version__
 from randlora_jax.commands.report import Misuse, Report
 from randlora_jax.interop.errors import RandLoraError
 
@@ -46,6 +47,7 @@ start here:
 exit status: 0 good, 1 the adapter fails, 2 the command was misused""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--version", action="version", version=f"randlora-jax {__version__}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     for name in COMMANDS:
         module = import_module(f"randlora_jax.commands.{name}")

@@ -128,10 +128,10 @@ def _write_file(
 ) -> None:
     """One safetensors file: the tensors of the base model's, and in the last what is added."""
     source = base.files[name]
-    entries, origin = {}, {}
+    entries, old_key = {}, {}
     for key, tensor in source.tensors.items():
         new = todo.renamed.get(key, key)
-        origin[new] = key
+        old_key[new] = key
         entries[new] = Entry(tensor.code, tensor.shape)
     if name == list(base.files)[-1]:
         code = next(iter(deltas.layers.values())).tensor.code
@@ -139,7 +139,7 @@ def _write_file(
         entries = dict(sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize))
 
     def make(new: str) -> np.ndarray:
-        key = origin.get(new, new)
+        key = old_key.get(new, new)
         value = todo.added.get(new, todo.replaced.get(key))
         if value is None:
             weight = base.read(key)

@@ -99,10 +99,10 @@ def _base_class(config: RandLoraConfig, base: str | Path) -> Any:
 
     if config.task_type in _TASKS:
         return getattr(transformers, _TASKS[config.task_type])
-    origin = config.auto_mapping or {}
-    library = str(origin.get("parent_library"))
+    mapping = config.auto_mapping or {}
+    library = str(mapping.get("parent_library"))
     if library.startswith("transformers.models."):  # a file must not choose what is imported
-        return getattr(import_module(library), str(origin["base_model_class"]))
+        return getattr(import_module(library), str(mapping["base_model_class"]))
     architectures = transformers.AutoConfig.from_pretrained(base).architectures or ["AutoModel"]
     return getattr(transformers, architectures[0])
 

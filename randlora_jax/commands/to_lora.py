@@ -153,8 +153,8 @@ def factor(delta: np.ndarray, choose: Choose) -> Factors:
     Projects on the leading right singular vectors of M (max, min), the eigenvectors of M.T M. In
     float64 these are as good as float32 can use, and cost a third of a full decomposition of M.
     """
-    wide = delta.shape[0] < delta.shape[1]
-    M = (delta.T if wide else delta).astype(np.float64)
+    is_wide = delta.shape[0] < delta.shape[1]
+    M = (delta.T if is_wide else delta).astype(np.float64)
     vectors = np.linalg.eigh(M.T @ M)[1][:, ::-1]
     images = M @ vectors  # singular value times left singular vector
     energies = np.square(images).sum(0)
@@ -165,7 +165,7 @@ def factor(delta: np.ndarray, choose: Choose) -> Factors:
     roots = energies[:rank] ** 0.25
     left = images[:, :rank] / np.where(roots > 0, roots, 1)
     right = (vectors[:, :rank] * roots).T
-    B, A = (right.T, left.T) if wide else (left, right)
+    B, A = (right.T, left.T) if is_wide else (left, right)
     A, B = (np.ascontiguousarray(x, dtype=np.float32) for x in (A, B))
     return Factors(A, B, energy=total, kept=float(cumulated[rank - 1]))
 

@@ -17,6 +17,7 @@ from peft_side import save_adapter, save_base
 from randlora_jax.interop.peft_dir import write_adapter
 from randlora_jax.interop.torch_rng import Generation, generation_of
 
+from randlora_jax import __version__
 from randlora_jax.commands.compact import compact
 from randlora_jax.commands.main import COMMANDS, main
 from randlora_jax.commands.report import progress, size
@@ -46,20 +47,24 @@ def test_the_command_is_installed_by_its_name():
     assert getattr(import_module(module), function) is main
 
 
-@pytest.mark.parametrize("command", ["--help", "inspect", "inspect --base", "compact", "drop"])
+LIGHT = {
+    "--help": ["--help"],
+    "--version": ["--version"],
+    "inspect": ["inspect", "{adapter}"],
+    "inspect --base": ["inspect", "{adapter}", "--base", "{base}"],
+    "compact": ["compact", "{adapter}", "{tmp}/out"],
+    "drop": ["compact", "{adapter}", "{tmp}/out", "--drop-bases", "--json"],
+}
+
+
+@pytest.mark.parametrize("command", LIGHT)
 def test_looking_at_files_loads_no_framework(tmp_path, command, llama):
     base, adapter, _ = llama
-    line = {
-        "--help": ["--help"],
-        "inspect": ["inspect", adapter],
-        "inspect --base": ["inspect", adapter, "--base", base],
-        "compact": ["compact", adapter, tmp_path / "out"],
-        "drop": ["compact", adapter, tmp_path / "out", "--drop-bases", "--json"],
-    }[command]
+    line = [x.format(tmp=tmp_path, adapter=adapter, base=base) for x in LIGHT[command]]
     program = (
         "import sys\n"
         "from randlora_jax.commands.main import main\n"
-        f"try: status = main({list(map(str, line))})\n"
+        f"try: status = main({line})\n"
         "except SystemExit as end: status = end.code\n"
         "loaded = {'jax', 'jaxlib', 'flax', 'torch', 'transformers', 'peft', 'matplotlib'}\n"
         "sys.exit(f'{status} {loaded & sys.modules.keys()}')"
@@ -67,6 +72,13 @@ def test_looking_at_files_loads_no_framework(tmp_path, command, llama):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == "0 set()"
     assert done.stdout
+
+
+def test_the_command_tells_its_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"randlora-jax {__version__}\n"
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])
