@@ -90,7 +90,7 @@ def stack(trained, kernels, pair, x, options, shardings, rows, explicit=False):
         spec = sharding.spec if sharding else P()
         run = lambda k, x, spec=spec: base(k, x, spec, rows, explicit)  # noqa: E731
         placed = Kernel.traced(kernel, KernelLayout("io"), sharding)
-        layer = RunningLayer("here", run, placed, LAST_AXES, jnp.float32)
+        layer = RunningLayer("here", run, [], placed, LAST_AXES, jnp.float32)
         update = Update(*lam_gamma, pair, 0.1, kernel.shape)
         x = jnp.tanh(adapted(layer, x, [Contribution(update)], options))
     return (x**2).mean()
@@ -203,7 +203,7 @@ def test_several_matrices_in_one_kernel(spec, axis_type):
             return jnp.einsum(EINSUM, x, kernel)
 
         placed = Kernel.traced(kernel, LAYOUT, sharding)
-        layer = RunningLayer("here", run, placed, Contraction(EINSUM), jnp.float32)
+        layer = RunningLayer("here", run, [], placed, Contraction(EINSUM), jnp.float32)
         update = Update(lam, gamma, pair, 0.1, (width, width))
         options = ExecutionOptions("auto", ("data",) if sharding and not explicit else ())
         out = adapted(layer, x, [Contribution(update)], options)

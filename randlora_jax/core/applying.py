@@ -2,6 +2,9 @@
 
 A front end hands over the untouched layer as a function of its kernel; here it is run with its
 adapters' updates, in each pass by the cheapest of the ways that are possible (`ways`, `cost`).
+
+Layers that are alike share one trace: whatever decides how a layer runs is a value (`_Call`), a
+static argument of one jitted function, and all arrays are its operands.
 """
 
 import math
@@ -15,9 +18,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from randlora_jax.core.contraction import CallAxes, Contraction, as_output, as_rows, for_each_matrix
-from randlora_jax.core.cost import Sizes, cheapest
+from randlora_jax.core.cost import Plan, Sizes, cheapest
 from randlora_jax.core.kernel import Kernel
-from randlora_jax.core.mesh import off_mesh
+from randlora_jax.core.kernel_layout import KernelLayout
+from randlora_jax.core.mesh import Placement, off_mesh
 from randlora_jax.core.passes import each_pass_its_way
 from randlora_jax.core.update import Update
 from randlora_jax.core.ways import ExecutionOptions, Way, possible_ways, require_a_way
@@ -31,7 +35,9 @@ class RunningLayer:
 
     Args:
       name: for messages.
-      run: (kernel, x) -> its output, bias and dtype rules included.
+      run: (kernel, x, *read) -> its output, bias and dtype rules included. It is hashed and
+        compared, and closes over no array: layers with equal ones are traced once.
+      read: every array that it reads besides.
       kernel: as it holds it.
       contraction: what it computes, as a sum over axes of x; None where it is anything else.
       dtype: what it multiplies in.
@@ -39,6 +45,7 @@ class RunningLayer:
 
     name: str
     run: Run
+    read: Sequence[jax.Array]
     kernel: Kernel
     contraction: Contraction | None
     dtype: DTypeLike
@@ -62,6 +69,26 @@ class Arguments(NamedTuple):
     x: jax.Array
     seen: Sequence[jax.Array | None]
     read: Sequence[jax.Array]
+
+
+@dataclass(frozen=True, eq=False)
+class _OneOff:
+    """A `Run` that is like no other, since what it holds cannot be compared."""
+
+    run: Run
+
+    def __call__(self, *arrays: jax.Array) -> jax.Array:
+        """What `run` returns."""
+        return self.run(*arrays)
+
+
+def comparable(run: Run) -> Run:
+    """`run` itself if it can be hashed, else the same function, equal to no other."""
+    try:
+        hash(run)
+    except TypeError:
+        return _OneOff(run)
+    return run
 
 
 def dropout(rate: float, key: jax.Array) -> Callable[[jax.Array], jax.Array]:
@@ -89,97 +116,102 @@ def adapted(
     possible = possible_ways(layer.kernel, layer.contraction, layer.dtype, options, drops=drops)
     require_a_way(layer.name, possible)
     updates = [share.update for share in contributions]
-    beside = Beside.of(layer, x, options) if layer.contraction else None
-    kernel = beside.kernel if beside else layer.kernel
-    plan = cheapest(possible, _sizes(kernel, x, beside, updates))
-    run, read = jax.closure_convert(layer.run, kernel.array, x)
-    ways: Mapping[Way, Callable[[Arguments, Sequence[Update]], jax.Array]] = {
-        Way.IN_KERNEL: partial(_in_kernel, run, kernel),
-        Way.FORMED: partial(_beside, run, beside, False),
-        Way.FACTORED: partial(_beside, run, beside, True),
-    }
-    product = each_pass_its_way(ways[plan.forward], ways[plan.inputs], ways[plan.trained])
+    call = _Call.of(layer, x, options)
+    sizes = _sizes(layer.kernel, call, x, updates)
     seen = [share.drop(x) if share.drop else None for share in contributions]
-    return product(Arguments(kernel.array, x, seen, read), updates)
+    arguments = Arguments(layer.kernel.array, x, seen, layer.read)
+    return _run(call, cheapest(possible, sizes), arguments, updates)
 
 
 @dataclass(frozen=True)
-class Beside:
-    """How x @ delta is laid out to be added to a layer's output.
+class _Call:
+    """What decides how a layer is run, but for the way of each pass: a value without arrays.
 
     Args:
-      kernel: of the layer, placed with the rows of this call.
-      axes: of this call.
-      tokens: rows of the input, on all devices.
+      run: the layer.
+      layout: of its kernel.
+      placement: of its kernel, and of the rows of this call.
+      axes: of this call; None where the layer is no contraction.
       merge_rows: multiply with the axes of rows merged to one. XLA's CPU compiler sums over one of
         them as it lies, but first transposes a copy to sum over several, as the gradient of delta
         does. On a mesh such axes may be cut, and cannot be merged in place.
     """
 
-    kernel: Kernel
-    axes: CallAxes
-    tokens: int
+    run: Run
+    layout: KernelLayout
+    placement: Placement | None
+    axes: CallAxes | None
     merge_rows: bool
 
     @classmethod
-    def of(cls, layer: RunningLayer, x: jax.Array, options: ExecutionOptions) -> "Beside":
-        """Of one call of `layer`, which is a contraction."""
-        assert layer.contraction is not None
-        axes = layer.contraction.axes(layer.kernel.layout, x.ndim)
-        tokens = math.prod(x.shape[axes.x.index(axis)] for axis in axes.rows)
-        kernel, placement = layer.kernel, layer.kernel.placement
-        if placement:
-            rows = placement.of_rows(as_rows(x, axes), len(axes.shared), options.token_axes)
-            kernel = replace(kernel, placement=rows)
-        return cls(kernel, axes, tokens, not kernel.on_mesh and off_mesh(x))
+    def of(cls, layer: RunningLayer, x: jax.Array, options: ExecutionOptions) -> "_Call":
+        """Of a layer called with `x`."""
+        axes, kernel = None, layer.kernel
+        placement = kernel.placement
+        if layer.contraction is not None:
+            axes = layer.contraction.axes(kernel.layout, x.ndim)
+            if placement:
+                rows = as_rows(x, axes)
+                placement = placement.of_rows(rows, len(axes.shared), options.token_axes)
+        merge_rows = not kernel.on_mesh and off_mesh(x)
+        return cls(layer.run, kernel.layout, placement, axes, merge_rows)
 
-    def through(self, x: jax.Array, update: Update, *, factored: bool) -> jax.Array:
-        """x through the delta of every matrix of the kernel, as the output lies; float32."""
+    def in_kernel(self, arguments: Arguments, updates: Sequence[Update]) -> jax.Array:
+        """The layer once, with W + delta."""
+        whole = Kernel(arguments.kernel, self.layout, self.placement).taking(updates)
+        return self.run(whole, arguments.x, *arguments.read)
+
+    def beside(
+        self, arguments: Arguments, updates: Sequence[Update], *, factored: bool
+    ) -> jax.Array:
+        """The untouched layer, and what each adapter makes of its input added in float32."""
+        out = self.run(arguments.kernel, arguments.x, *arguments.read)
+        sizes = self.layout.out_sizes(arguments.kernel.shape)
+        total = out.astype(jnp.float32)
+        for update, dropped in zip(updates, arguments.seen, strict=True):
+            x = arguments.x if dropped is None else dropped
+            total = total + self._through(x, update, sizes, factored)
+        return total.astype(out.dtype)
+
+    def _through(
+        self, x: jax.Array, update: Update, sizes: Sequence[int], factored: bool
+    ) -> jax.Array:
+        """x through the delta of every matrix, as the output lies; `sizes` of its out axes."""
+        assert self.axes is not None
         n_in, n_out = update.matrix
-        placement = self.kernel.placement
 
         def one(rows: jax.Array, lam: jax.Array, gamma: jax.Array) -> jax.Array:
             mine = replace(update, lam=lam, gamma=gamma)
-            if placement and placement.used:
-                return placement.applied(rows, mine, factored=factored)
+            if self.placement and self.placement.used:
+                return self.placement.applied(rows, mine, factored=factored)
             laid = rows.reshape(-1, n_in) if self.merge_rows else rows
             return mine.applied(laid, factored=factored).reshape(*rows.shape[:-1], n_out)
 
         every = for_each_matrix(one, self.axes)
         y = every(as_rows(x, self.axes), update.lam, update.gamma)
-        return as_output(y, self.axes, self.kernel.layout.out_sizes(self.kernel.array.shape))
+        return as_output(y, self.axes, sizes)
 
 
-def _sizes(kernel: Kernel, x: jax.Array, beside: Beside | None, updates: Sequence[Update]) -> Sizes:
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(call: _Call, plan: Plan, arguments: Arguments, updates: Sequence[Update]) -> jax.Array:
+    """The layer's output, each pass its way."""
+    ways: Mapping[Way, Callable[[Arguments, Sequence[Update]], jax.Array]] = {
+        Way.IN_KERNEL: call.in_kernel,
+        Way.FORMED: partial(call.beside, factored=False),
+        Way.FACTORED: partial(call.beside, factored=True),
+    }
+    product = each_pass_its_way(ways[plan.forward], ways[plan.inputs], ways[plan.trained])
+    return product(arguments, updates)
+
+
+def _sizes(kernel: Kernel, call: _Call, x: jax.Array, updates: Sequence[Update]) -> Sizes:
     """What the cost model counts with: of one device."""
     _, n_in, n_out = kernel.layout.sizes(kernel.array.shape)
-    tokens, shards = beside.tokens if beside else x.size // n_in, 1
-    if placement := kernel.placement:
+    tokens, shards = x.size // n_in, 1
+    if call.axes:
+        tokens = math.prod(x.shape[call.axes.x.index(axis)] for axis in call.axes.rows)
+    if placement := call.placement:
         tokens //= placement.size(placement.tokens)
         shards = placement.size((*placement.n_in, *placement.n_out))
     rank = sum(update.flat_rank for update in updates)
     return Sizes(max(1, tokens), n_in, n_out, rank, shards)
-
-
-def _in_kernel(
-    run: Run, kernel: Kernel, arguments: Arguments, updates: Sequence[Update]
-) -> jax.Array:
-    """The layer once, with W + delta."""
-    whole = replace(kernel, array=arguments.kernel).taking(updates)
-    return run(whole, arguments.x, *arguments.read)
-
-
-def _beside(
-    run: Run,
-    beside: Beside,
-    factored: bool,
-    arguments: Arguments,
-    updates: Sequence[Update],
-) -> jax.Array:
-    """The untouched layer, and what each adapter makes of its input added in float32."""
-    out = run(arguments.kernel, arguments.x, *arguments.read)
-    total = out.astype(jnp.float32)
-    for update, dropped in zip(updates, arguments.seen, strict=True):
-        x = arguments.x if dropped is None else dropped
-        total = total + beside.through(x, update, factored=factored)
-    return total.astype(out.dtype)

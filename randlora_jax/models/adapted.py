@@ -94,9 +94,10 @@ class AdaptedModel(ABC):
         before, after = self._registry, life.deleted(self._registry, adapter_name)
         if set(after.active) - set(before.active):
             warn(f"adapter {adapter_name!r} was active; now {after.active[0]!r} is")
-        self._store.remove(adapter_name)
-        self._follow(after)
-        self._refresh_pairs()
+        store = self._store
+        store.remove(adapter_name)
+        self._follow(after, store)
+        self._refresh_pairs(store)
 
     # Merging.
 
@@ -173,15 +174,15 @@ class AdaptedModel(ABC):
 
     # Within.
 
-    def _states(self) -> dict[str, AdapterState]:
+    def _states(self, store: ArrayStore | None = None) -> dict[str, AdapterState]:
         """The arrays of every adapter as they are now."""
-        store = self._store
+        store = store or self._store
         return {name: store.state(name) for name in self._registry.specs}
 
-    def _follow(self, registry: AdapterRegistry) -> None:
+    def _follow(self, registry: AdapterRegistry, store: ArrayStore | None = None) -> None:
         """From here on `registry` says what is; the store makes it so."""
         self._registry = registry
-        self._store.follow(registry)
+        (store or self._store).follow(registry)
 
     def _add(self, adapter: files.Restored, trainable: bool, rngs: Any) -> None:
         """Takes an adapter in, or refuses it and changes nothing."""
@@ -190,12 +191,13 @@ class AdaptedModel(ABC):
         store = self._store
         state = adapter_arrays.placed(after, store.base_leaves(), state)
         store.install(after, spec, state, rngs)
-        self._follow(after)
-        self._refresh_pairs()
+        self._follow(after, store)
+        self._refresh_pairs(store)
 
-    def _refresh_pairs(self) -> None:
+    def _refresh_pairs(self, store: ArrayStore) -> None:
         """One pair for each identity in use, of just the extents the layers slice."""
-        self._store.set_pairs(adapter_arrays.shared_pairs(self._registry, self._states()))
+        states = self._states(store)
+        store.set_pairs(adapter_arrays.shared_pairs(self._registry, states))
 
     def _unwrapped(self, adapter_names: Sequence[str]) -> Any:
         """The base model, with what the named adapters trained whole in place."""

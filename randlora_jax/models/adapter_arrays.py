@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents, used_extents
 from randlora_jax.core.kernel import Kernel
@@ -54,15 +55,16 @@ def fresh_state(
 
 def _fresh(
     layer: Layer, config: RandLoraConfig, dtype: jnp.dtype, key: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array | np.ndarray, np.ndarray]:
     """Lambda and gamma of one layer whose kernel has `dtype`; lambda drawn if there is a key."""
     _, n, smallest = used_extents(layer.matrix, config.r)
     largest = max(n, smallest) if key is None else max(layer.matrix)
     # PEFT makes gamma in the base layer's dtype and keeps it in float32 afterwards
-    gamma = jnp.full((*layer.stack, n, smallest), 1 / largest, dtype).astype(jnp.float32)
+    start = np.float32(1 / largest).astype(dtype).astype(np.float32)
+    gamma = np.full((*layer.stack, n, smallest), start)
     shape = (*layer.stack, config.r, n)
     if key is None:
-        return jnp.zeros(shape, jnp.float32), gamma
+        return np.zeros(shape, np.float32), gamma
     return jax.random.normal(key, shape, jnp.float32), gamma
 
 
@@ -86,11 +88,7 @@ def _trained_whole(
 
 def placed(registry: AdapterRegistry, base: Leaves, state: AdapterState) -> AdapterState:
     """An adapter's arrays where the base model's lie: lambda and gamma on every device."""
-    everywhere = registry.replicated
-    layers = {
-        name: (jax.device_put(lam, everywhere), jax.device_put(gamma, everywhere))
-        for name, (lam, gamma) in state.layers.items()
-    }
+    layers = jax.device_put(state.layers, registry.replicated)  # in one go, not leaf by leaf
     saved = {p: jax.device_put(x, on_mesh(base[p])) for p, x in state.saved.items()}
     return AdapterState(layers, saved)
 

@@ -66,7 +66,7 @@ def test_einsums_of_every_form(equation, axes, x_shape, shape, apply, low_precis
     def ours(kernel, x, lam, gamma):
         whole = Kernel(kernel, KernelLayout(axes))
         dtype = jnp.bfloat16 if low_precision else jnp.float32  # what it says of itself
-        layer = RunningLayer("here", run, whole, Contraction(equation), dtype)
+        layer = RunningLayer("here", run, [], whole, Contraction(equation), dtype)
         return adapted(layer, x, [Contribution(update(lam, gamma))], ExecutionOptions(apply))
 
     def plain(kernel, x, lam, gamma):

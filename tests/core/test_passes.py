@@ -48,7 +48,7 @@ def run(kernel, x):
 def layer(kernel, x, update, dropped=None):
     drop = None if dropped is None else lambda x: x * dropped
     whole = Kernel(kernel, KernelLayout("io"))
-    running = RunningLayer("here", run, whole, LAST_AXES, jnp.float32)
+    running = RunningLayer("here", run, [], whole, LAST_AXES, jnp.float32)
     return adapted(running, x, [Contribution(update, drop)], ExecutionOptions())
 
 

@@ -287,7 +287,7 @@ def test_a_layer_type_of_the_users_own_needs_a_stated_view():
     kernel = variables["params"]["odd"]["kernel"] + model.delta_weights()["odd"]
     np.testing.assert_allclose(model.apply(variables, X), jnp.tanh(X @ kernel.T), rtol=1e-5)
     insisting = get_peft_model(bound(Holder), config, views={"odd": "o i"}, apply="factored")
-    with pytest.raises(ConfigError, match="cannot run with its adapters.*not known to be a sum"):
+    with pytest.raises(ConfigError, match=r"cannot run with its adapters.*not known to be a sum"):
         insisting.apply(insisting.variables, X)
 
 

@@ -17,8 +17,15 @@ import jax.numpy as jnp
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from randlora_jax.core.applying import Contribution, RunningLayer, adapted, dropout
+from randlora_jax.core.applying import (
+    Contribution,
+    RunningLayer,
+    adapted,
+    comparable,
+    dropout,
+)
 from randlora_jax.core.bases import BasisPair
+from randlora_jax.core.hoisting import Hoisted
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.front_ends.collections import GAMMA, LAMBDA, adapter_trees, base_collections
 from randlora_jax.models.layer import LayerRun
@@ -88,18 +95,17 @@ class LinenRunner:
         layer = self.registry.layers[dotted(module.path)]
         kernel = own[layer.leaf]
         kind = layer.running(kernel.ndim, self.types.find(module), type(module).__name__)
-        alone = module.clone(parent=None)
+        # without its name, so that layers that are alike but for it are equal
+        alone = module.clone(parent=None, name=None)
         rest = {k: v for k, v in own.items() if k not in (layer.leaf, LAMBDA, GAMMA)}
-
-        def run(kernel: jax.Array, x: jax.Array) -> jax.Array:
-            out = alone.apply({"params": {**rest, layer.leaf: kernel}}, x, *args, **kwargs)
-            return cast(jax.Array, out)
+        values, read = Hoisted.of((rest, args, kwargs))
+        run = comparable(_RunLinen(alone, layer.leaf, values))
 
         stated = getattr(module, "dtype", None)
         dtype = jnp.result_type(x, kernel) if stated is None else stated
         self.seen[layer.name] = LayerRun(kind.call, dtype)
         traced = Kernel.traced(kernel, kind.layout, layer.sharding)
-        running = RunningLayer(layer.name, run, traced, kind.call, dtype)
+        running = RunningLayer(layer.name, run, read, traced, kind.call, dtype)
         shares = [self._contribution(module, own, name, layer.matrix) for name in own[LAMBDA]]
         return adapted(running, x, shares, self.registry.options)
 
@@ -112,3 +118,24 @@ class LinenRunner:
         drops = spec.dropout > 0 and module.has_rng("dropout")
         drop = dropout(spec.dropout, module.make_rng("dropout")) if drops else None
         return Contribution(update, drop)
+
+
+@dataclass(frozen=True)
+class _RunLinen:
+    """Runs a linen module whose arrays come apart.
+
+    Args:
+      module: unbound.
+      leaf: the kernel's name in its params.
+      values: of its other params, and of the call's arguments behind x.
+    """
+
+    module: nn.Module
+    leaf: str
+    values: Hoisted
+
+    def __call__(self, kernel: jax.Array, x: jax.Array, *read: jax.Array) -> jax.Array:
+        """What the module returns."""
+        rest, args, kwargs = self.values.with_arrays([*read])
+        params = {**rest, self.leaf: kernel}
+        return cast(jax.Array, self.module.apply({"params": params}, x, *args, **kwargs))

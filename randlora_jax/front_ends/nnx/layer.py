@@ -1,5 +1,7 @@
 """The wrapper that stands in the place of a module and runs it with its adapters."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
@@ -7,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from randlora_jax.core.applying import Contribution, RunningLayer, adapted
+from randlora_jax.core.applying import Contribution, Run, RunningLayer, adapted, comparable
+from randlora_jax.core.hoisting import Hoisted
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.front_ends.nnx.call import ModelToken, current
@@ -88,19 +91,12 @@ class RandLoraLayer(nnx.Module):
         specs = [s for s in specs if s.name not in self.merged]
         if self.layer is None or not specs:
             return base(x, *args, **kwargs)
-        leaf = self.layer.leaf
-        graph, state = nnx.split(base)
-        kernel = state[leaf][...]
-        rest = nnx.State({k: v for k, v in state.items() if k != leaf})
-
-        def run(kernel: jax.Array, x: jax.Array) -> jax.Array:
-            whole = nnx.State({**rest, leaf: state[leaf].replace(kernel)})
-            return cast(jax.Array, nnx.merge(graph, whole)(x, *args, **kwargs))
-
+        run, kernel, read = _as_function(base, self.layer.leaf, args, kwargs)
         kind = self.layer.running(kernel.ndim, self.layer.type, type(self.base_layer).__name__)
         running = RunningLayer(
             self.layer.name,
             run,
+            read,
             Kernel.traced(kernel, kind.layout, self.layer.sharding),
             kind.call,
             multiplies_in(self.base_layer, jnp.result_type(x, kernel)),
@@ -118,6 +114,37 @@ class RandLoraLayer(nnx.Module):
             update = spec.update(lam, gamma, pairs, layer.matrix)
             found.append(Contribution(update, None if off else drop))
         return found
+
+
+@dataclass(frozen=True)
+class _RunModule:
+    """Runs a module of a given structure, whose arrays come apart.
+
+    Args:
+      graph: its structure.
+      leaf: the kernel's name in it.
+      values: of its state, kernel first, and of the call's arguments behind x.
+    """
+
+    graph: nnx.GraphDef[nnx.Module]
+    leaf: str
+    values: Hoisted
+
+    def __call__(self, kernel: jax.Array, x: jax.Array, *read: jax.Array) -> jax.Array:
+        """What the module returns."""
+        variable, rest, args, kwargs = self.values.with_arrays([kernel, *read])
+        state = nnx.State({**rest, self.leaf: variable})
+        return cast(jax.Array, nnx.merge(self.graph, state)(x, *args, **kwargs))
+
+
+def _as_function(
+    module: nnx.Module, leaf: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Run, jax.Array, Sequence[jax.Array]]:
+    """A module as a function of its kernel and of x; its kernel, and all else that it reads."""
+    graph, state = nnx.split(module)
+    rest = {name: value for name, value in state.items() if name != leaf}
+    values, (kernel, *read) = Hoisted.of((state[leaf], rest, args, kwargs))
+    return comparable(_RunModule(graph, leaf, values)), kernel, read
 
 
 def multiplies_in(module: nnx.Module, otherwise: DTypeLike) -> DTypeLike:

@@ -61,7 +61,7 @@ class NnxRandLora(RandLoraModel, nnx.Module):
         found = find_layers(modules, rules.layouts, rules.names)
         self._registry = AdapterRegistry.of(found, rules.names, known.info, rules.options)
 
-    __repr__ = RandLoraModel.__repr__  # flax gives every module one of its own
+    __repr__ = __str__ = RandLoraModel.__repr__  # flax's show every array
 
     @property
     def _store(self) -> NnxStore:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class NnxStore(ArrayStore):
-    """The arrays of one wrapped model, as it is now: ask for a new one after each change.
+    """The arrays of one wrapped model: for one operation, after which modules may change again.
 
     Args:
       root: the wrapper around the whole model, which holds the bases.

@@ -1,0 +1,36 @@
+"""Taking the arrays out of a pytree, so that what is left can be hashed and compared."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class Hoisted:
+    """A pytree without its arrays.
+
+    Args:
+      structure: of the tree.
+      others: its leaves in order, each with its type; None in place of an array.
+    """
+
+    structure: Any
+    others: tuple[tuple[type, Any] | None, ...]
+
+    @classmethod
+    def of(cls, tree: Tree) -> "tuple[Hoisted, list[jax.Array]]":
+        """What of `tree` is no array, and its arrays in order: traced ones, NumPy's too."""
+        leaves, structure = jax.tree.flatten(tree)
+        arrays = [x for x in leaves if isinstance(x, jax.Array | np.ndarray)]
+        others = [None if isinstance(x, jax.Array | np.ndarray) else (type(x), x) for x in leaves]
+        return cls(structure, tuple(others)), arrays
+
+    def with_arrays(self, arrays: list[jax.Array]) -> Tree:
+        """The tree with `arrays` in their places."""
+        left = iter(arrays)
+        leaves = [next(left) if other is None else other[1] for other in self.others]
+        return jax.tree.unflatten(self.structure, leaves)
