@@ -373,12 +373,12 @@ def trains_and_merges(steps, mesh, expected, tmp_path):
     for array in shared_bases(model):
         assert array.sharding.is_fully_replicated and len(array.sharding.device_set) == 8
     model.save_pretrained(tmp_path)
-    kernels = {p: x.sharding for p, x in model._base_leaves().items()}
-    before = {p: np.asarray(x) for p, x in model._base_leaves().items()}
+    kernels = {p: x.sharding for p, x in model._store.base_leaves().items()}
+    before = {p: np.asarray(x) for p, x in model._store.base_leaves().items()}
     model.merge_adapter()
-    assert {p: x.sharding for p, x in model._base_leaves().items()} == kernels
+    assert {p: x.sharding for p, x in model._store.base_leaves().items()} == kernels
     model.unmerge_adapter()
-    for path, x in model._base_leaves().items():
+    for path, x in model._store.base_leaves().items():
         np.testing.assert_array_equal(np.asarray(x), before[path])
         assert x.sharding == kernels[path]
 

@@ -120,7 +120,11 @@ def adapted(
     sizes = _sizes(layer.kernel, call, x, updates)
     seen = [share.drop(x) if share.drop else None for share in contributions]
     arguments = Arguments(layer.kernel.array, x, seen, layer.read)
-    return _run(call, cheapest(possible, sizes), arguments, updates)
+    # Outside a trace the operations run one by one, as the model's own do, so that an adapter that
+    # adds nothing changes no bit.
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((arguments, updates)))
+    run = _run_sharing_traces if traced else _run
+    return run(call, cheapest(possible, sizes), arguments, updates)
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,6 @@ class _Call:
         return as_output(y, self.axes, sizes)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
 def _run(call: _Call, plan: Plan, arguments: Arguments, updates: Sequence[Update]) -> jax.Array:
     """The layer's output, each pass its way."""
     ways: Mapping[Way, Callable[[Arguments, Sequence[Update]], jax.Array]] = {
@@ -202,6 +205,9 @@ def _run(call: _Call, plan: Plan, arguments: Arguments, updates: Sequence[Update
     }
     product = each_pass_its_way(ways[plan.forward], ways[plan.inputs], ways[plan.trained])
     return product(arguments, updates)
+
+
+_run_sharing_traces = jax.jit(_run, static_argnums=(0, 1))
 
 
 def _sizes(kernel: Kernel, call: _Call, x: jax.Array, updates: Sequence[Update]) -> Sizes:

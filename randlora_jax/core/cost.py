@@ -117,7 +117,7 @@ def cheapest(possible: PossibleWays, sizes: Sizes) -> Plan:
 def explained(name: str, possible: PossibleWays, sizes: Sizes) -> str:
     """What `cheapest` chose for a layer, what plain alternatives would cost, what is impossible.
 
-    One line, and one more for each way that the layer cannot take.
+    One line, with the reason against each way that the layer cannot take.
     """
 
     def ratio(plan: Plan) -> str:
@@ -132,4 +132,4 @@ def explained(name: str, possible: PossibleWays, sizes: Sizes) -> str:
     ]
     line = f"{name} ({sizes.n_in} -> {sizes.n_out}): {plan}. FLOPs of the frozen layer's step "
     line += ", ".join([f"times {ratio(plan)}", *others])
-    return "\n".join([line, *(f"  not {w.value}: {why}" for w, why in possible.against.items())])
+    return "; ".join([line, *(f"not {way.value}: {why}" for way, why in possible.against.items())])

@@ -23,8 +23,11 @@ class StatedLayouts:
     rules: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        for axes in self.rules.values():
-            KernelLayout(axes)
+        for rule, axes in self.rules.items():
+            try:
+                KernelLayout(axes)
+            except ConfigError as error:
+                raise ConfigError(f"views: {rule!r}: {error}") from None
 
     def find(self, path: Path) -> KernelLayout | None:
         """The first stated layout whose expression matches the whole path of a layer."""

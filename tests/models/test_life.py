@@ -129,7 +129,7 @@ def test_delete_adapter(pair):
 
 def test_merge_and_unmerge_go_back_to_the_very_bits(pair):
     adapted = pair.run_ours(pair.ours)
-    kernels = dict(pair.ours._base_leaves())
+    kernels = dict(pair.ours._store.base_leaves())
     pair.load()
     pair.theirs.merge_adapter()
     pair.ours.merge_adapter(safe_merge=True)
@@ -142,7 +142,7 @@ def test_merge_and_unmerge_go_back_to_the_very_bits(pair):
     with pytest.warns(UserWarning, match="merged already"):
         pair.ours.merge_adapter()
     pair.ours.unmerge_adapter()
-    for path, kernel in pair.ours._base_leaves().items():
+    for path, kernel in pair.ours._store.base_leaves().items():
         np.testing.assert_array_equal(kernel, kernels[path])
     np.testing.assert_array_equal(pair.run_ours(pair.ours), adapted)
     with pytest.warns(UserWarning, match="nothing to do"):
@@ -150,16 +150,16 @@ def test_merge_and_unmerge_go_back_to_the_very_bits(pair):
 
 
 def test_a_broken_adapter_is_not_merged(pair):
-    state = pair.ours._state("default")
+    state = pair.ours._store.state("default")
     lam, gamma = state.layers["square"]
     state.layers["square"] = (lam * np.inf, gamma)
     registry = pair.ours._registry
     pair.ours._store.install(registry, registry.specs["default"], state, None)
-    pair.ours._sync()
-    kernels = dict(pair.ours._base_leaves())
+    pair.ours._follow(registry)
+    kernels = dict(pair.ours._store.base_leaves())
     with pytest.raises(ConfigError, match="not finite"):
         pair.ours.merge_adapter(safe_merge=True)
-    for path, kernel in pair.ours._base_leaves().items():
+    for path, kernel in pair.ours._store.base_leaves().items():
         np.testing.assert_array_equal(kernel, kernels[path])
 
 

@@ -121,7 +121,7 @@ def test_known_mistakes_miss_by_a_hundredfold(pair, from_peft, mistake, monkeypa
         wrong = transposed if mistake == "transposed delta" else unscaled
         monkeypatch.setattr(layers, "delta", wrong)
     if mistake == "swapped flattening" and all(
-        lam.shape[1] == 1 for lam, _ in ours._state("default").layers.values()
+        lam.shape[1] == 1 for lam, _ in ours._store.state("default").layers.values()
     ):
         pytest.skip("a single basis has no order")
     error = np.abs(pair.flax_logits(ours) - pair.torch_logits(theirs)).max()
