@@ -58,12 +58,12 @@ def test_larger_extents_extend_the_pair(kind, rows, n, columns, more, bases, wid
 
 
 def test_other_keys_ranks_and_kinds_give_other_numbers():
-    box = Extents(8, 3, 12)
-    first = np.asarray(draw(identity(), box).B, np.float32)
-    assert not np.array_equal(first, np.asarray(draw(identity(key=43), box).B, np.float32))
-    assert not np.array_equal(first, np.asarray(draw(identity("sparse"), box).B, np.float32))
+    extents = Extents(8, 3, 12)
+    first = np.asarray(draw(identity(), extents).B, np.float32)
+    assert not np.array_equal(first, np.asarray(draw(identity(key=43), extents).B, np.float32))
+    assert not np.array_equal(first, np.asarray(draw(identity("sparse"), extents).B, np.float32))
     # rank 6 does not merely extend rank 5: r is part of the identity
-    assert not np.array_equal(first, np.asarray(draw(identity(r=6), box).B, np.float32)[..., :5])
+    assert not np.array_equal(first, np.asarray(draw(identity(r=6), extents).B, np.float32)[..., :5])
 
 
 def test_words_are_those_of_jax_random():
@@ -75,7 +75,7 @@ def test_words_are_those_of_jax_random():
     np.testing.assert_array_equal(_words(high, low, places), expected)
 
 
-def test_boxes():
+def test_the_extents_that_a_matrix_slices():
     assert used_extents((384, 1536), 16) == Extents(1536, 24, 384)
     assert pair_extents([(384, 1536), (1536, 384), (384, 384)], 16) == Extents(1536, 96, 1536)
     assert pair_extents([(5, 7)], 3) == Extents(7, 2, 5)
