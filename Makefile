@@ -13,6 +13,9 @@
 #   make compat  older releases of PEFT open what we write; tunix on transformers 5
 # All install what they need into .venv the first time.
 
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c # a pipe fails with any of its commands
+
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
@@ -80,7 +83,7 @@ dist: $(VENV)/.installed .venv-dist/.installed
 	.venv-dist/bin/python -m build
 	.venv-dist/bin/python -m twine check --strict dist/*
 	tar xzf dist/*.tar.gz -C $(UNPACKED) --strip-components 1
-	cd $(UNPACKED) && ../../$(RUN) -m pytest -q --collect-only > collected.txt || cat collected.txt
+	cd $(UNPACKED) && ../../$(RUN) -m pytest -q --collect-only | tail -n 1
 	cd $(UNPACKED) && ../../$(RUN) -m pytest -q -n 2 tests/front_ends tests/interop/test_targets.py
 	$(BASE_PYTHON) -m venv $(UNPACKED)/empty
 	$(UNPACKED)/empty/bin/python -m pip --disable-pip-version-check install -q dist/*.whl
