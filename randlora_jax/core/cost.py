@@ -14,6 +14,7 @@ is formed and read again, in bytes, each as dear as `FLOPS_PER_BYTE` operations.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 from randlora_jax.core.ways import PossibleWays, Way
@@ -109,8 +110,13 @@ class Sizes:
 
 def cheapest(possible: PossibleWays, sizes: Sizes) -> Plan:
     """The plan with the least work among the possible ones; there must be one."""
-    passes = (possible.forward, possible.forward, possible.trained)
-    plans = [Plan(*ways) for ways in product(*passes)]
+    return _cheapest(possible.forward, possible.trained, sizes)
+
+
+@cache
+def _cheapest(forward: tuple[Way, ...], trained: tuple[Way, ...], sizes: Sizes) -> Plan:
+    """Asked once for all layers that are alike."""
+    plans = [Plan(*ways) for ways in product(forward, forward, trained)]
     return min(plans, key=lambda plan: sum(work.cost for work in sizes.work(plan)))
 
 

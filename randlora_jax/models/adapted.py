@@ -45,7 +45,8 @@ class AdaptedModel(ABC):
           ConfigError: the name is taken or the configuration contradicts another adapter's.
           TargetError: the configuration selects no layer.
         """
-        registry, base = self._registry, self._store.base_leaves()
+        registry, store = self._registry, self._store
+        base = store.base_leaves()
         layers = list({layer.name: layer for layer in registry.select(config).values()}.values())
         extents = basis_source.pair_extents([layer.matrix for layer in layers], config.r)
         dtype = files.base_dtype(base, layers)
@@ -53,7 +54,7 @@ class AdaptedModel(ABC):
         scaling = config.scaling * basis_source.product_unit(identity, kept)
         spec = AdapterSpec(adapter_name, scaling, config.randlora_dropout, identity, extents)
         state = adapter_arrays.fresh_state(registry, base, config, layers, rngs)
-        self._add(files.Restored(spec, config, state, kept), trainable, rngs)
+        self._add(store, files.Restored(spec, config, state, kept), trainable, rngs)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Applies and trains the named adapter or adapters, and no other.
@@ -184,11 +185,10 @@ class AdaptedModel(ABC):
         self._registry = registry
         (store or self._store).follow(registry)
 
-    def _add(self, adapter: files.Restored, trainable: bool, rngs: Any) -> None:
+    def _add(self, store: ArrayStore, adapter: files.Restored, trainable: bool, rngs: Any) -> None:
         """Takes an adapter in, or refuses it and changes nothing."""
         spec, config, state, kept = adapter
         after = life.added(self._registry, spec, config, kept, trainable=trainable)
-        store = self._store
         state = adapter_arrays.placed(after, store.base_leaves(), state)
         store.install(after, spec, state, rngs)
         self._follow(after, store)

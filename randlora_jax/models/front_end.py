@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from randlora_jax.core.ways import ExecutionOptions
-from randlora_jax.interop.errors import ConfigError
+from randlora_jax.interop.errors import ConfigError, listed, warn
 from randlora_jax.models.finding import StatedLayouts
 from randlora_jax.models.known_models import KnownModel
 from randlora_jax.models.layer_types import Table
@@ -107,6 +107,7 @@ def wrap(model: Any, rules: WrapRules) -> RandLoraModel:
     else:
         expected = ", or ".join(front_end.expects for front_end in reversed(_front_ends))
         raise ConfigError(f"cannot wrap a {type(model).__name__}: expected {expected}")
+    _warn_of_hidden(model, wrapped)
     mesh, token_axes = wrapped._registry.replicated, rules.options.token_axes
     if not set(token_axes) <= set(mesh.mesh.axis_names if mesh else ()):
         raise ConfigError(
@@ -115,3 +116,24 @@ def wrap(model: Any, rules: WrapRules) -> RandLoraModel:
             "arrays on the mesh first (jax.device_put with a NamedSharding), then wrap it"
         )
     return wrapped
+
+
+def _warn_of_hidden(model: Any, wrapped: RandLoraModel) -> None:
+    """Warn of methods of the user's model that the wrapper, which else hands them on, has too."""
+    if not hasattr(type(wrapped), "__getattr__"):
+        return
+    frameworks = ("flax", "jax", "transformers", "builtins", "abc")
+    theirs = {
+        name
+        for kind in type(model).__mro__
+        if kind.__module__.split(".")[0] not in frameworks
+        for name in vars(kind)
+        if not name.startswith("_")
+    }
+    hidden = sorted(theirs & set(dir(type(wrapped))))
+    if hidden:
+        warn(
+            f"{listed(hidden)} of {type(model).__name__} cannot be reached through the wrapped "
+            f"model, whose own {type(wrapped).__name__}.{hidden[0]} comes first: give the model a "
+            "method of another name that calls it"
+        )

@@ -179,13 +179,14 @@ class RandLoraModel(AdaptedModel):
           TargetError: the adapter's layers and this model's do not fit together.
         """
         folder = hub.local_directory(directory, revision)
+        store = self._store
         found = files.restore(
-            self._registry, self._store.base_leaves(), folder, adapter_name, torch_generation
+            self._registry, store.base_leaves(), folder, adapter_name, torch_generation
         )
         if not is_trainable:
             config = dataclasses.replace(found.config, inference_mode=True)
             found = found._replace(config=config)
-        self._add(found, is_trainable, rngs)
+        self._add(store, found, is_trainable, rngs)
 
     @classmethod
     def from_pretrained(

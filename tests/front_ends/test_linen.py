@@ -302,3 +302,33 @@ def test_what_cannot_be_wrapped_is_refused():
         get_peft_model(bound(Net), RandLoraConfig(target_modules=["nothing"]))
     with pytest.raises(ConfigError, match="view"):
         get_peft_model(bound(Net), CONFIG, views={"block/up": "x y"})
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_it_is_called_as_the_bound_module_is(make):
+    model = wrapped(make)
+    np.testing.assert_array_equal(model(X), bound(make)(X))
+    model.variables = moved(model.variables)
+    np.testing.assert_array_equal(model(X), model.apply(model.variables, X))
+    assert not np.allclose(model(X), bound(make)(X))
+
+
+def test_split_parts_what_trains_from_all_else():
+    model = wrapped()
+    trained, frozen = model.split()
+    assert set(trained) == {"default"} and set(frozen) == {
+        "params",
+        "randlora_frozen",
+        "randlora_bases",
+    }
+    numbers = sum(x.size for x in jax.tree.leaves(trained))
+    assert numbers == model.get_nb_trainable_parameters()[0]
+    whole = {**frozen, "randlora": trained}
+    assert jax.tree.structure(whole) == jax.tree.structure(model.variables)
+    np.testing.assert_array_equal(model.apply(whole, X), model(X))
+
+
+def test_it_says_what_it_is():
+    first, adapter = repr(wrapped()).splitlines()
+    assert first.startswith("LinenRandLora of Net: ")
+    assert "'default' (active, trained): r 3, alpha 6, 2 layers" in adapter

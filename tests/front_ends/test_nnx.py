@@ -1,6 +1,7 @@
 """The nnx front end: where its arrays live, and flax's and optax's idioms unchanged."""
 
 import inspect
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -236,6 +237,55 @@ def test_other_methods_run_in_scope_and_parts_refuse():
     assert not np.allclose(model.features(X), base.features(X))
     with pytest.raises(ConfigError, match="outside its RandLoraModel"):
         model.model.blocks[0](X)
+
+
+class Pair(nnx.Module):
+    """Two models that are wrapped one by one, the second of which calls the first."""
+
+    def __init__(self, first):
+        self.first = first
+        self.up = nnx.Linear(3, 40, rngs=nnx.Rngs(2))
+
+    def __call__(self, x):
+        return self.up(self.first(x))
+
+
+def test_each_wrapped_model_has_bases_of_its_own_in_a_call():
+    """The inner model's pair is smaller, and of another adapter, than that of the model around."""
+    inner = wrapped()
+    expected = inner(X)
+    outer = get_peft_model(
+        Pair(inner), RandLoraConfig(r=3, target_modules="up|none", projection_prng_key=9)
+    )
+    np.testing.assert_array_equal(outer.model.up.base_layer(expected), outer(X))
+    assert set(outer.bases) != set(inner.bases)
+    other = wrapped()
+    other.model.blocks = inner.model.blocks  # layers of one model in another's call
+    with pytest.raises(ConfigError, match="outside its RandLoraModel"):
+        other(X)
+
+
+def test_it_says_what_it_is_without_its_arrays():
+    model = wrapped()
+    model.add_adapter("second", CONFIG)
+    assert str(model) == repr(model)
+    first, default, second = repr(model).splitlines()
+    assert first.startswith("NnxRandLora of Net: ")
+    numbers = model.get_nb_trainable_parameters()[0]
+    assert "'default' (active, trained): r 3, alpha 6, 4 layers" in default
+    assert f"{numbers:,} numbers" in default and "'second' (not active)" in second
+    assert "Array" not in repr(model) and "Param" not in repr(model)
+
+
+def test_it_can_be_pickled_and_trained_on():
+    model = wrapped()
+    copy = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(copy(X), model(X))
+    slope = nnx.grad(lambda m: (m(X) ** 2).sum(), argnums=nnx.DiffState(0, AdapterParam))
+    assert all(g.any() for g in jax.tree.leaves(slope(copy)))
+    copy.merge_adapter()
+    copy.unmerge_adapter()
+    np.testing.assert_array_equal(copy(X), model(X))
 
 
 def test_dropout_is_seeded_and_off_in_eval():

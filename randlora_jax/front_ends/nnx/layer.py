@@ -1,7 +1,7 @@
 """The wrapper that stands in the place of a module and runs it with its adapters."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import jax
@@ -19,33 +19,39 @@ from randlora_jax.models.layer import Layer
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec
 
 
+@dataclass(frozen=True)
+class Settings:
+    """All that a wrapper knows and that is no array: static under ``jit``.
+
+    Args:
+      layer: None where only whole leaves are trained.
+      options: how layers apply their adapters.
+      model: whose call it belongs to.
+      specs: of the adapters that are active and have something here.
+      merged: names of the adapters whose deltas are in the kernel.
+    """
+
+    layer: Layer | None
+    options: ExecutionOptions
+    model: ModelToken
+    specs: tuple[AdapterSpec, ...] = ()
+    merged: tuple[str, ...] = ()
+
+
 class RandLoraLayer(nnx.Module):
     """Stands in the place of a module and runs it with the adapters joined in.
 
     Args:
       base_layer: the module it replaces; unknown attributes are looked up there.
-      layer: None where only whole leaves are trained.
-      options: how layers apply their adapters.
-      model: whose call it belongs to.
     """
 
-    def __init__(
-        self,
-        base_layer: nnx.Module,
-        layer: Layer | None,
-        options: ExecutionOptions,
-        model: ModelToken,
-    ) -> None:
+    def __init__(self, base_layer: nnx.Module, settings: Settings) -> None:
         self.base_layer = base_layer
         self.randlora_lambda: dict[str, nnx.Variable[jax.Array]] = nnx.data({})
         self.randlora_gamma: dict[str, nnx.Variable[jax.Array]] = nnx.data({})
         self.trained_leaves: dict[str, dict[str, nnx.Variable[jax.Array]]] = nnx.data({})
         self.randlora_dropout: dict[str, nnx.Dropout] = nnx.data({})
-        self.specs: tuple[AdapterSpec, ...] = ()  # of the active adapters
-        self.merged: tuple[str, ...] = ()
-        self.layer = layer
-        self.options = options
-        self._model = model
+        self.settings = settings
 
     def __getattr__(self, name: str) -> Any:
         if name == "base_layer" or name.startswith("_"):
@@ -64,8 +70,8 @@ class RandLoraLayer(nnx.Module):
     def follow(self, registry: AdapterRegistry) -> None:
         """Applies and trains the adapters that the registry says, as far as they are here."""
         here = {name for held in self.held() for name in held}
-        self.specs = tuple(registry.specs[name] for name in registry.active if name in here)
-        self.merged = registry.merged
+        specs = tuple(registry.specs[name] for name in registry.active if name in here)
+        self.settings = replace(self.settings, specs=specs, merged=registry.merged)
         training = set(registry.training)
         for leaves in (self.randlora_lambda, self.randlora_gamma):
             for name, leaf in leaves.items():
@@ -76,7 +82,8 @@ class RandLoraLayer(nnx.Module):
 
     def _effective(self) -> nnx.Module:
         """The base layer, with the leaves that the active adapters train whole in place."""
-        leaves = {k: v for s in self.specs for k, v in self.trained_leaves.get(s.name, {}).items()}
+        specs, whole = self.settings.specs, self.trained_leaves
+        leaves = {k: leaf for spec in specs for k, leaf in whole.get(spec.name, {}).items()}
         if not leaves:
             return self.base_layer
         graph, state = nnx.split(self.base_layer)
@@ -87,25 +94,26 @@ class RandLoraLayer(nnx.Module):
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
         """What the base layer returns, with the active adapters joined in."""
         base = self._effective()
-        specs = [s for s in self.specs if s.name in self.randlora_lambda]
-        specs = [s for s in specs if s.name not in self.merged]
-        if self.layer is None or not specs:
+        layer, merged = self.settings.layer, self.settings.merged
+        specs = [s for s in self.settings.specs if s.name in self.randlora_lambda]
+        specs = [s for s in specs if s.name not in merged]
+        if layer is None or not specs:
             return base(x, *args, **kwargs)
-        run, kernel, read = _as_function(base, self.layer.leaf, args, kwargs)
-        kind = self.layer.running(kernel.ndim, self.layer.type, type(self.base_layer).__name__)
+        run, kernel, read = _as_function(base, layer.leaf, args, kwargs)
+        kind = layer.running(kernel.ndim, layer.type, type(self.base_layer).__name__)
         running = RunningLayer(
-            self.layer.name,
+            layer.name,
             run,
             read,
-            Kernel.traced(kernel, kind.layout, self.layer.sharding),
+            Kernel.traced(kernel, kind.layout, layer.sharding),
             kind.call,
             multiplies_in(self.base_layer, jnp.result_type(x, kernel)),
         )
-        return adapted(running, x, self._contributions(specs, self.layer), self.options)
+        return adapted(running, x, self._contributions(specs, layer), self.settings.options)
 
     def _contributions(self, specs: list[AdapterSpec], layer: Layer) -> list[Contribution]:
         """What the adapters of `specs` add in this call."""
-        pairs = current(self._model, layer.name).pairs
+        pairs = current(self.settings.model, layer.name).pairs
         found = []
         for spec in specs:
             lam, gamma = (held[spec.name][...] for held in self.held()[:2])

@@ -5,13 +5,13 @@ Each question is answered by one walk over the model, whatever the number of lay
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 from flax import nnx
 
 from randlora_jax.core.bases import BasisPair
-from randlora_jax.front_ends.nnx.layer import RandLoraLayer
+from randlora_jax.front_ends.nnx.layer import RandLoraLayer, Settings
 from randlora_jax.front_ends.nnx.variables import FrozenAdapterParam, SharedBasis
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.names import Path, dotted
@@ -38,16 +38,21 @@ class NnxStore(ArrayStore):
         found: dict[Path, nnx.Module] = {}
         for path, module in nnx.iter_modules(self.root.model):
             bare = _bare(path)
-            if bare not in found or isinstance(module, RandLoraLayer):
+            if bare not in found or self._is_ours(module):
                 found[bare] = module
         return found
+
+    def _is_ours(self, module: nnx.Module) -> bool:
+        """Whether a module is a wrapper of this model, not of one wrapped inside it."""
+        return isinstance(module, RandLoraLayer) and module.settings.model is self.root._token
 
     def modules(self) -> Mapping[Path, nnx.Module]:
         """By path in the base model; a wrapper in place of what it wraps."""
         return self._modules
 
     def _wrappers(self) -> dict[Path, RandLoraLayer]:
-        return {p: m for p, m in self._modules.items() if isinstance(m, RandLoraLayer)}
+        found = {path: module for path, module in self._modules.items() if self._is_ours(module)}
+        return cast(dict[Path, RandLoraLayer], found)
 
     @cached_property
     def _params(self) -> dict[Path, nnx.Variable[jax.Array]]:
@@ -89,10 +94,11 @@ class NnxStore(ArrayStore):
     def _wrap(self, paths: Iterable[Path], registry: AdapterRegistry) -> None:
         """Puts a wrapper around every module at `paths` that has none."""
         modules = self._modules
-        bare = {p: modules[p] for p in paths if not isinstance(modules[p], RandLoraLayer)}
+        bare = {path: modules[path] for path in paths if not self._is_ours(modules[path])}
         made = {
             path: RandLoraLayer(
-                module, registry.layers.get(dotted(path)), registry.options, self.root._token
+                module,
+                Settings(registry.layers.get(dotted(path)), registry.options, self.root._token),
             )
             for path, module in bare.items()
         }
