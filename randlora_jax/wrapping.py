@@ -37,7 +37,7 @@ def get_peft_model(
     layer_types: Table | None = None,
 ) -> NnxRandLora: ...
 @overload
-def get_peft_model(
+def get_peft_model(  # type: ignore[overload-cannot-match]  # to our checker flax is Any
     model: flax.linen.Module,
     config: RandLoraConfig,
     adapter_name: str = "default",
@@ -50,7 +50,7 @@ def get_peft_model(
     layer_types: Table | None = None,
 ) -> LinenRandLora: ...
 @overload
-def get_peft_model(
+def get_peft_model(  # type: ignore[overload-cannot-match]
     model: Any,  # a Hugging Face model, a params pytree, what a user's front end wraps
     config: RandLoraConfig,
     adapter_name: str = "default",

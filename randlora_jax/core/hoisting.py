@@ -25,7 +25,7 @@ class Hoisted:
     def of(cls, tree: Tree) -> "tuple[Hoisted, list[jax.Array]]":
         """What of `tree` is no array, and its arrays in order: traced ones, NumPy's too."""
         leaves, structure = jax.tree.flatten(tree)
-        arrays = [x for x in leaves if isinstance(x, jax.Array | np.ndarray)]
+        arrays: list[Any] = [x for x in leaves if isinstance(x, jax.Array | np.ndarray)]
         others = [None if isinstance(x, jax.Array | np.ndarray) else (type(x), x) for x in leaves]
         return cls(structure, tuple(others)), arrays
 

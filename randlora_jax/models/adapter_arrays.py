@@ -55,8 +55,11 @@ def fresh_state(
 
 def _fresh(
     layer: Layer, config: RandLoraConfig, dtype: jnp.dtype, key: jax.Array | None
-) -> tuple[jax.Array | np.ndarray, np.ndarray]:
-    """Lambda and gamma of one layer whose kernel has `dtype`; lambda drawn if there is a key."""
+) -> tuple[Any, Any]:
+    """Lambda and gamma of one layer whose kernel has `dtype`; lambda drawn if there is a key.
+
+    In NumPy where nothing is drawn: `placed` puts all of an adapter on devices at once.
+    """
     _, n, smallest = used_extents(layer.matrix, config.r)
     largest = max(n, smallest) if key is None else max(layer.matrix)
     # PEFT makes gamma in the base layer's dtype and keeps it in float32 afterwards

@@ -1,9 +1,9 @@
 """Front ends make themselves known here: each says which models it accepts and how it wraps them.
 
-    @register_front_end(
-        "an equinox module", accepts=lambda model, rules: isinstance(model, eqx.Module)
-    )
-    class EquinoxRandLora(RandLoraModel): ...
+@register_front_end(
+    "an equinox module", accepts=lambda model, rules: isinstance(model, eqx.Module)
+)
+class EquinoxRandLora(RandLoraModel): ...
 """
 
 from __future__ import annotations
