@@ -73,7 +73,7 @@ def get_peft_model(
     views: Mapping[str, str] | None = None,
     names: Rules | None = None,
     layer_types: Table | None = None,
-) -> RandLoraModel:
+) -> Any:
     """Wraps `model` with a fresh RandLoRA adapter; before training it computes what `model` does.
 
     Args:

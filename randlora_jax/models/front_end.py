@@ -10,17 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.interop.errors import ConfigError, listed, warn
+from randlora_jax.models.adapted import AdaptedModel
 from randlora_jax.models.finding import StatedLayouts
 from randlora_jax.models.known_models import KnownModel
 from randlora_jax.models.layer_types import Table
 from randlora_jax.models.names import Names, Rules
-
-if TYPE_CHECKING:
-    from randlora_jax.models.model import RandLoraModel
 
 
 @dataclass(frozen=True)
@@ -63,13 +61,13 @@ class WrapRules:
         )
 
 
-Wrap = TypeVar("Wrap", bound="Callable[[Any, WrapRules], RandLoraModel]")
+Wrap = TypeVar("Wrap", bound="Callable[[Any, WrapRules], AdaptedModel]")
 
 
 class _FrontEnd(NamedTuple):
     expects: str
     accepts: Callable[[Any, WrapRules], bool]
-    wrap: Callable[[Any, WrapRules], RandLoraModel]
+    wrap: Callable[[Any, WrapRules], AdaptedModel]
 
 
 _front_ends: list[_FrontEnd] = []
@@ -94,7 +92,7 @@ def register_front_end(
     return register
 
 
-def wrap(model: Any, rules: WrapRules) -> RandLoraModel:
+def wrap(model: Any, rules: WrapRules) -> AdaptedModel:
     """`model` wrapped by the front end that accepts it, with no adapter yet.
 
     Raises:
@@ -118,7 +116,7 @@ def wrap(model: Any, rules: WrapRules) -> RandLoraModel:
     return wrapped
 
 
-def _warn_of_hidden(model: Any, wrapped: RandLoraModel) -> None:
+def _warn_of_hidden(model: Any, wrapped: AdaptedModel) -> None:
     """Warn of methods of the user's model that the wrapper, which else hands them on, has too."""
     if not hasattr(type(wrapped), "__getattr__"):
         return

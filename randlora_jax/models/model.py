@@ -10,7 +10,7 @@ import tempfile
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -213,7 +213,8 @@ class RandLoraModel(AdaptedModel):
           apply, token_axes, rngs, views, names, layer_types: as for `get_peft_model`.
           torch_generation, revision: as for `load_adapter`.
         """
-        wrapped = wrap(model, WrapRules.stated(apply, token_axes, views, names, layer_types))
+        rules = WrapRules.stated(apply, token_axes, views, names, layer_types)
+        wrapped = cast(RandLoraModel, wrap(model, rules))
         wrapped.load_adapter(
             directory,
             adapter_name,

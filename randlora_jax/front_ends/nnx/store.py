@@ -5,12 +5,13 @@ Each question is answered by one walk over the model, whatever the number of lay
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import jax
 from flax import nnx
 
 from randlora_jax.core.bases import BasisPair
+from randlora_jax.front_ends.nnx.call import ModelToken
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer, Settings
 from randlora_jax.front_ends.nnx.variables import FrozenAdapterParam, SharedBasis
 from randlora_jax.interop.errors import ConfigError
@@ -18,18 +19,23 @@ from randlora_jax.models.names import Path, dotted
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 from randlora_jax.models.store import ArrayStore
 
-if TYPE_CHECKING:
-    from randlora_jax.front_ends.nnx.model import NnxRandLora
+
+class Root(Protocol):
+    """The wrapper around a whole model, which alone holds the bases."""
+
+    model: nnx.Module
+    bases: dict[str, dict[str, SharedBasis]]
+    _token: ModelToken
 
 
 class NnxStore(ArrayStore):
     """The arrays of one wrapped model: for one operation, after which modules may change again.
 
     Args:
-      root: the wrapper around the whole model, which holds the bases.
+      root: the wrapper around the whole model.
     """
 
-    def __init__(self, root: "NnxRandLora") -> None:
+    def __init__(self, root: Root) -> None:
         self.root = root
 
     @cached_property
@@ -102,7 +108,9 @@ class NnxStore(ArrayStore):
             )
             for path, module in bare.items()
         }
-        replace_modules(self.root, {id(bare[path]): wrapper for path, wrapper in made.items()})
+        replace_modules(
+            cast(nnx.Module, self.root), {id(bare[path]): wrapper for path, wrapper in made.items()}
+        )
         modules.update(made)
 
     def remove(self, adapter_name: str) -> None:
@@ -142,7 +150,8 @@ class NnxStore(ArrayStore):
     def release(self) -> Any:
         """The base model, its own modules back in place of their wrappers."""
         wrappers = self._wrappers().values()
-        replace_modules(self.root, {id(wrapper): wrapper.base_layer for wrapper in wrappers})
+        root = cast(nnx.Module, self.root)
+        replace_modules(root, {id(wrapper): wrapper.base_layer for wrapper in wrappers})
         return self.root.model
 
 
