@@ -28,6 +28,7 @@ import matplotlib
 import peft
 import torch
 import transformers
+import wrapping
 from contestants import ALL, JUDGED, KINDS, RANK, SWEPT, Builder, Contestant
 from randlora_jax.interop.torch_rng import Generation, torch_bases
 from rich.console import Console
@@ -70,6 +71,7 @@ def main() -> None:
     report["kinds"] = measure(large, (2, 128), 1, FEW, KINDS)
     report["adapters"] = adapters(small)
     report["bases"] = bases()
+    report["wrapping"] = wrapping.wrapping()
     report["goals"] = goals(report)
     report["seconds"] = time.perf_counter() - began
     OUT.mkdir(parents=True, exist_ok=True)
@@ -208,6 +210,11 @@ def goals(report: Report) -> dict[str, dict[str, Any]]:
     drawn = report["bases"]
     for name in ("ours, from a JAX key", "ours, as torch draws them"):
         goal(f"bases: seconds, {name[6:]}, of PEFT", drawn[name] / drawn["PEFT"], 1.0)
+    for name, row in report["wrapping"].items():
+        goal(f"{name}: seconds to wrap 882 kernels", row["wrap"], 2)
+        goal(f"{name}: seconds to add an adapter to them", row["add"], 2)
+        traces = row["trace wrapped"] / row["trace plain"]
+        goal(f"{name}: tracing a first call, of the plain model's", traces, 2.5)
     return found
 
 
@@ -252,6 +259,7 @@ def show(console: Console, report: Report) -> None:
     for name, seconds in report["bases"].items():
         files.add_row(name, "", "", "", "", f"{seconds:.2f}")
     console.print(files)
+    console.print(wrapping.table(report["wrapping"]))
     aims = Table(title="Goals")
     for title in ("", "found", "at most", ""):
         aims.add_column(title)
