@@ -9,7 +9,6 @@ import time
 from itertools import count
 from pathlib import Path
 
-import peft
 import pytest
 from doomed import adapter_of, refuse_exchange, save_and_die, save_forever
 from randlora_jax.interop import atomic
@@ -17,8 +16,6 @@ from randlora_jax.interop.atomic import replacing_files
 from randlora_jax.interop.config import CONFIG_NAME
 from randlora_jax.interop.errors import AdapterFileError, RandLoraError
 from randlora_jax.interop.peft_dir import read_adapter, write_adapter
-
-pytestmark = pytest.mark.torch
 
 KILLS = 200  # at random moments, for each way of saving
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -56,6 +53,8 @@ def seen_by_peft(directory: Path) -> int | None:
     """The version PEFT's own functions find, whole; None for nothing."""
     if not (directory / CONFIG_NAME).exists():
         return None  # PEFT raises "Can't find 'adapter_config.json'"
+    import peft
+
     version = int(peft.PeftConfig.from_pretrained(directory).randlora_alpha)
     weights = peft.utils.load_peft_weights(str(directory), device="cpu")
     found = weights["base_model.model.lin.randlora_lambda"]
@@ -89,6 +88,7 @@ def check_after_kill(directory: Path, old: int | None, in_place: bool) -> int | 
     return ours
 
 
+@pytest.mark.torch
 @ways
 @pytest.mark.parametrize("old", [None, 1])
 def test_killed_at_every_file_operation(tmp_path, old, in_place):
@@ -108,6 +108,7 @@ def test_killed_at_every_file_operation(tmp_path, old, in_place):
     assert outcomes == sorted(outcomes, key=lambda version: version == 2), "went back to the old"
 
 
+@pytest.mark.torch
 @ways
 def test_killed_at_any_time(tmp_path, in_place):
     moments = random.Random(0)
