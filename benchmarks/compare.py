@@ -75,8 +75,7 @@ def randlora(**kind: bool) -> Callable[[Any, int], Start]:
             **kind,
         )
         model = get_peft_model(base, config)
-        frozen = dict(model.params)
-        return Start(bert.adapted(model), frozen.pop("randlora"), frozen)
+        return Start(bert.adapted(model), *model.split())
 
     return start
 

@@ -196,8 +196,7 @@ def ours(apply: str, **kind: bool) -> Builder:
     def build(shape: Shape, tokens: np.ndarray, made: Made = ()) -> Contestant:
         config = RandLoraConfig(r=RANK, randlora_alpha=64, target_modules=shape.targets, **kind)
         model = get_peft_model(shape.flax, config, apply=apply)
-        frozen = dict(model.variables)
-        trained = frozen.pop("randlora")
+        trained, frozen = model.split()
 
         def hidden(trained: Tree, frozen: Tree, inputs: dict[str, Any]) -> jax.Array:
             variables = {**frozen, "randlora": trained}

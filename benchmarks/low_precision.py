@@ -74,8 +74,7 @@ def in_jax(base: Path, adapter: Path, documents: Documents, title: str) -> list[
     if dtype == jnp.bfloat16:
         flax.params = flax.to_bf16(flax.params)
     model = RandLoraModel.from_pretrained(flax, adapter, is_trainable=True, apply=apply)
-    frozen, tx = dict(model.params), optax.adamw(RATE, **ADAMW)
-    trained = frozen.pop("randlora")
+    (trained, frozen), tx = model.split(), optax.adamw(RATE, **ADAMW)
     state = tx.init(trained)
 
     @jax.jit

@@ -42,8 +42,7 @@ def main(
         model: Any = get_peft_model(
             base, dataclasses.replace(config, r=r, randlora_alpha=scale * r)
         )
-        frozen = dict(model.params)
-        trained = frozen.pop("randlora")
+        trained, frozen = model.split()
         title = f"r {r}, alpha / r {scale}, {rate:g}"
         _, curve = fit(
             bert.adapted(model), trained, frozen, train, held, Settings(rate), title, checks=1

@@ -96,8 +96,7 @@ def main() -> None:
     )
 
     logits = bert.adapted(model)
-    frozen = dict(model.params)
-    trained = frozen.pop("randlora")
+    trained, frozen = model.split()
     trained, curve = fit(logits, trained, frozen, train, held, RANDLORA_SETTINGS, "RandLoRA")
     model.params = {**frozen, "randlora": trained}
 
@@ -118,8 +117,7 @@ def main() -> None:
 
     console.rule("6. The directory back in a fresh Flax model")
     again: Any = RandLoraModel.from_pretrained(bert.flax_base(BASE), ADAPTER)
-    frozen = dict(again.params)
-    trained = frozen.pop("randlora")
+    trained, frozen = again.split()
     some = test.take(np.arange(512))
     reloaded = predict_all(jax.jit(bert.adapted(again)), trained, frozen, some, "reloaded")
     reload_difference = float(np.abs(reloaded - ours[: len(some)]).max())

@@ -12,7 +12,7 @@ from rich.table import Table
 
 THREE_LINES = """\
 model = get_peft_model(model, RandLoraConfig(r=16, randlora_alpha=32, target_modules="all-linear"))
-frozen = dict(model.params); trained = frozen.pop("randlora")  # train `trained` with optax
+trained, frozen = model.split()  # train `trained` with optax
 model.params = {**frozen, "randlora": trained}; model.save_pretrained("adapter")"""
 
 
