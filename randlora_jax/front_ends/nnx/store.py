@@ -169,7 +169,11 @@ def replace_modules(root: nnx.Module, new: Mapping[int, nnx.Module]) -> None:
     for module in [module for _, module in nnx.iter_modules(root)]:
         for name, value in list(vars(module).items()):
             swapped = _swapped(value, new)
-            if swapped is not value:
+            if swapped is value:
+                continue
+            if isinstance(module, nnx.List):
+                module[int(name)] = swapped  # flax 0.12.2 has no attributes for its items
+            else:
                 setattr(module, name, swapped)
 
 
