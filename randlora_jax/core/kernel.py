@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.mesh import Placement, placement_of
 from randlora_jax.core.update import Update
+from randlora_jax.interop.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,12 @@ class Kernel:
         return self.layout.to_kernel(total, self.array.shape)
 
     def taking(self, updates: Sequence[Update]) -> jax.Array:
-        """W + delta: formed in float32 and rounded once to what the layer holds."""
+        """W + delta: formed in float32 and rounded once to what the layer holds.
+
+        Raises:
+          ConfigError: it refuses.
+        """
+        if self.refusal:
+            raise ConfigError(f"no adapter can be merged into this layer: {self.refusal}")
         whole = self.array.astype(jnp.float32) + self.delta(updates)
         return whole.astype(self.array.dtype)

@@ -66,6 +66,11 @@ def test_the_gradient_beside_takes_the_place_of_that_through_the_kernel():
     assert ways(call=None).trained == (IN_KERNEL,)
 
 
+def test_a_kernel_that_refuses_takes_nothing():
+    with pytest.raises(ConfigError, match="int8 numbers"):
+        Kernel(jnp.zeros((4, 6), jnp.int8), KernelLayout("i o")).taking([])
+
+
 class Own(nnx.Module):
     """Not a plain sum, as far as anyone can tell."""
 

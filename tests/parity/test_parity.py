@@ -13,6 +13,7 @@ import torch
 from families import FAMILIES, twins
 
 from randlora_jax import RandLoraConfig, RandLoraModel, get_peft_model
+from randlora_jax.core.update import Update
 
 pytestmark = pytest.mark.torch
 
@@ -97,29 +98,28 @@ def test_an_adapter_of_pefts_gives_its_logits_here(pair, from_peft, apply):
 
 @pytest.mark.parametrize("mistake", ["swapped flattening", "transposed delta", "dropped scaling"])
 def test_known_mistakes_miss_by_a_hundredfold(pair, from_peft, mistake, monkeypatch):
-    from randlora_jax.core import delta, layers
-
     theirs, folder = from_peft
     ours = RandLoraModel.from_pretrained(pair.flax, folder, apply="merged")
-    right, factors = delta.delta, delta.flat_factors
+    formed, factors = Update.formed, Update.factors
 
-    def transposed(term, n_in, n_out):
-        out = right(term, n_in, n_out)
-        return out.T if n_in == n_out else out
+    def transposed(update, cut=None):
+        delta = formed(update, cut)
+        return delta.swapaxes(-1, -2) if len(set(update.matrix)) == 1 else delta
 
-    def unscaled(term, n_in, n_out):
-        return right(term, n_in, n_out) / term.scaling
+    def unscaled(update, cut=None):
+        return formed(update, cut) / update.scaling
 
-    def swapped(term):
-        b, a = factors(term)
-        n, r = term.lam.shape[1], term.lam.shape[0]
-        return b.reshape(-1, n, r).transpose(0, 2, 1).reshape(b.shape), a
+    def swapped(update):
+        r, n = update.lam.shape
+        right = factors(update)
+        b = right.b.reshape(-1, n, r).transpose(0, 2, 1).reshape(right.b.shape)
+        return right._replace(b=b)
 
     if mistake == "swapped flattening":
-        monkeypatch.setattr(delta, "flat_factors", swapped)
+        monkeypatch.setattr(Update, "factors", swapped)
     else:
         wrong = transposed if mistake == "transposed delta" else unscaled
-        monkeypatch.setattr(layers, "delta", wrong)
+        monkeypatch.setattr(Update, "formed", wrong)
     if mistake == "swapped flattening" and all(
         lam.shape[1] == 1 for lam, _ in ours._store.state("default").layers.values()
     ):
