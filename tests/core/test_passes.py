@@ -232,6 +232,7 @@ def test_what_was_chosen_is_said():
     line = explained("attention.q", possible((4096, 4096)), sizes)
     assert "attention.q (4096 -> 4096): forward: W + delta_W" in line
     assert "lambda and gamma: factored" in line
-    beside = explained("q", possible((4096, 4096), dtype=jnp.bfloat16), sizes)
+    many = Sizes(65536, 4096, 4096, 4096)
+    beside = explained("q", possible((4096, 4096), dtype=jnp.bfloat16), many)
     assert "forward: x delta_W beside" in beside
     assert "not W + delta_W: a small delta_W would drown" in beside
