@@ -67,6 +67,14 @@ def test_attributes_are_the_models(opt):
     assert opt.flax.params.keys() == model.params["params"].keys()  # the base is untouched
 
 
+def test_its_module_is_applied_as_any_linen_module(opt):
+    model, _ = adapted(opt)
+    ids, mask = opt.inputs["input_ids"], opt.inputs["attention_mask"]
+    positions = mask.cumsum(1) * mask - 1  # as OPT counts them
+    logits = model.apply(model.variables, ids, mask, positions).logits
+    np.testing.assert_allclose(logits, model(**opt.inputs).logits, atol=1e-5)
+
+
 def test_dropout_rng_turns_adapter_dropout_on(opt):
     model, _ = adapted(opt, randlora_dropout=0.5)
     run = lambda **kwargs: np.asarray(model(**opt.inputs, **kwargs).logits)  # noqa: E731

@@ -59,6 +59,11 @@ class InterceptedRandLora(FunctionalRandLora):
         found = find_layers(modules, rules.layouts, rules.names)
         self._registry = AdapterRegistry.of(found, rules.names, info, rules.options)
 
+    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Linen's ``Module.apply`` with the adapters in `variables` joined in."""
+        with self._intercepted(variables):
+            return self.module.apply(self._joined(variables), *args, **kwargs)
+
     def _runs(self, layers: Sequence[Layer], base: Leaves) -> dict[str, LayerRun]:
         return {**super()._runs(layers, base), **self._seen}
 
@@ -108,11 +113,6 @@ class LinenRandLora(InterceptedRandLora):
     @property
     def _base_name(self) -> str:
         return type(self.module).__name__
-
-    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Linen's ``Module.apply`` with the adapters in `variables` joined in."""
-        with self._intercepted(variables):
-            return self.module.apply(self._joined(variables), *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the bound module: `apply` with the model's own variables."""
