@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
 Tree = Any
 
@@ -23,10 +22,13 @@ class Hoisted:
 
     @classmethod
     def of(cls, tree: Tree) -> "tuple[Hoisted, list[jax.Array]]":
-        """What of `tree` is no array, and its arrays in order: traced ones, NumPy's too."""
+        """What of `tree` is no array, and its arrays in order.
+
+        NumPy's arrays are none here: whoever passes one may need its very numbers while tracing.
+        """
         leaves, structure = jax.tree.flatten(tree)
-        arrays: list[Any] = [x for x in leaves if isinstance(x, jax.Array | np.ndarray)]
-        others = [None if isinstance(x, jax.Array | np.ndarray) else (type(x), x) for x in leaves]
+        arrays = [x for x in leaves if isinstance(x, jax.Array)]
+        others = [None if isinstance(x, jax.Array) else (type(x), x) for x in leaves]
         return cls(structure, tuple(others)), arrays
 
     def with_arrays(self, arrays: list[jax.Array]) -> Tree:

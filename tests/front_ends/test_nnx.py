@@ -265,6 +265,33 @@ def test_each_wrapped_model_has_bases_of_its_own_in_a_call():
         other(X)
 
 
+class Picking(nnx.Module):
+    """Needs the very numbers of an argument besides its input."""
+
+    def __init__(self, rngs):
+        self.kernel = nnx.Param(rngs.normal((8, 6)))
+
+    def __call__(self, x, columns):
+        return (x @ self.kernel[...])[:, columns.tolist()]
+
+
+class Picked(nnx.Module):
+    def __init__(self, rngs):
+        self.up = Picking(rngs)
+
+    def __call__(self, x):
+        return self.up(x, np.array([3, 1])) + self.up(x, np.array([0, 2]))
+
+
+def test_numpy_arguments_stay_what_they_are_under_jit():
+    model = wrapped(Picked, RandLoraConfig(r=3, target_modules=["up"]), views={"up": "i o"})
+    graph, state = nnx.split(model)
+    found = jax.jit(lambda state, x: nnx.merge(graph, state)(x))(state, X)
+    kernel = Picked(nnx.Rngs(0)).up.kernel[...] + model.delta_weights()["up"].T
+    y = X @ kernel
+    np.testing.assert_allclose(found, y[:, [3, 1]] + y[:, [0, 2]], rtol=1e-4, atol=1e-5)
+
+
 def test_it_says_what_it_is_without_its_arrays():
     model = wrapped()
     model.add_adapter("second", CONFIG)
