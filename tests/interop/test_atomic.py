@@ -108,6 +108,7 @@ def test_killed_at_every_file_operation(tmp_path, old, in_place):
     assert outcomes == sorted(outcomes, key=lambda version: version == 2), "went back to the old"
 
 
+@pytest.mark.long  # what is killed at every file operation is killed here at moments between
 @pytest.mark.torch
 @ways
 def test_killed_at_any_time(tmp_path, in_place):

@@ -12,7 +12,11 @@ pytestmark = pytest.mark.torch
 
 # `make compat`: tunix as it installs itself
 PYTHON = os.environ.get("TUNIX_PYTHON", sys.executable)
-MODELS = ["llama3", "qwen3", "gemma2", "gemma2_fused", "gemma3"]
+MODELS = [
+    "qwen3",
+    "gemma2_fused",
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("llama3", "gemma2", "gemma3")),
+]
 
 
 def check(found: dict) -> None:

@@ -11,9 +11,11 @@ pytestmark = pytest.mark.torch
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("with_*.py"))
+QUICK = ("with_linen.py", "with_nnx.py")  # the two ways to run layers that all of them take
+CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in EXAMPLES]
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", CASES)
 def test_the_step_lowers_for_accelerators(name, tmp_path):
     python = sys.executable
     done = subprocess.run(

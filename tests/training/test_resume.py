@@ -19,7 +19,7 @@ def start(kind, folder):
     )
 
 
-@pytest.mark.parametrize("kind", ["nnx", "linen"])
+@pytest.mark.parametrize("kind", ["nnx", pytest.param("linen", marks=pytest.mark.long)])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(kind, tmp_path):
     whole = start(kind, tmp_path / "whole")
     expected, errors = whole.communicate()
