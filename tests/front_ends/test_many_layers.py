@@ -43,14 +43,20 @@ def linen(depth):
     return module.bind(module.init(jax.random.key(0), X))
 
 
-def life(model):
+def pytree(depth):
+    return linen(depth).variables["params"]
+
+
+def life(model, folder):
     """All that happens to adapters."""
+    model.save_pretrained(folder)
+    model.load_adapter(folder, "loaded")
     model.add_adapter("second", CONFIG)
     model.set_adapter("second")
     model.merge_adapter()
     model.unmerge_adapter()
     model.delete_adapter("default")
-    assert model.active_adapters == ["second"]
+    assert model.active_adapters == ["second"] and set(model.peft_config) == {"loaded", "second"}
 
 
 @pytest.fixture
@@ -89,13 +95,15 @@ def visits(monkeypatch):
     return counted
 
 
-@pytest.mark.parametrize("make", [Nnx, linen], ids=["nnx", "linen"])
-def test_twice_the_layers_are_twice_the_visits(make, visits):
+@pytest.mark.filterwarnings("ignore:PEFT cannot open these adapters")
+@pytest.mark.parametrize("make", [Nnx, linen, pytree], ids=["nnx", "linen", "pytree"])
+def test_twice_the_layers_are_twice_the_visits(make, visits, tmp_path):
     found = []
     for depth in (8, 16, 32):
         model = make(depth)
         visits["visits"] = 0
-        life(get_peft_model(model, CONFIG))
+        views = {"Dense_.*": "i o"} if make is pytree else {}
+        life(get_peft_model(model, CONFIG, views=views), tmp_path / str(depth))
         found.append(visits["visits"])
     more = found[1] - found[0]
     assert more > 0 and found[2] - found[1] == 2 * more, found
