@@ -47,10 +47,11 @@ compare: $(VENV)/.installed
 low-precision: $(VENV)/.installed
 	$(PINNED) $(RUN) -W ignore benchmarks/low_precision.py
 
-# One Python of the matrix goes along, unless tests were chosen.
+# One Python of the matrix goes along, unless tests were chosen; not with the numbers' own tests.
+SHORT := $(addprefix tests/,front_ends interop models package)
 test: lint types
 	$(RUN) -m pytest -n 2 $(or $(PYTEST_ARGS),-m "not long")
-	$(if $(PYTEST_ARGS),,$(RUN) tests/matrix.py 3.12-newest)
+	$(if $(PYTEST_ARGS),,$(RUN) tests/matrix.py 3.12-newest $(SHORT))
 
 test-long: lint types
 	$(RUN) -m pytest -n 2 $(PYTEST_ARGS)

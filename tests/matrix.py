@@ -1,7 +1,7 @@
 """Runs what needs no torch under every Python we declare, with old releases and with new ones.
 
-python tests/matrix.py            every leg, with the newest releases of today
-python tests/matrix.py NAME...    these legs, in their environments as they stand
+python tests/matrix.py                       every leg, with the newest releases of today
+python tests/matrix.py 3.12-newest tests/... one leg, in its environment as it stands, some tests
 
 Each leg has an environment of its own, .venv-NAME, made at the first run. Legs whose Python is not
 on this machine are named and skipped.
@@ -91,7 +91,7 @@ def install(leg: Leg, python: str, renew: bool) -> None:
     stamp.write_text(text)
 
 
-def run(leg: Leg) -> bool:
+def run(leg: Leg, tests: list[str]) -> bool:
     """Whether its tests passed; prints with which releases."""
     python = leg.folder / "bin" / "python"
     pip = [python, "-m", "pip", "--disable-pip-version-check", "freeze", "--exclude-editable"]
@@ -99,27 +99,28 @@ def run(leg: Leg) -> bool:
     ours = {line.partition(">=")[0] for line in PROJECT["dependencies"]}
     shown = [line for line in installed if line.partition("==")[0] in ours]
     print(f"{leg.name}: {' '.join(shown)}", flush=True)
-    return not subprocess.run([python, "-m", "pytest", "-n", "2", "-q"], cwd=ROOT).returncode
+    pytest = [python, "-m", "pytest", "-n", "2", "-q", *tests]
+    return not subprocess.run(pytest, cwd=ROOT).returncode
 
 
-def main(names: list[str]) -> int:
-    """Every leg, or those that are named."""
-    by_name = {leg.name: leg for leg in LEGS}
-    if unknown := set(names) - by_name.keys():
-        print(f"no such legs: {', '.join(sorted(unknown))}; there are {', '.join(by_name)}")
+def main(arguments: list[str]) -> int:
+    """Every leg, or the one that is named."""
+    legs = {leg.name: leg for leg in LEGS}
+    name, tests = (arguments or [""])[0], arguments[1:]
+    if name and name not in legs:
+        print(f"no leg {name!r}: there are {', '.join(legs)}")
         return 2
-    said = {}
-    for name in names or by_name:
-        leg = by_name[name]
+    outcomes = {}
+    for leg in [legs[name]] if name else LEGS:
         python = interpreter(leg.python)
         if python is None:
-            said[name] = f"skipped: no Python {leg.python} on this machine"
+            outcomes[leg.name] = f"skipped, as no Python {leg.python} was found"
             continue
-        install(leg, python, renew=not names)
-        said[name] = "passed" if run(leg) else "FAILED"
-    for name, outcome in said.items():
-        print(f"{name}: {outcome}")
-    return int("FAILED" in said.values())
+        install(leg, python, renew=not name)
+        outcomes[leg.name] = "passed" if run(leg, tests) else "FAILED"
+    for one, outcome in outcomes.items():
+        print(f"{one}: {outcome}")
+    return int("FAILED" in outcomes.values())
 
 
 if __name__ == "__main__":
