@@ -8,6 +8,7 @@ needs to know about a layer: "run it with W + delta_W" works for every type.
 
 import math
 from dataclasses import dataclass
+from itertools import combinations
 
 import jax
 import jax.numpy as jnp
@@ -48,9 +49,47 @@ class KernelLayout:
         """The out axes' extents of a kernel of `shape`."""
         return [n for side, n in zip(self.axes, shape, strict=True) if side == "o"]
 
-    def within(self, ndim: int) -> "KernelLayout":
-        """The layout inside scans that took the outer stack axes and left `ndim` axes."""
-        return KernelLayout(self.axes.replace("s", "", len(self.axes) - ndim))
+    def within(self, whole: tuple[int, ...], shape: tuple[int, ...]) -> "KernelLayout":
+        """The layout inside scans that took some stack axes of a kernel of shape `whole`.
+
+        Args:
+          shape: what they left of it.
+
+        Raises:
+          ConfigError: which axes were taken cannot be told from the extents.
+        """
+        taken = len(self.axes) - len(shape)
+        stacks = [i for i, axis in enumerate(self.axes) if axis == "s"]
+        left = []
+        for gone in combinations(stacks, taken):
+            kept = [i for i in range(len(self.axes)) if i not in gone]
+            if [whole[i] for i in kept] == list(shape):
+                left.append("".join(self.axes[i] for i in kept))
+        if len(set(left)) > 1:
+            raise ConfigError(
+                f"kernel layout {self.axes!r} of shape {whole}: scans left {shape}, which may be "
+                f"any of {sorted(set(left))}; adapt layers of such a stack in a params pytree"
+            )
+        if left:
+            return KernelLayout(left[0])
+        return KernelLayout(self.axes.replace("s", "", taken))  # a shard's own extents
+
+    def along_stack(self, stacked: jax.Array) -> jax.Array:
+        """(*stack, a, b) with its stack axes where a kernel has them, for scans to take.
+
+        Axes of extent 1 fill up where a stack axis of the kernel lies further back.
+        """
+        stacks = [i for i, axis in enumerate(self.axes) if axis == "s"]
+        if stacks == list(range(len(stacks))):
+            return stacked
+        spare = (1,) * (stacks[-1] + 1 - stacked.ndim)
+        return jnp.moveaxis(stacked.reshape(*stacked.shape, *spare), range(len(stacks)), stacks)
+
+    def stack_first(self, array: jax.Array) -> jax.Array:
+        """The inverse of `along_stack`, of what scans left."""
+        stacks = [i for i, axis in enumerate(self.axes) if axis == "s"]
+        moved = jnp.moveaxis(array, stacks, range(len(stacks)))
+        return moved.reshape(moved.shape[: len(stacks) + 2])
 
     def splits(self, whole: "KernelLayout") -> bool:
         """Whether this is `whole`, but for out axes of it that are taken for a stack of layers."""

@@ -93,14 +93,14 @@ class PytreeRandLora(FunctionalRandLora):
                 "use 'auto' or 'merged'"
             )
         self._collections = store = PytreeStore(params)
-        owned: dict[Path, dict[str, jax.Array]] = {}
+        owned: dict[Path, dict[Path, jax.Array]] = {}
         for path, leaf in store.base_leaves().items():
             if not isinstance(leaf, jax.Array):
                 raise ConfigError(
                     f"params {dotted(path)!r} is a {type(leaf).__name__}: expected arrays alone; "
                     "take the rest out first, such as by equinox.partition(model, is_array)"
                 )
-            owned.setdefault(path[:-1], {})[path[-1]] = leaf
+            owned.setdefault(path[:-1], {})[path[-1:]] = leaf
         modules = (FoundModule(path, arrays) for path, arrays in owned.items())
         found = find_layers(modules, rules.layouts, rules.names)
         options = replace(rules.options, apply="merged")  # there is no other way

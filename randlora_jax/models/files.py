@@ -52,11 +52,6 @@ def export(registry: AdapterRegistry, adapter_name: str, state: AdapterState) ->
     owners: dict[str, Layer] = {}
     for name, (lam, gamma) in state.layers.items():
         layer = registry.layers[name]
-        if not layer.is_named:
-            raise TargetError(
-                f"{name!r} holds {layer.stack} PyTorch layers in one array, and no rule says how "
-                f"they are named: pass names={{{name.replace('.', '/')!r}: 'model.layers.{{}}...'}}"
-            )
         gammas = layer.split(np.asarray(gamma))
         layers |= {k: (lam, gammas[k]) for k, lam in layer.split(np.asarray(lam)).items()}
         owners |= dict.fromkeys(layer.names, layer)
@@ -122,7 +117,7 @@ def _saved_tensors(registry: AdapterRegistry, state: AdapterState) -> dict[str, 
     saved: dict[str, np.ndarray] = {}
     adapted = {name for layer in state.layers for name in registry.layers[layer].names}
     for path, value in state.saved.items():
-        layer = registry.layers.get(dotted(path[:-1]))
+        layer = registry.layer_of(path)
         for key, tensor in to_peft_layout(value, path, layer, registry.names).items():
             saved[file_key(key, adapted)] = tensor
     return saved
@@ -234,7 +229,7 @@ def _saved_leaves(
     tensors = trained_tensors(adapter.saved)
     saved, used = {}, set()
     for path, leaf in base.items() if tensors else ():
-        layer = registry.layers.get(dotted(path[:-1]))
+        layer = registry.layer_of(path)
         if path[-1] not in TORCH_LEAF and not (layer and path == layer.kernel_path):
             continue
         keys = torch_keys(path, layer, registry.names)

@@ -1,4 +1,4 @@
-"""Finding layers: what of a model's modules is a linear layer, by its type or the user's word."""
+"""Finding layers: which of a model's arrays are kernels, by a module's type or the user's word."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -7,20 +7,25 @@ from typing import Any
 
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.mesh import on_mesh
-from randlora_jax.interop.errors import ConfigError
+from randlora_jax.interop.errors import ConfigError, nearest
 from randlora_jax.models.layer import Layer, LayerType
-from randlora_jax.models.names import Names, Path, dotted
+from randlora_jax.models.names import KERNEL_LEAVES, Names, Path, slashed
 
 
 @dataclass(frozen=True)
 class StatedLayouts:
-    """Layouts that a user states: regular expressions on a layer's path (``/`` between its parts).
+    """Layouts that a user states: regular expressions on paths (``/`` between their parts).
+
+    Args:
+      rules: an expression matches a layer's whole path, or that of an array.
+      known: those that a known model's rules add, which need not match.
 
     Raises:
       ConfigError: a stated layout is malformed.
     """
 
     rules: Mapping[str, str]
+    known: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for rule, axes in self.rules.items():
@@ -30,89 +35,193 @@ class StatedLayouts:
                 raise ConfigError(f"views: {rule!r}: {error}") from None
 
     def find(self, path: Path) -> KernelLayout | None:
-        """The first stated layout whose expression matches the whole path of a layer."""
-        joined = "/".join(map(str, path))
-        found = (axes for rule, axes in self.rules.items() if re.fullmatch(rule, joined))
+        """The first stated layout whose expression matches a whole path."""
+        found = (axes for rule, axes in self.rules.items() if re.fullmatch(rule, slashed(path)))
         return next((KernelLayout(axes) for axes in found), None)
 
 
 @dataclass(frozen=True)
 class FoundModule:
-    """A module that holds arrays: where it is, the arrays by name, and its type if it is known."""
+    """A module that holds arrays.
+
+    Args:
+      path: where it is.
+      arrays: what it holds itself, by where that is in it.
+      kind: the name of its class; "" where it has none.
+      type: what is known of its class as a layer.
+      other: what it is known to be instead of a linear layer, such as "an embedding".
+      refusal: why none of its kernels can take an adapter.
+    """
 
     path: Path
-    arrays: Mapping[str, Any]
+    arrays: Mapping[Path, Any]
+    kind: str = ""
     type: LayerType | None = None
+    other: str | None = None
+    refusal: str | None = None
+
+
+@dataclass(frozen=True)
+class LeftArray:
+    """An array of two or more axes that no layer holds as its kernel.
+
+    Args:
+      path: where it lies.
+      owner: path of the module that holds it.
+      kind: the name of that module's class; "" where it has none.
+      other: what it is known to be, such as "an embedding"; None where it may well be a kernel.
+    """
+
+    path: Path
+    owner: Path
+    shape: tuple[int, ...]
+    kind: str
+    other: str | None
 
 
 @dataclass(frozen=True)
 class FoundLayers:
-    """Layers by their name, and the canonical names of all other modules that hold arrays."""
+    """What was found in a model.
+
+    Args:
+      layers: by their name.
+      modules: canonical names of all other modules that hold arrays.
+      left: arrays that look like kernels and are none of a layer's.
+    """
 
     layers: dict[str, Layer]
     modules: tuple[str, ...]
+    left: tuple[LeftArray, ...] = ()
 
 
 def find_layers(modules: Iterable[FoundModule], stated: StatedLayouts, names: Names) -> FoundLayers:
     """The layers among `modules`, each visited once.
 
     Raises:
-      ConfigError: a stated layout fits none of its module's arrays.
+      ConfigError: a stated layout fits none of its module's arrays; a rule matches nothing; two
+        layers hold one array.
       TargetError: a names rule does not fit a stack.
     """
     layers: dict[str, Layer] = {}
     others: set[str] = set()
+    left: list[LeftArray] = []
+    paths: list[Path] = []
     for module in modules:
-        layer = _layer(module, stated.find(module.path), names)
-        if layer:
-            layers[layer.name] = layer
-        elif module.arrays:
+        mine = {layer.name: layer for layer in _layers_of(module, stated, names)}
+        layers |= mine
+        if module.arrays and not any(layer.path == module.path for layer in mine.values()):
             others.add(names.first(module.path))
-    return FoundLayers(layers, tuple(sorted(others)))
+        left += _left_of(module, {layer.leaf for layer in mine.values()})
+        paths += [module.path] * bool(module.arrays)
+        paths += [(*module.path, *leaf) for leaf in module.arrays]
+    _refuse_idle("views", [r for r in stated.rules if r not in stated.known], paths)
+    _refuse_idle("names", [r for r in names.rules if r not in names.known], paths)
+    return FoundLayers(layers, tuple(sorted(others)), tuple(left))
 
 
-def _layer(module: FoundModule, stated: KernelLayout | None, names: Names) -> Layer | None:
-    """None where no array is known to be a kernel.
+def _refuse_idle(argument: str, rules: Iterable[str], paths: Iterable[Path]) -> None:
+    """Nothing, if each of `rules` matches a path."""
+    known = [slashed(path) for path in paths]
+    for rule in rules:
+        if not any(re.fullmatch(rule, path) for path in known):
+            raise ConfigError(
+                f"{argument}: the rule {rule!r} matches no layer and no array of this model; "
+                f"near it are {nearest(rule, known)}. A rule is a regular expression on a whole "
+                "path, with '/' between its parts"
+            )
+
+
+def _layers_of(module: FoundModule, stated: StatedLayouts, names: Names) -> list[Layer]:
+    """The layers whose kernels a module holds: by its type, or by rules on it or on its arrays.
 
     A type's layout lacks the axes along which scans and vmaps stack layers: they come first.
     """
-    shapes = {name: x.shape for name, x in module.arrays.items()}
+    arrays, layout = module.arrays, stated.find(module.path)
     if module.type is not None:
-        leaf = module.type.leaf
-    elif stated is not None:
-        leaf = _leaf_of(module.path, stated, shapes)
-    else:
-        return None
-    if leaf not in shapes:
-        return None
-    shape = shapes[leaf]
-    if stated is not None:
-        layout = stated
-    else:
-        assert module.type is not None
-        axes = module.type.layout.axes
-        layout = KernelLayout("s" * (len(shape) - len(axes)) + axes)
+        leaf = tuple(module.type.leaf.split("/"))
+        if leaf in arrays:
+            axes = module.type.layout.axes
+            stacks = "s" * (len(arrays[leaf].shape) - len(axes))
+            layout = layout or stated.find((*module.path, *leaf)) or KernelLayout(stacks + axes)
+            return [_layer(module, leaf, layout, names, module.path)]
+    elif layout is not None:
+        leaf = _leaf_of(module, layout)
+        if leaf is not None:
+            return [_layer(module, leaf, layout, names, module.path)]
+    found = []
+    for leaf, array in arrays.items():
+        path = (*module.path, *leaf)
+        layout = stated.find(path)
+        if layout is not None and len(layout.axes) == len(array.shape):
+            is_whole = leaf[0] in KERNEL_LEAVES  # its module is the layer, also to PyTorch
+            found.append(_layer(module, leaf, layout, names, module.path if is_whole else path))
+    if not found:
+        _refuse_misfits(module, stated)
+    return found
+
+
+def _layer(
+    module: FoundModule, leaf: Path, layout: KernelLayout, names: Names, path: Path
+) -> Layer:
+    array = module.arrays[leaf]
     return Layer(
-        dotted(module.path),
-        module.path,
+        path,
         layout,
-        shape,
-        type=module.type,
-        names=names.of(module.path, layout.sizes(shape)[0]),
-        leaf=leaf,
-        sharding=on_mesh(module.arrays[leaf]),
+        tuple(array.shape),
+        module.path,
+        leaf,
+        type=module.type if path == module.path else None,
+        names=names.of(path, layout.sizes(array.shape)[0]),
+        has_stated_names=names.has_rule(path),
+        sharding=on_mesh(array),
+        refusal=module.refusal,
     )
 
 
-def _leaf_of(path: Path, layout: KernelLayout, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The array of a layer of unknown type that a stated layout is about."""
-    if "kernel" in shapes:
-        return "kernel"
+def _leaf_of(module: FoundModule, layout: KernelLayout) -> Path | None:
+    """The array of a layer of unknown type that a layout stated for it is about, if it is one."""
+    if ("kernel",) in module.arrays:
+        return ("kernel",)
+    shapes = {leaf: x.shape for leaf, x in module.arrays.items()}
     fitting = [leaf for leaf, shape in shapes.items() if len(shape) == len(layout.axes)]
-    if len(fitting) != 1:
-        raise ConfigError(
-            f"views: {layout.axes!r} is stated for {'/'.join(map(str, path))!r}, whose arrays are "
-            f"{dict(shapes)}: expected one of {len(layout.axes)} axes, found {len(fitting)}. Name "
-            "the kernel with layer_types={...: LayerType(layout, leaf=...)}"
-        )
-    return fitting[0]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _refuse_misfits(module: FoundModule, stated: StatedLayouts) -> None:
+    """Nothing, if no rule is about this module, which has no layer.
+
+    Raises:
+      ConfigError: one is.
+    """
+    paths = [module.path, *((*module.path, *leaf) for leaf in module.arrays)]
+    for path in paths if module.arrays else ():
+        layout = stated.find(path)
+        if layout is not None:
+            shapes = {slashed(leaf): tuple(x.shape) for leaf, x in module.arrays.items()}
+            raise ConfigError(
+                f"views: {layout.axes!r} is stated for {slashed(path)!r}; the arrays there are "
+                f"{shapes}: expected one of {len(layout.axes)} axes. State the whole path of the "
+                "array meant, or name it with layer_types={...: LayerType(layout, leaf=...)}"
+            )
+
+
+# Names of arrays, and of modules, that are no linear layers, where no type tells.
+_OTHER = {
+    "an embedding": re.compile(r"(?i)emb|vocab|wte|wpe|(^|_)pos|position"),
+    "a norm": re.compile(r"(?i)norm|(^|_)ln|scale"),
+    "a convolution": re.compile(r"(?i)conv"),
+    "a bias": re.compile(r"(?i)bias|^b$"),
+}
+
+
+def _left_of(module: FoundModule, taken: set[Path]) -> list[LeftArray]:
+    left = []
+    for leaf, array in module.arrays.items():
+        if leaf in taken or sum(extent != 1 for extent in array.shape) < 2:
+            continue
+        words = (str(leaf[-1]), module.kind, str(module.path[-1]) if module.path else "")
+        guesses = (what for what, about in _OTHER.items() if any(map(about.search, words)))
+        other = module.other or next(guesses, None)
+        path, shape = (*module.path, *leaf), tuple(array.shape)
+        left.append(LeftArray(path, module.path, shape, module.kind, other))
+    return left

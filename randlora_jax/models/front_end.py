@@ -55,8 +55,8 @@ class WrapRules:
         """The user's rules, and after them those of a model that is known by name."""
         return replace(
             self,
-            layouts=StatedLayouts({**self.layouts.rules, **known.layouts}),
-            names=Names({**self.names.rules, **known.names}),
+            layouts=StatedLayouts({**self.layouts.rules, **known.layouts}, frozenset(known.layouts)),
+            names=Names({**self.names.rules, **known.names}, frozenset(known.names)),
             layer_types={**self.layer_types, **known.layer_types},
         )
 

@@ -1,6 +1,5 @@
 """A layer an adapter can take: where its kernel is, what is known of its type, its names."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -45,30 +44,39 @@ class Layer:
     """A linear layer an adapter can take.
 
     Args:
-      name: its path in the JAX model, dotted.
-      path: the same path, in parts.
+      path: of its module in the JAX model; of its kernel, where the module holds several.
       layout: how its kernel forms matrices.
       shape: of the kernel.
+      owner: path of the module that holds the kernel, and whose call uses it.
+      leaf: where the kernel is in the owner.
       type: what is known of its type; None where only the user's word on its layout is.
       names: canonical names, PyTorch module paths: one for each matrix of the kernel, in the order
-        of its stack axes. A stack that no rule names has one name for all.
-      leaf: the kernel's name in the layer.
+        of its stack axes.
+      has_stated_names: a rule gave them; else they are the JAX model's own paths.
       sharding: of the kernel when its model was wrapped; None if it lay on no mesh.
+      refusal: why it can take no adapter; None where it can.
     """
 
-    name: str
     path: Path
     layout: KernelLayout
     shape: tuple[int, ...]
+    owner: Path
+    leaf: Path = ("kernel",)
     type: LayerType | None = None
     names: tuple[str, ...] = ()
-    leaf: str = "kernel"
+    has_stated_names: bool = False
     sharding: NamedSharding | None = None
+    refusal: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Its path, dotted."""
+        return ".".join(map(str, self.path))
 
     @property
     def kernel_path(self) -> Path:
         """Where the kernel lies in the model."""
-        return (*self.path, self.leaf)
+        return (*self.owner, *self.leaf)
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -85,27 +93,20 @@ class Layer:
         """(in, out) of one matrix."""
         return self.layout.sizes(self.shape)[1:]
 
-    @property
-    def is_named(self) -> bool:
-        """Every matrix has a canonical name of its own."""
-        return len(self.names) == math.prod(self.stack)
-
     def split(self, arrays: np.ndarray) -> dict[str, np.ndarray]:
-        """(*stack, ...) by canonical name, without the stack axes; whole if it is unnamed."""
-        if not self.is_named:
-            return dict.fromkeys(self.names, arrays)
+        """(*stack, ...) by canonical name, without the stack axes."""
         inner = arrays.shape[len(self.stack) :]
         return dict(zip(self.names, arrays.reshape(-1, *inner), strict=True))
 
     def join(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         """The reverse of `split`."""
-        if not self.stack:
-            return arrays[self.names[0]]
         stacked = np.stack([arrays[name] for name in self.names])
         return stacked.reshape(*self.stack, *stacked.shape[1:])
 
-    def running(self, ndim: int, known: LayerType | None, kind: str) -> LayerType:
-        """What is called, of a layer whose kernel has `ndim` axes left inside scans.
+    def running(
+        self, shape: tuple[int, ...], known: LayerType | None, kind: str
+    ) -> tuple[KernelLayout, Contraction | None]:
+        """The layout and the call of a layer whose kernel has `shape` left inside scans.
 
         Args:
           known: of the running layer's class, whose name is `kind`.
@@ -113,18 +114,18 @@ class Layer:
         Raises:
           ConfigError: nothing is known of the class, or its layout is not this layer's.
         """
-        layout = self.layout.within(ndim)
+        layout = self.layout.within(self.shape, shape)
         if known is None and self.type is not None:
             raise ConfigError(
                 f"layer {self.name!r} is a {kind}, whose kernel layout is unknown: state it, such "
-                f"as views={{{self.name.replace('.', '/')!r}: 'i o'}}, or leave it out of "
+                f"as views={{{'/'.join(map(str, self.path))!r}: 'i o'}}, or leave it out of "
                 "target_modules"
             )
         if known is None:
-            return LayerType(layout, call=None, leaf=self.leaf)
+            return layout, None
         if not layout.splits(known.layout):
             raise ConfigError(
                 f"layer {self.name!r} was taken for {layout.axes!r}, but a {kind} holds its kernel "
                 f"as {known.layout.axes!r}; state views={{...}} accordingly"
             )
-        return LayerType(layout, known.call, known.fan_in_fan_out, self.leaf)
+        return layout, known.call

@@ -30,9 +30,18 @@ TORCH_LEAF = {
 }
 
 
+# Arrays that are their module's one kernel, by their name.
+KERNEL_LEAVES = ("kernel", "w", "weight")
+
+
 def dotted(path: Path) -> str:
     """The canonical name of a module at `path`."""
     return ".".join(map(str, path))
+
+
+def slashed(path: Path) -> str:
+    """`path` as users' rules see it."""
+    return "/".join(map(str, path))
 
 
 @dataclass(frozen=True)
@@ -51,14 +60,21 @@ class Names:
     """
 
     rules: Rules
+    known: frozenset[str] = frozenset()  # those of a known model's table, which need not match
+
+    def has_rule(self, path: Path) -> bool:
+        """Whether a rule names the module at `path`."""
+        return any(re.fullmatch(rule, slashed(path)) for rule in self.rules)
 
     def of(self, path: Path, stack: tuple[int, ...] = ()) -> tuple[str, ...]:
-        """Canonical names of the module at `path`: one for each matrix that a rule can name.
+        """Canonical names of the module at `path`: one for each matrix of its stack.
+
+        Where no rule names them, a stack's indices come before the last part of its path.
 
         Raises:
           TargetError: a rule names more or fewer matrices than the kernel holds.
         """
-        joined = "/".join(map(str, path))
+        joined = slashed(path)
         for pattern, names in self.rules.items():
             match = re.fullmatch(pattern, joined)
             if not match:
@@ -75,11 +91,13 @@ class Names:
                     "different modules"
                 )
             return found
-        return (dotted(path),)
+        *outer, last = path if len(path) > 1 else (*path, None)
+        ends = () if last is None else (last,)
+        return tuple(dotted((*outer, *index, *ends)) for index in np.ndindex(*stack))
 
     def first(self, path: Path) -> str:
         """A canonical name of the module at `path`: the first where it stacks several."""
-        joined = "/".join(map(str, path))
+        joined = slashed(path)
         for pattern, names in self.rules.items():
             match = re.fullmatch(pattern, joined)
             if match:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import jax
 import numpy as np
@@ -15,9 +16,9 @@ from randlora_jax.interop import targets
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import ConfigError, TargetError
 from randlora_jax.models.basis_source import KeptPairs
-from randlora_jax.models.finding import FoundLayers
+from randlora_jax.models.finding import FoundLayers, LeftArray
 from randlora_jax.models.layer import Layer
-from randlora_jax.models.names import Names, Path
+from randlora_jax.models.names import Names, Path, dotted
 
 
 @dataclass
@@ -91,6 +92,7 @@ class AdapterRegistry:
 
     layers: Mapping[str, Layer]
     modules: tuple[str, ...]  # canonical names of every other module that owns arrays
+    left: tuple[LeftArray, ...]  # arrays that look like kernels and are none of a layer's
     names: Names
     info: BaseModelInfo
     options: ExecutionOptions
@@ -107,7 +109,15 @@ class AdapterRegistry:
         cls, found: FoundLayers, names: Names, info: BaseModelInfo, options: ExecutionOptions
     ) -> "AdapterRegistry":
         """Of a model that has no adapter yet."""
-        return cls(found.layers, found.modules, names, info, options)
+        return cls(found.layers, found.modules, found.left, names, info, options)
+
+    @cached_property
+    def _by_leaf(self) -> Mapping[Path, Layer]:
+        return {layer.kernel_path: layer for layer in self.layers.values()}
+
+    def layer_of(self, path: Path) -> Layer | None:
+        """The layer that the leaf at `path` belongs to: as its kernel, or beside it."""
+        return self._by_leaf.get(path) or self.layers.get(dotted(path[:-1]))
 
     def spec(self, adapter_name: str) -> AdapterSpec:
         """Of the adapter of that name.

@@ -45,17 +45,17 @@ class InterceptedRandLora(FunctionalRandLora):
         self._collections = store
         self._types = LayerTypes((rules.layer_types, TYPES))
         self._seen = {}
-        owned: dict[Path, dict[str, jax.Array]] = {}
+        owned: dict[Path, dict[Path, jax.Array]] = {}
         for (*parts, leaf), value in flatten_dict(store.base["params"]).items():
-            owned.setdefault(tuple(parts), {})[leaf] = value
+            owned.setdefault(tuple(parts), {})[(leaf,)] = value
         modules = []
         for path, arrays in owned.items():
             if traced is not None:
                 known = self._types.find(traced[path]) if path in traced else None
             else:  # a plain module is not traced: its type is taken until it is called
-                taken = "kernel" in arrays and arrays["kernel"].ndim == 2
+                taken = ("kernel",) in arrays and arrays[("kernel",)].ndim == 2
                 known = DENSE if taken and not rules.layouts.find(path) else None
-            modules.append(FoundModule(path, arrays, known))
+            modules.append(FoundModule(path, arrays, type=known))
         found = find_layers(modules, rules.layouts, rules.names)
         self._registry = AdapterRegistry.of(found, rules.names, info, rules.options)
 

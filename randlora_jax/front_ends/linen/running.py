@@ -93,19 +93,21 @@ class LinenRunner:
     ) -> jax.Array:
         """The output of a layer for `x`; `own` are its params and the adapters' leaves."""
         layer = self.registry.layers[dotted(module.path)]
-        kernel = own[layer.leaf]
-        kind = layer.running(kernel.ndim, self.types.find(module), type(module).__name__)
+        kernel = own[layer.leaf[0]]
+        layout, call = layer.running(
+            kernel.shape, self.types.find(module), type(module).__name__
+        )
         # without its name, so that layers that are alike but for it are equal
         alone = module.clone(parent=None, name=None)
-        rest = {k: v for k, v in own.items() if k not in (layer.leaf, LAMBDA, GAMMA)}
+        rest = {k: v for k, v in own.items() if k not in (layer.leaf[0], LAMBDA, GAMMA)}
         values, read = Hoisted.of((rest, args, kwargs))
-        run = comparable(_RunLinen(alone, layer.leaf, values))
+        run = comparable(_RunLinen(alone, layer.leaf[0], values))
 
         stated = getattr(module, "dtype", None)
         dtype = jnp.result_type(x, kernel) if stated is None else stated
-        self.seen[layer.name] = LayerRun(kind.call, dtype)
-        traced = Kernel.traced(kernel, kind.layout, layer.sharding)
-        running = RunningLayer(layer.name, run, read, traced, kind.call, dtype)
+        self.seen[layer.name] = LayerRun(call, dtype)
+        traced = Kernel.traced(kernel, layout, layer.sharding)
+        running = RunningLayer(layer.name, run, read, traced, call, dtype)
         shares = [self._contribution(module, own, name, layer.matrix) for name in own[LAMBDA]]
         return adapted(running, x, shares, self.registry.options)
 

@@ -99,14 +99,14 @@ class RandLoraLayer(nnx.Module):
         specs = [s for s in specs if s.name not in merged]
         if layer is None or not specs:
             return base(x, *args, **kwargs)
-        run, kernel, read = _as_function(base, layer.leaf, args, kwargs)
-        kind = layer.running(kernel.ndim, layer.type, type(self.base_layer).__name__)
+        run, kernel, read = _as_function(base, layer.leaf[0], args, kwargs)
+        layout, call = layer.running(kernel.shape, layer.type, type(self.base_layer).__name__)
         running = RunningLayer(
             layer.name,
             run,
             read,
-            Kernel.traced(kernel, kind.layout, layer.sharding),
-            kind.call,
+            Kernel.traced(kernel, layout, layer.sharding),
+            call,
             multiplies_in(self.base_layer, jnp.result_type(x, kernel)),
         )
         return adapted(running, x, self._contributions(specs, layer), self.settings.options)

@@ -20,6 +20,7 @@ from randlora_jax.models.front_end import WrapRules, register_front_end
 from randlora_jax.models.layer import Layer, LayerRun, LayerType
 from randlora_jax.models.layer_types import LayerTypes, Table, of_axes, of_einsum
 from randlora_jax.models.model import RandLoraModel
+from randlora_jax.models.names import Path
 from randlora_jax.models.registry import AdapterRegistry
 
 
@@ -55,7 +56,7 @@ class NnxRandLora(RandLoraModel, nnx.Module):
         self.bases: dict[str, dict[str, SharedBasis]] = nnx.data({})
         self._token = ModelToken()
         modules = [
-            FoundModule(path, _arrays_of(module), types.find(module))
+            FoundModule(path, _arrays_of(module), type(module).__name__, types.find(module))
             for path, module in nnx.iter_modules(model)
         ]
         found = find_layers(modules, rules.layouts, rules.names)
@@ -105,7 +106,7 @@ class NnxRandLora(RandLoraModel, nnx.Module):
         return opened(self._token, CallContext(self._store.pairs()))
 
 
-def _arrays_of(module: nnx.Module) -> dict[str, Any]:
+def _arrays_of(module: nnx.Module) -> dict[Path, Any]:
     """What a module holds itself, by name."""
     held = vars(module).items()
-    return {name: x.get_raw_value() for name, x in held if isinstance(x, nnx.Variable)}
+    return {(name,): x.get_raw_value() for name, x in held if isinstance(x, nnx.Variable)}
