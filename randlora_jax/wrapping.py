@@ -35,6 +35,7 @@ def get_peft_model(
     views: Mapping[str, str] | None = None,
     names: Rules | None = None,
     layer_types: Table | None = None,
+    optional: Sequence[str] = (),
 ) -> NnxRandLora: ...
 @overload
 def get_peft_model(  # type: ignore[overload-cannot-match]  # to our checker flax is Any
@@ -48,6 +49,7 @@ def get_peft_model(  # type: ignore[overload-cannot-match]  # to our checker fla
     views: Mapping[str, str] | None = None,
     names: Rules | None = None,
     layer_types: Table | None = None,
+    optional: Sequence[str] = (),
 ) -> LinenRandLora: ...
 @overload
 def get_peft_model(  # type: ignore[overload-cannot-match]
@@ -61,6 +63,7 @@ def get_peft_model(  # type: ignore[overload-cannot-match]
     views: Mapping[str, str] | None = None,
     names: Rules | None = None,
     layer_types: Table | None = None,
+    optional: Sequence[str] = (),
 ) -> Any: ...
 def get_peft_model(
     model: Any,
@@ -73,6 +76,7 @@ def get_peft_model(
     views: Mapping[str, str] | None = None,
     names: Rules | None = None,
     layer_types: Table | None = None,
+    optional: Sequence[str] = (),
 ) -> Any:
     """Wraps `model` with a fresh RandLoRA adapter; before training it computes what `model` does.
 
@@ -92,11 +96,13 @@ def get_peft_model(
         ``{"layers/mlp/.*": "s i o"}`` for scanned Dense layers (`KernelLayout`).
       names: rules from module paths to PyTorch's, where they differ (`Names`).
       layer_types: types of layers that this library does not know (`LayerType`).
+      optional: regular expressions on the paths of layers that a call of the whole model may pass
+        by; any other adapted layer that the first call does not reach is an error.
 
     Raises:
       ConfigError: `model` or `config` cannot be used.
       TargetError: `config` selects no layer of `model`.
     """
-    wrapped = wrap(model, WrapRules.stated(apply, token_axes, views, names, layer_types))
+    wrapped = wrap(model, WrapRules.stated(apply, token_axes, views, names, layer_types, optional))
     wrapped.add_adapter(adapter_name, config, rngs=rngs)
     return wrapped

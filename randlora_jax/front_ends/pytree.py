@@ -104,7 +104,7 @@ class PytreeRandLora(FunctionalRandLora):
         modules = (FoundModule(path, arrays) for path, arrays in owned.items())
         found = find_layers(modules, rules.layouts, rules.names)
         options = replace(rules.options, apply="merged")  # there is no other way
-        self._registry = AdapterRegistry.of(found, rules.names, BaseModelInfo(), options)
+        self._registry = AdapterRegistry.of(found, BaseModelInfo(), rules.names, options)
 
     @property
     def _base_name(self) -> str:

@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import jax.numpy as jnp
 
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.mesh import on_mesh
@@ -50,7 +52,7 @@ class FoundModule:
       kind: the name of its class; "" where it has none.
       type: what is known of its class as a layer.
       other: what it is known to be instead of a linear layer, such as "an embedding".
-      refusal: why none of its kernels can take an adapter.
+      refusals: why some of its arrays can take no adapter.
     """
 
     path: Path
@@ -58,7 +60,7 @@ class FoundModule:
     kind: str = ""
     type: LayerType | None = None
     other: str | None = None
-    refusal: str | None = None
+    refusals: Mapping[Path, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -164,17 +166,29 @@ def _layer(
     module: FoundModule, leaf: Path, layout: KernelLayout, names: Names, path: Path
 ) -> Layer:
     array = module.arrays[leaf]
+    known = module.type if path == module.path else None
     return Layer(
         path,
         layout,
         tuple(array.shape),
         module.path,
         leaf,
-        type=module.type if path == module.path else None,
+        type=known,
         names=names.of(path, layout.sizes(array.shape)[0]),
         has_stated_names=names.has_rule(path),
         sharding=on_mesh(array),
-        refusal=module.refusal,
+        refusal=module.refusals.get(leaf) or _no_way(array, known),
+    )
+
+
+def _no_way(array: Any, known: LayerType | None) -> str | None:
+    """Why a layer could not run with an adapter; None where it can."""
+    if jnp.issubdtype(array.dtype, jnp.inexact) or (known and known.call):
+        return None
+    return (
+        f"its kernel holds {array.dtype} numbers, which an update of floating numbers cannot join, "
+        "and what the layer computes is unknown: say it with layer_types={...: LayerType(layout, "
+        "Contraction(equation))}"
     )
 
 

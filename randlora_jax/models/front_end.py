@@ -29,6 +29,7 @@ class WrapRules:
     layouts: StatedLayouts = field(default_factory=lambda: StatedLayouts({}))
     names: Names = field(default_factory=lambda: Names({}))
     layer_types: Table = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
 
     @classmethod
     def stated(
@@ -38,6 +39,7 @@ class WrapRules:
         views: Mapping[str, str] | None,
         names: Rules | None,
         layer_types: Table | None,
+        optional: Sequence[str],
     ) -> WrapRules:
         """Of the arguments of `get_peft_model`.
 
@@ -49,6 +51,7 @@ class WrapRules:
             StatedLayouts(views or {}),
             Names(names or {}),
             layer_types or {},
+            tuple(optional),
         )
 
     def beside(self, known: KnownModel) -> WrapRules:

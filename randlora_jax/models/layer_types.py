@@ -12,7 +12,7 @@ user's own:
 
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from randlora_jax.core.contraction import Contraction
@@ -31,12 +31,17 @@ class LayerTypes:
     tables: tuple[Table, ...]
 
     def find(self, module: Any) -> LayerType | None:
-        """What is known of a layer's type, or of the nearest type it derives from."""
+        """What is known of a layer's type, or of the nearest type it derives from.
+
+        A type that calls itself otherwise than the one it derives from may compute anything.
+        """
         for kind in type(module).__mro__:
             for table in self.tables:
                 known = table.get(kind) or table.get(f"{kind.__module__}.{kind.__qualname__}")
-                if known is not None:
-                    return known(module) if callable(known) else known
+                found = known(module) if callable(known) else known
+                if found is not None:
+                    same = type(module).__call__ is kind.__call__
+                    return found if same else replace(found, call=None)
         return None
 
 

@@ -202,6 +202,7 @@ class RandLoraModel(AdaptedModel):
         views: Mapping[str, str] | None = None,
         names: Rules | None = None,
         layer_types: Table | None = None,
+        optional: Sequence[str] = (),
         torch_generation: str | None = None,
         revision: str | None = None,
     ) -> Any:
@@ -210,10 +211,10 @@ class RandLoraModel(AdaptedModel):
         Args:
           model: as for `get_peft_model`.
           is_trainable: the adapter's numbers are trained on; else they are frozen like the base.
-          apply, token_axes, rngs, views, names, layer_types: as for `get_peft_model`.
+          apply, token_axes, rngs, views, names, layer_types, optional: as for `get_peft_model`.
           torch_generation, revision: as for `load_adapter`.
         """
-        rules = WrapRules.stated(apply, token_axes, views, names, layer_types)
+        rules = WrapRules.stated(apply, token_axes, views, names, layer_types, optional)
         wrapped = cast(RandLoraModel, wrap(model, rules))
         wrapped.load_adapter(
             directory,

@@ -96,6 +96,7 @@ class AdapterRegistry:
     names: Names
     info: BaseModelInfo
     options: ExecutionOptions
+    optional: tuple[str, ...] = ()  # expressions on paths of layers that a call may pass by
     configs: Mapping[str, RandLoraConfig] = field(default_factory=dict)
     specs: Mapping[str, AdapterSpec] = field(default_factory=dict)
     kept_pairs: KeptPairs = field(default_factory=dict)
@@ -106,10 +107,15 @@ class AdapterRegistry:
 
     @classmethod
     def of(
-        cls, found: FoundLayers, names: Names, info: BaseModelInfo, options: ExecutionOptions
+        cls,
+        found: FoundLayers,
+        info: BaseModelInfo,
+        names: Names,
+        options: ExecutionOptions,
+        optional: tuple[str, ...] = (),
     ) -> "AdapterRegistry":
         """Of a model that has no adapter yet."""
-        return cls(found.layers, found.modules, found.left, names, info, options)
+        return cls(found.layers, found.modules, found.left, names, info, options, optional)
 
     @cached_property
     def _by_leaf(self) -> Mapping[Path, Layer]:

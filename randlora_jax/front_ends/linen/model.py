@@ -57,7 +57,9 @@ class InterceptedRandLora(FunctionalRandLora):
                 known = DENSE if taken and not rules.layouts.find(path) else None
             modules.append(FoundModule(path, arrays, type=known))
         found = find_layers(modules, rules.layouts, rules.names)
-        self._registry = AdapterRegistry.of(found, rules.names, info, rules.options)
+        self._registry = AdapterRegistry.of(
+            found, info, rules.names, rules.options, rules.optional
+        )
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Linen's ``Module.apply`` with the adapters in `variables` joined in."""

@@ -8,7 +8,7 @@ layers take them, under whatever transformation they run.
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from randlora_jax.core.bases import BasisPair
@@ -16,7 +16,16 @@ from randlora_jax.interop.errors import ConfigError
 
 
 class ModelToken:
-    """Ties layers to the one model whose call they belong to; compared by identity."""
+    """Ties layers to the one model whose call they belong to; compared by identity.
+
+    Args:
+      expected: the layers that a call of the whole model must reach, by name.
+      reached: those that some call did reach.
+    """
+
+    def __init__(self) -> None:
+        self.expected: set[str] = set()
+        self.reached: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -46,16 +55,24 @@ def opened(model: ModelToken, context: CallContext) -> Iterator[None]:
         _open.reset(token)
 
 
-def current(model: ModelToken, layer_name: str) -> CallContext:
-    """The open context of `model`, which a layer of it asks for.
+def is_open(model: ModelToken) -> bool:
+    """Whether `model` is being called."""
+    return model in (_open.get() or {})
+
+
+def reached(model: ModelToken, layer_names: Iterable[str]) -> CallContext:
+    """The open context of `model`, for layers of it that run now.
 
     Raises:
       ConfigError: the model is not being called.
     """
     found = (_open.get() or {}).get(model)
+    names = list(layer_names)
     if found is None:
         raise ConfigError(
-            f"layer {layer_name!r} was called outside its RandLoraModel, which holds the shared "
-            "bases: call the wrapped model, or its methods, not a part of it"
+            f"layer {names[0]!r} was called outside its RandLoraModel, which holds the shared "
+            "bases: call the wrapped model, its methods, or its parts as the wrapped model's "
+            "attributes"
         )
+    model.reached.update(names)
     return found

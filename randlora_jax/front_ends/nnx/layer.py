@@ -1,22 +1,34 @@
 """The wrapper that stands in the place of a module and runs it with its adapters."""
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
-from randlora_jax.core.applying import Contribution, Run, RunningLayer, adapted, comparable
-from randlora_jax.core.hoisting import Hoisted
+from randlora_jax.core.applying import Contribution, RunningLayer, adapted
+from randlora_jax.core.contraction import Contraction
 from randlora_jax.core.kernel import Kernel
-from randlora_jax.core.ways import ExecutionOptions
-from randlora_jax.front_ends.nnx.call import ModelToken, current
-from randlora_jax.front_ends.nnx.variables import retyped
+from randlora_jax.core.kernel_layout import KernelLayout
+from randlora_jax.core.ways import ExecutionOptions, possible_ways, require_a_way
+from randlora_jax.front_ends.nnx.call import CallContext, ModelToken, is_open, reached
+from randlora_jax.front_ends.nnx.running import (
+    AdaptedKernel,
+    as_function,
+    input_of,
+    multiplies_in,
+    run_in_kernels,
+)
+from randlora_jax.front_ends.nnx.variables import AdapterParam, FrozenAdapterParam, retyped
 from randlora_jax.models.layer import Layer
+from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec
+
+Leaves = dict[str, nnx.Variable[jax.Array]]
 
 
 @dataclass(frozen=True)
@@ -24,14 +36,14 @@ class Settings:
     """All that a wrapper knows and that is no array: static under ``jit``.
 
     Args:
-      layer: None where only whole leaves are trained.
+      layers: those whose kernels its module holds; none where only whole leaves are trained.
       options: how layers apply their adapters.
       model: whose call it belongs to.
       specs: of the adapters that are active and have something here.
-      merged: names of the adapters whose deltas are in the kernel.
+      merged: names of the adapters whose deltas are in the kernels.
     """
 
-    layer: Layer | None
+    layers: tuple[Layer, ...]
     options: ExecutionOptions
     model: ModelToken
     specs: tuple[AdapterSpec, ...] = ()
@@ -41,22 +53,21 @@ class Settings:
 class RandLoraLayer(nnx.Module):
     """Stands in the place of a module and runs it with the adapters joined in.
 
+    Its methods and its kernels are those of W + delta while its model is called, however they are
+    reached; else, and for all other attributes, the module's own.
+
     Args:
-      base_layer: the module it replaces; unknown attributes are looked up there.
+      base_layer: the module it replaces.
     """
 
     def __init__(self, base_layer: nnx.Module, settings: Settings) -> None:
         self.base_layer = base_layer
-        self.randlora_lambda: dict[str, nnx.Variable[jax.Array]] = nnx.data({})
-        self.randlora_gamma: dict[str, nnx.Variable[jax.Array]] = nnx.data({})
-        self.trained_leaves: dict[str, dict[str, nnx.Variable[jax.Array]]] = nnx.data({})
+        # by adapter, and by where the kernel or leaf is in the module
+        self.randlora_lambda: dict[str, Leaves] = nnx.data({})
+        self.randlora_gamma: dict[str, Leaves] = nnx.data({})
+        self.trained_leaves: dict[str, Leaves] = nnx.data({})
         self.randlora_dropout: dict[str, nnx.Dropout] = nnx.data({})
         self.settings = settings
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "base_layer" or name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._effective(), name)
 
     def held(self) -> tuple[dict[str, Any], ...]:
         """Everything that is kept by adapter name."""
@@ -73,12 +84,53 @@ class RandLoraLayer(nnx.Module):
         specs = tuple(registry.specs[name] for name in registry.active if name in here)
         self.settings = replace(self.settings, specs=specs, merged=registry.merged)
         training = set(registry.training)
-        for leaves in (self.randlora_lambda, self.randlora_gamma):
-            for name, leaf in leaves.items():
-                leaves[name] = retyped(leaf, trained=name in training)
-        for name, whole in self.trained_leaves.items():
-            for key, leaf in whole.items():
-                whole[key] = retyped(leaf, trained=name in training)
+        for held in self.held()[:3]:
+            for name, leaves in held.items():
+                for key, leaf in leaves.items():
+                    leaves[key] = retyped(leaf, trained=name in training)
+
+    def applied(self) -> list[tuple[Layer, list[AdapterSpec]]]:
+        """The layers here that an active adapter changes when they run, with these adapters."""
+        settings, found = self.settings, []
+        for layer in settings.layers:
+            key = slashed(layer.leaf)
+            specs = [
+                spec
+                for spec in settings.specs
+                if spec.name not in settings.merged and key in self.randlora_lambda.get(spec.name, {})
+            ]
+            if specs:
+                found.append((layer, specs))
+        return found
+
+    # Running.
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the base layer returns, with the active adapters joined in."""
+        return self._run("__call__", args, kwargs)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._run("__getitem__", (key,), {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "base_layer" or name.startswith("_"):
+            raise AttributeError(name)
+        base = self._effective()
+        running = is_open(self.settings.model) and bool(self.applied())
+        if running and isinstance(getattr(type(base), name, None), property):
+            return getattr(self._in_kernels(base), name)
+        found = getattr(base, name)
+        if inspect.ismethod(found):
+            return functools.wraps(found)(functools.partial(self._method, name))
+        if running and any(layer.leaf[0] == name for layer, _ in self.applied()):
+            return getattr(self._in_kernels(base), name)
+        return found
+
+    def _method(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """A method of the base layer: looked at from outside its model's call, its own."""
+        if is_open(self.settings.model):
+            return self._run(name, args, kwargs)
+        return getattr(self._effective(), name)(*args, **kwargs)
 
     def _effective(self) -> nnx.Module:
         """The base layer, with the leaves that the active adapters train whole in place."""
@@ -87,75 +139,78 @@ class RandLoraLayer(nnx.Module):
         if not leaves:
             return self.base_layer
         graph, state = nnx.split(self.base_layer)
-        for name, leaf in leaves.items():
-            state[name] = state[name].replace(leaf[...].astype(state[name][...].dtype))
-        return cast(nnx.Module, nnx.merge(graph, state))
+        flat = dict(nnx.to_flat_state(state))
+        for key, leaf in leaves.items():
+            path = next(path for path in flat if slashed(path) == key)
+            flat[path] = flat[path].replace(leaf[...].astype(flat[path][...].dtype))
+        return cast(nnx.Module, nnx.merge(graph, nnx.from_flat_state(flat)))
 
-    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
-        """What the base layer returns, with the active adapters joined in."""
-        base = self._effective()
-        layer, merged = self.settings.layer, self.settings.merged
-        specs = [s for s in self.settings.specs if s.name in self.randlora_lambda]
-        specs = [s for s in specs if s.name not in merged]
-        if layer is None or not specs:
-            return base(x, *args, **kwargs)
-        run, kernel, read = _as_function(base, layer.leaf[0], args, kwargs)
-        layout, call = layer.running(kernel.shape, layer.type, type(self.base_layer).__name__)
-        running = RunningLayer(
-            layer.name,
-            run,
-            read,
-            Kernel.traced(kernel, layout, layer.sharding),
-            call,
-            multiplies_in(self.base_layer, jnp.result_type(x, kernel)),
-        )
-        return adapted(running, x, self._contributions(specs, layer), self.settings.options)
+    def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A method of the base layer, with the active adapters joined in."""
+        base, applied = self._effective(), self.applied()
+        if not applied:
+            return getattr(base, method)(*args, **kwargs)
+        context = reached(self.settings.model, [layer.name for layer, _ in applied])
+        (layer, specs), *more = applied
+        state = nnx.to_flat_state(nnx.state(base))
+        kernel, call = self._kernel(layer, dict(state))
+        inner = any(isinstance(leaf, AdapterParam | FrozenAdapterParam) for _, leaf in state)
+        if method != "__call__" or call is None or more or inner:
+            kernels = self._kernels(dict(state), context)
+            return run_in_kernels(base, method, (args, kwargs), kernels)
+        taken = input_of(base.__call__, args, kwargs)
+        run, _, read = as_function(base, layer.leaf, taken)
+        dtype = multiplies_in(self.base_layer, jnp.result_type(taken.x, kernel.array))
+        running = RunningLayer(layer.name, run, read, kernel, call, dtype)
+        shares = self._shares(layer, specs, kernel.layout, context)
+        return adapted(running, taken.x, shares, self.settings.options)
 
-    def _contributions(self, specs: list[AdapterSpec], layer: Layer) -> list[Contribution]:
-        """What the adapters of `specs` add in this call."""
-        pairs = current(self.settings.model, layer.name).pairs
+    def _in_kernels(self, base: nnx.Module) -> nnx.Module:
+        """A copy of the base layer with W + delta in place of its kernels."""
+        names = [layer.name for layer, _ in self.applied()]
+        graph, state = nnx.split(base)
+        flat = dict(nnx.to_flat_state(state))
+        for leaf, kernel, updates in self._kernels(flat, reached(self.settings.model, names)):
+            flat[leaf] = flat[leaf].replace(kernel.taking(updates))
+        return cast(nnx.Module, nnx.merge(graph, nnx.from_flat_state(flat)))
+
+    def _kernel(
+        self, layer: Layer, state: Mapping[Path, Any]
+    ) -> tuple[Kernel, Contraction | None]:
+        """The kernel of a layer as it is in this call, and what the layer computes."""
+        array = state[layer.leaf].get_raw_value()
+        layout, call = layer.running(array.shape, layer.type, type(self.base_layer).__name__)
+        return Kernel.traced(array, layout, layer.sharding), call
+
+    def _kernels(self, state: Mapping[Path, Any], context: CallContext) -> list[AdaptedKernel]:
+        """Every kernel here that an active adapter changes, with what is added to it.
+
+        Raises:
+          ConfigError: it can take no update, or an adapter needs to see its layer's input.
+        """
         found = []
-        for spec in specs:
-            lam, gamma = (held[spec.name][...] for held in self.held()[:2])
-            drop = self.randlora_dropout.get(spec.name)
-            off = drop is None or drop.deterministic
-            update = spec.update(lam, gamma, pairs, layer.matrix)
-            found.append(Contribution(update, None if off else drop))
+        for layer, specs in self.applied():
+            kernel, _ = self._kernel(layer, state)
+            shares = self._shares(layer, specs, kernel.layout, context)
+            drops = any(share.drop for share in shares)
+            options = self.settings.options
+            possible = possible_ways(kernel, None, kernel.array.dtype, options, drops=drops)
+            require_a_way(layer.name, possible)
+            found.append(AdaptedKernel(layer.leaf, kernel, [share.update for share in shares]))
         return found
 
-
-@dataclass(frozen=True)
-class _RunModule:
-    """Runs a module of a given structure, whose arrays come apart.
-
-    Args:
-      graph: its structure.
-      leaf: the kernel's name in it.
-      values: of its state, kernel first, and of the call's arguments behind x.
-    """
-
-    graph: nnx.GraphDef[nnx.Module]
-    leaf: str
-    values: Hoisted
-
-    def __call__(self, kernel: jax.Array, x: jax.Array, *read: jax.Array) -> jax.Array:
-        """What the module returns."""
-        variable, rest, args, kwargs = self.values.with_arrays([kernel, *read])
-        state = nnx.State({**rest, self.leaf: variable})
-        return cast(jax.Array, nnx.merge(self.graph, state)(x, *args, **kwargs))
-
-
-def _as_function(
-    module: nnx.Module, leaf: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Run, jax.Array, Sequence[jax.Array]]:
-    """A module as a function of its kernel and of x; its kernel, and all else that it reads."""
-    graph, state = nnx.split(module)
-    rest = {name: value for name, value in state.items() if name != leaf}
-    values, (kernel, *read) = Hoisted.of((state[leaf], rest, args, kwargs))
-    return comparable(_RunModule(graph, leaf, values)), kernel, read
-
-
-def multiplies_in(module: nnx.Module, otherwise: DTypeLike) -> DTypeLike:
-    """The dtype a layer promotes its input and kernel to; `otherwise`, if it states none."""
-    stated: DTypeLike | None = getattr(module, "dtype", None)
-    return otherwise if stated is None else stated
+    def _shares(
+        self, layer: Layer, specs: list[AdapterSpec], layout: KernelLayout, context: CallContext
+    ) -> list[Contribution]:
+        """What the adapters of `specs` add to a layer in this call."""
+        found, key = [], slashed(layer.leaf)
+        for spec in specs:
+            lam, gamma = (
+                layout.stack_first(held[spec.name][key][...])
+                for held in (self.randlora_lambda, self.randlora_gamma)
+            )
+            drop: Callable[[jax.Array], jax.Array] | None = self.randlora_dropout.get(spec.name)
+            off = drop is None or drop.deterministic  # type: ignore[attr-defined]
+            update = spec.update(lam, gamma, context.pairs, layer.matrix)
+            found.append(Contribution(update, None if off else drop))
+        return found

@@ -15,7 +15,9 @@ from randlora_jax.front_ends.nnx.call import ModelToken
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer, Settings
 from randlora_jax.front_ends.nnx.variables import FrozenAdapterParam, SharedBasis
 from randlora_jax.interop.errors import ConfigError
-from randlora_jax.models.names import Path, dotted
+from randlora_jax.models import reaching
+from randlora_jax.models.layer import Layer
+from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 from randlora_jax.models.store import ArrayStore
 
@@ -26,6 +28,7 @@ class Root(Protocol):
     model: nnx.Module
     bases: dict[str, dict[str, SharedBasis]]
     _token: ModelToken
+    _registry: AdapterRegistry
 
 
 class NnxStore(ArrayStore):
@@ -62,11 +65,13 @@ class NnxStore(ArrayStore):
 
     @cached_property
     def _params(self) -> dict[Path, nnx.Variable[jax.Array]]:
-        flat = nnx.to_flat_state(nnx.state(self.root.model, nnx.Param))
-        return {_bare(path): leaf for path, leaf in flat}
+        kernels = {layer.kernel_path for layer in self.root._registry.layers.values()}
+        flat = nnx.to_flat_state(nnx.state(self.root.model))
+        bare = {_bare(path): leaf for path, leaf in flat if not _OURS & set(path)}
+        return {p: x for p, x in bare.items() if isinstance(x, nnx.Param) or p in kernels}
 
     def base_leaves(self) -> Mapping[Path, jax.Array]:
-        """Every ``nnx.Param`` of the base model."""
+        """Every ``nnx.Param`` of the base model, and kernels of other types."""
         return {path: leaf[...] for path, leaf in self._params.items()}
 
     def set_base_leaves(self, leaves: Mapping[Path, jax.Array]) -> None:
@@ -83,28 +88,40 @@ class NnxStore(ArrayStore):
                 f"randlora_dropout={spec.dropout} draws at random: pass rngs=nnx.Rngs(seed)"
             )
         rngs = nnx.Rngs(rngs) if isinstance(rngs, jax.Array) else rngs
-        layers = {registry.layers[name].path: name for name in state.layers}
-        self._wrap({*layers, *(path[:-1] for path in state.saved)}, registry)
+        layers = [registry.layers[name] for name in state.layers]
+        owners = {path: self._owner(path) for path in state.saved}
+        self._wrap({*(layer.owner for layer in layers), *owners.values()}, registry)
         wrappers = self._wrappers()
-        for path, name in layers.items():
-            lam, gamma = state.layers[name]
-            wrapper = wrappers[path]
-            wrapper.randlora_lambda[spec.name] = FrozenAdapterParam(lam)
-            wrapper.randlora_gamma[spec.name] = FrozenAdapterParam(gamma)
+        for layer in layers:
+            wrapper, key = wrappers[layer.owner], slashed(layer.leaf)
+            for held, value in zip(wrapper.held()[:2], state.layers[layer.name], strict=True):
+                along = FrozenAdapterParam(layer.layout.along_stack(value))
+                held.setdefault(spec.name, {})[key] = along
             if spec.dropout:
                 wrapper.randlora_dropout[spec.name] = nnx.Dropout(spec.dropout, rngs=rngs)
         for path, value in state.saved.items():
-            leaves = wrappers[path[:-1]].trained_leaves.setdefault(spec.name, {})
-            leaves[path[-1]] = FrozenAdapterParam(value)
+            owner = owners[path]
+            leaves = wrappers[owner].trained_leaves.setdefault(spec.name, {})
+            leaves[slashed(path[len(owner) :])] = FrozenAdapterParam(value)
+
+    def _owner(self, path: Path) -> Path:
+        """The module that holds the leaf at `path`, itself or in a container."""
+        owner = path[:-1]
+        while owner and isinstance(self._modules.get(owner), nnx.List | nnx.Dict | None):
+            owner = owner[:-1]
+        return owner
 
     def _wrap(self, paths: Iterable[Path], registry: AdapterRegistry) -> None:
         """Puts a wrapper around every module at `paths` that has none."""
         modules = self._modules
         bare = {path: modules[path] for path in paths if not self._is_ours(modules[path])}
+        layers: dict[Path, list[Layer]] = {}
+        for layer in registry.layers.values():
+            layers.setdefault(layer.owner, []).append(layer)
         made = {
             path: RandLoraLayer(
                 module,
-                Settings(registry.layers.get(dotted(path)), registry.options, self.root._token),
+                Settings(tuple(layers.get(path, ())), registry.options, self.root._token),
             )
             for path, module in bare.items()
         }
@@ -112,6 +129,11 @@ class NnxStore(ArrayStore):
             cast(nnx.Module, self.root), {id(bare[path]): wrapper for path, wrapper in made.items()}
         )
         modules.update(made)
+
+    @cached_property
+    def _paths(self) -> dict[str, Path]:
+        """Paths of the base model's leaves, by how they are written."""
+        return {slashed(path): path for path in self._params}
 
     def remove(self, adapter_name: str) -> None:
         """From every wrapper."""
@@ -123,13 +145,15 @@ class NnxStore(ArrayStore):
         """From every wrapper."""
         state = AdapterState({})
         for path, wrapper in self._wrappers().items():
-            if adapter_name in wrapper.randlora_lambda:
-                state.layers[dotted(path)] = (
-                    wrapper.randlora_lambda[adapter_name][...],
-                    wrapper.randlora_gamma[adapter_name][...],
-                )
-            for leaf, value in wrapper.trained_leaves.get(adapter_name, {}).items():
-                state.saved[(*path, leaf)] = value[...]
+            lams, gammas = (held.get(adapter_name, {}) for held in wrapper.held()[:2])
+            for layer in wrapper.settings.layers:
+                if (key := slashed(layer.leaf)) in lams:
+                    stacked = layer.layout.stack_first
+                    both = stacked(lams[key][...]), stacked(gammas[key][...])
+                    state.layers[layer.name] = both
+            whole = wrapper.trained_leaves.get(adapter_name, {})
+            for leaf, value in whole.items():
+                state.saved[self._paths[slashed((*path, leaf))]] = value[...]
         return state
 
     def set_pairs(self, pairs: Mapping[str, BasisPair]) -> None:
@@ -144,8 +168,11 @@ class NnxStore(ArrayStore):
 
     def follow(self, registry: AdapterRegistry) -> None:
         """Every wrapper does."""
+        applied: list[Layer] = []
         for wrapper in self._wrappers().values():
             wrapper.follow(registry)
+            applied += [layer for layer, _ in wrapper.applied()]
+        self.root._token.expected = reaching.expected(applied, registry.optional)
 
     def release(self) -> Any:
         """The base model, its own modules back in place of their wrappers."""
@@ -158,6 +185,10 @@ class NnxStore(ArrayStore):
 def _bare(path: Path) -> Path:
     """A path in the base model, from one in the wrapped model."""
     return tuple(part for part in path if part != "base_layer")
+
+
+# What a wrapper holds besides the module in whose place it stands.
+_OURS = {"randlora_lambda", "randlora_gamma", "trained_leaves", "randlora_dropout"}
 
 
 def replace_modules(root: nnx.Module, new: Mapping[int, nnx.Module]) -> None:

@@ -3,12 +3,10 @@
 import jax
 from flax import nnx
 
-
-class AdapterParam(nnx.Variable[jax.Array]):
-    """A trained leaf: lambda, gamma, or a leaf of a module trained whole. Never an ``nnx.Param``.
-
-    ``nnx.Optimizer(model, tx, wrt=AdapterParam)`` trains exactly these.
-    """
+# A trained leaf: lambda, gamma, or a leaf of a module trained whole. Flax's own type for adapters,
+# which trainers look for: `wrt=AdapterParam` trains exactly these. It is an ``nnx.Param``, so a
+# filter for the base model's leaves must leave it out.
+AdapterParam = nnx.LoRAParam
 
 
 class FrozenAdapterParam(nnx.Variable[jax.Array]):

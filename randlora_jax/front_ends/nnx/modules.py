@@ -1,0 +1,118 @@
+"""The modules of an nnx model, and which of their arrays may be kernels."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from flax import nnx
+
+from randlora_jax.core.kernel_layout import KernelLayout
+from randlora_jax.models.finding import FoundModule
+from randlora_jax.models.layer import LayerType
+from randlora_jax.models.layer_types import LayerTypes, Table, of_axes, of_einsum
+from randlora_jax.models.names import Path, dotted
+
+
+def _linear_general(module: nnx.LinearGeneral) -> LayerType:
+    sides = len(module.in_features), len(module.out_features)
+    return of_axes(*sides, module.axis, len(module.batch_axis))
+
+
+def _einsum(module: nnx.Einsum) -> LayerType:
+    return of_einsum(module.einsum_str)
+
+
+TYPES: Table = {
+    nnx.Linear: LayerType(KernelLayout("io")),
+    nnx.LoRALinear: LayerType(KernelLayout("io")),  # its own product beside is one more term
+    nnx.LinearGeneral: _linear_general,
+    nnx.Einsum: _einsum,
+}
+
+# What has kernels and is no linear layer.
+_OTHER: Mapping[type, str] = {
+    nnx.Embed: "an embedding",
+    nnx.Conv: "a convolution",
+    nnx.ConvTranspose: "a convolution",
+    nnx.BatchNorm: "a norm",
+    nnx.LayerNorm: "a norm",
+    nnx.RMSNorm: "a norm",
+    nnx.GroupNorm: "a norm",
+    nnx.InstanceNorm: "a norm",
+}
+
+# What multiplies by another kernel than the one it stores.
+_NORMED = (nnx.WeightNorm, nnx.SpectralNorm)
+
+_CONTAINERS = (nnx.List, nnx.Dict)
+_NO_PARAMETERS = (nnx.RngState, nnx.BatchStat, nnx.Cache, nnx.Intermediate)
+
+
+def modules_of(model: nnx.Module, types: LayerTypes) -> list[FoundModule]:
+    """Every module of `model` with the parameters that it holds itself."""
+    walked = list(nnx.iter_modules(model))
+    held = {path: dict(_variables_of(m)) for path, m in walked if not _is_held(path, m)}
+    owners: dict[int, list[Path]] = {}
+    for path, variables in held.items():
+        for leaf, variable in variables.items():
+            owners.setdefault(id(variable), []).append((*path, *leaf))
+    normed = {path: module for path, module in walked if isinstance(module, _NORMED)}
+    found = []
+    for path, module in walked:
+        if path not in held:
+            continue
+        arrays = {leaf: variable.get_raw_value() for leaf, variable in held[path].items()}
+        found.append(
+            FoundModule(
+                path,
+                arrays,
+                type(module).__name__,
+                types.find(module),
+                next((what for kind, what in _OTHER.items() if isinstance(module, kind)), None),
+                _refusals(path, held[path], owners, normed),
+            )
+        )
+    return found
+
+
+def _is_held(path: Path, module: nnx.Module) -> bool:
+    """Whether what a module holds counts as its owner's, which it is a mere container of."""
+    return bool(path) and isinstance(module, _CONTAINERS)
+
+
+def _variables_of(holder: Any) -> Iterator[tuple[Path, nnx.Variable[Any]]]:
+    """The parameters that a module, or a container in it, holds itself."""
+    if isinstance(holder, nnx.List | list | tuple):
+        items: Any = enumerate(holder)
+    elif isinstance(holder, dict):
+        items = holder.items()
+    else:
+        items = vars(holder).items()
+    for name, value in items:
+        if isinstance(value, nnx.Variable):
+            if not isinstance(value, _NO_PARAMETERS):
+                yield (name,), value
+        elif isinstance(value, (*_CONTAINERS, list, tuple, dict)) and name != "_pytree__nodes":
+            for leaf, variable in _variables_of(value):
+                yield (name, *leaf), variable
+
+
+def _refusals(
+    path: Path,
+    variables: Mapping[Path, nnx.Variable[Any]],
+    owners: Mapping[int, list[Path]],
+    normed: Mapping[Path, nnx.Module],
+) -> dict[Path, str]:
+    """Why arrays of the module at `path` can take no adapter."""
+    for outer, module in normed.items():
+        if path[: len(outer)] == outer and path != outer:
+            reason = (
+                f"{type(module).__name__} {dotted(outer)!r} multiplies by another kernel than the "
+                "one that is stored"
+            )
+            return dict.fromkeys(variables, reason)
+    found = {}
+    for leaf, variable in variables.items():
+        others = [dotted(where) for where in owners[id(variable)] if where != (*path, *leaf)]
+        if others:
+            found[leaf] = f"its array is {', '.join(others)}, too: what changes one changes all"
+    return found

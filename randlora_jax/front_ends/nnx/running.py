@@ -1,0 +1,194 @@
+"""An nnx module as a function of its kernels and of all else that it reads.
+
+Two of them: a layer that is a sum over axes of its input (`as_function`), and any module at all,
+by any of its methods (`run_in_kernels`).
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from randlora_jax.core.applying import Run, comparable
+from randlora_jax.core.hoisting import Hoisted
+from randlora_jax.core.kernel import Kernel
+from randlora_jax.core.update import Update
+from randlora_jax.interop.errors import ConfigError
+from randlora_jax.models.names import Path, dotted
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a call: by position, by keyword
+
+
+class CallInput(NamedTuple):
+    """A layer's input among the arguments of its call.
+
+    Args:
+      x: the input.
+      rest: the arguments without it.
+      place: where it stood: its position, or its keyword.
+    """
+
+    x: jax.Array
+    rest: Arguments
+    place: int | str
+
+
+def input_of(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallInput:
+    """The first array of floating numbers among the arguments, in the order of the signature.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    order: list[int | str] = list(range(len(args)))
+    parameters = inspect.signature(call).parameters if kwargs else {}
+    order += [name for name in parameters if name in kwargs]
+    order += [name for name in kwargs if name not in parameters]
+    for place in order:
+        value = args[place] if isinstance(place, int) else kwargs[place]
+        if hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.inexact):
+            if isinstance(place, int):
+                rest: Arguments = ((*args[:place], None, *args[place + 1 :]), kwargs)
+            else:
+                rest = (args, {**kwargs, place: None})
+            return CallInput(value, rest, place)
+    raise ConfigError(
+        f"{getattr(call, '__qualname__', call)} was called without an array of floating numbers, "
+        "so what the adapter sees is unknown; state the layer's type without its call: "
+        "layer_types={...: LayerType(layout, call=None)}"
+    )
+
+
+@dataclass(frozen=True)
+class _RunLayer:
+    """Runs a layer of a given structure, whose arrays come apart.
+
+    Args:
+      graph: its structure.
+      leaf: where its kernel is.
+      place: where its input stands among the arguments.
+      values: of its state, kernel first, and of the call's other arguments.
+    """
+
+    graph: nnx.GraphDef[nnx.Module]
+    leaf: Path
+    place: int | str
+    values: Hoisted
+
+    def __call__(self, kernel: jax.Array, x: jax.Array, *read: jax.Array) -> jax.Array:
+        """What the layer returns."""
+        variable, rest, args, kwargs = self.values.with_arrays([kernel, *read])
+        if isinstance(self.place, int):
+            args = (*args[: self.place], x, *args[self.place + 1 :])
+        else:
+            kwargs = {**kwargs, self.place: x}
+        layer = nnx.merge(self.graph, nnx.from_flat_state({**rest, self.leaf: variable}))
+        before = dict(nnx.to_flat_state(nnx.state(layer)))
+        out = layer(*args, **kwargs)
+        if changes := _changed(before, dict(nnx.to_flat_state(nnx.state(layer)))):
+            raise ConfigError(
+                f"a {type(layer).__name__} changes its {dotted(next(iter(changes)))!r} when it is "
+                "called, so it is more than a sum over its input: state its type without its "
+                "call, layer_types={...: LayerType(layout, call=None)}"
+            )
+        return cast(jax.Array, out)
+
+
+def as_function(
+    layer: nnx.Module, leaf: Path, taken: CallInput
+) -> tuple[Run, jax.Array, Sequence[jax.Array]]:
+    """A layer as a function of its kernel and its input; its kernel, and all else that it reads."""
+    graph, state = nnx.split(layer)
+    flat = dict(nnx.to_flat_state(state))
+    rest = {path: value for path, value in flat.items() if path != leaf}
+    values, (kernel, *read) = Hoisted.of((flat[leaf], rest, *taken.rest))
+    return comparable(_RunLayer(graph, leaf, taken.place, values)), kernel, read
+
+
+class AdaptedKernel(NamedTuple):
+    """A kernel that takes updates in a call.
+
+    Args:
+      leaf: where it is in its module.
+      kernel: as it lies there.
+      updates: of the active adapters.
+    """
+
+    leaf: Path
+    kernel: Kernel
+    updates: Sequence[Update]
+
+
+def run_in_kernels(
+    module: nnx.Module, method: str, arguments: Arguments, kernels: Sequence[AdaptedKernel]
+) -> Any:
+    """What a method of `module` returns, with W + delta in place of its `kernels`.
+
+    Where it is traced, W + delta is formed again for the backward pass. What the call changes in
+    the module or in its arguments is changed there.
+    """
+    whole = (module, *arguments)
+    graph, state = nnx.split(whole)
+    values, arrays = Hoisted.of(state)
+    aside: list[tuple[Hoisted, list[Path]]] = []  # what of the results is no array
+
+    def run(arrays: list[jax.Array], updates: Sequence[Sequence[Update]]) -> list[jax.Array]:
+        flat = dict(nnx.to_flat_state(values.with_arrays(arrays)))
+        for (leaf, kernel, _), mine in zip(kernels, updates, strict=True):
+            held = flat[0, *leaf]
+            mine_now = replace(kernel, array=held.get_raw_value()).taking(mine)
+            flat[0, *leaf] = held.replace(mine_now)
+        copies = nnx.merge(graph, nnx.from_flat_state(flat))
+        before = dict(nnx.to_flat_state(nnx.state(copies)))
+        copy, args, kwargs = copies
+        out = getattr(copy, method)(*args, **kwargs)
+        changes = _changed(before, dict(nnx.to_flat_state(nnx.state(copies))))
+        rest, results = Hoisted.of((out, list(changes.values())))
+        aside.append((rest, list(changes)))
+        return results
+
+    updates = [kernel.updates for kernel in kernels]
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((arrays, updates)))
+    results = (jax.checkpoint(run) if traced else run)(arrays, updates)
+    rest, paths = aside[-1]
+    out, leaves = rest.with_arrays(results)
+    _write(whole, dict(zip(paths, leaves, strict=True)))
+    return out
+
+
+def _changed(before: Mapping[Path, Any], after: Mapping[Path, Any]) -> dict[Path, Any]:
+    """What of the state `after` is new, or has another value."""
+
+    def value(leaf: Any) -> Any:
+        return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
+
+    return {
+        path: leaf
+        for path, leaf in after.items()
+        if path not in before or value(leaf) is not value(before[path])
+    }
+
+
+def _write(whole: Any, changes: Mapping[Path, Any]) -> None:
+    """Puts changed state where it belongs, and new state where there was none."""
+    for (*outer, last), leaf in changes.items():
+        owner = whole
+        for part in outer:
+            owner = owner[part] if isinstance(owner, tuple | list | dict) else getattr(owner, part)
+        found = owner.get(last) if isinstance(owner, dict) else getattr(owner, str(last), None)
+        if isinstance(found, nnx.Variable) and isinstance(leaf, nnx.Variable):
+            found.set_value(leaf.get_raw_value())
+        elif isinstance(owner, dict):
+            owner[last] = leaf
+        else:
+            setattr(owner, str(last), leaf)
+
+
+def multiplies_in(module: nnx.Module, otherwise: DTypeLike) -> DTypeLike:
+    """The dtype a layer promotes its input and kernel to; `otherwise`, if it states none."""
+    stated: DTypeLike | None = getattr(module, "dtype", None)
+    return otherwise if stated is None else stated
