@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from randlora_jax.core.mesh import on_host, on_mesh
-from randlora_jax.interop.config import RandLoraConfig
+from randlora_jax.interop.config import ALL_LINEAR, RandLoraConfig
 from randlora_jax.interop.errors import ConfigError, warn
-from randlora_jax.models import adapter_arrays, basis_source, files, life
+from randlora_jax.models import adapter_arrays, basis_source, coverage, files, life
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 from randlora_jax.models.store import ArrayStore
 
@@ -21,6 +21,7 @@ class AdaptedModel(ABC):
     """A base model whose adapters come and go; `RandLoraModel` adds looking at them and files."""
 
     _registry: AdapterRegistry
+    _hint = ""  # how this front end may find more layers
 
     @property
     @abstractmethod
@@ -46,6 +47,8 @@ class AdaptedModel(ABC):
           TargetError: the configuration selects no layer.
         """
         registry, store = self._registry, self._store
+        if config.target_modules == ALL_LINEAR:
+            coverage.warn_of_left(registry, self._hint)
         base = store.base_leaves()
         layers = list({layer.name: layer for layer in registry.select(config).values()}.values())
         extents = basis_source.pair_extents([layer.matrix for layer in layers], config.r)
@@ -75,14 +78,17 @@ class AdaptedModel(ABC):
         (PEFT's biases stay trained.) A function that was compiled outside and closes over the
         model cannot notice: pass the model, or its variables, as an argument.
         """
-        before, merged = self._registry.active, self._registry.merged
+        before, merged = self._registry, self._registry.merged
         if merged:
             self.unmerge_adapter()
         self._follow(life.disabled(self._registry))
         try:
             yield
         finally:
-            self._follow(dataclasses.replace(self._registry, active=before))
+            now = self._registry
+            self._follow(
+                dataclasses.replace(now, active=before.active, trained=before.trained)
+            )
             if merged:
                 self.merge_adapter(list(merged))
 

@@ -63,7 +63,8 @@ def _fresh(
     _, n, smallest = used_extents(layer.matrix, config.r)
     largest = max(n, smallest) if key is None else max(layer.matrix)
     # PEFT makes gamma in the base layer's dtype and keeps it in float32 afterwards
-    start = np.float32(1 / largest).astype(dtype).astype(np.float32)
+    held = dtype if jnp.issubdtype(dtype, jnp.inexact) else np.float32
+    start = np.float32(1 / largest).astype(held).astype(np.float32)
     gamma = np.full((*layer.stack, n, smallest), start)
     shape = (*layer.stack, config.r, n)
     if key is None:

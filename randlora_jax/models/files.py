@@ -185,7 +185,8 @@ def base_dtype(base: Mapping[Path, jax.Array], layers: Iterable[Layer]) -> np.dt
     PEFT moves one shared pair along layer by layer, so the last layer decides; here they agree.
     """
     dtypes = {base[layer.kernel_path].dtype for layer in layers}
-    return np.dtype(dtypes.pop()) if len(dtypes) == 1 else np.dtype(np.float32)
+    alike = len(dtypes) == 1 and all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes)
+    return np.dtype(dtypes.pop()) if alike else np.dtype(np.float32)
 
 
 def _check_layers(

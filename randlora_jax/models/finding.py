@@ -212,10 +212,12 @@ def _refuse_misfits(module: FoundModule, stated: StatedLayouts) -> None:
         layout = stated.find(path)
         if layout is not None:
             shapes = {slashed(leaf): tuple(x.shape) for leaf, x in module.arrays.items()}
+            fitting = sum(len(shape) == len(layout.axes) for shape in shapes.values())
             raise ConfigError(
-                f"views: {layout.axes!r} is stated for {slashed(path)!r}; the arrays there are "
-                f"{shapes}: expected one of {len(layout.axes)} axes. State the whole path of the "
-                "array meant, or name it with layer_types={...: LayerType(layout, leaf=...)}"
+                f"views: {layout.axes!r} is stated for {slashed(path)!r}, whose arrays are "
+                f"{shapes}: expected one of {len(layout.axes)} axes, found {fitting}. State the "
+                "whole path of the array meant, or name it with layer_types={...: "
+                "LayerType(layout, leaf=...)}"
             )
 
 

@@ -22,9 +22,10 @@ from randlora_jax.interop import hub
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.peft_dir import write_adapter
 from randlora_jax.interop.strict_json import write_text
-from randlora_jax.models import adapter_arrays, files, reports
+from randlora_jax.models import adapter_arrays, coverage, files, reports
 from randlora_jax.models.adapted import AdaptedModel
 from randlora_jax.models.adapter_arrays import Leaves
+from randlora_jax.models.coverage import Coverage
 from randlora_jax.models.front_end import WrapRules, wrap
 from randlora_jax.models.layer import Layer, LayerRun
 from randlora_jax.models.layer_types import Table
@@ -76,7 +77,7 @@ class RandLoraModel(AdaptedModel):
     def delta_weights(self, adapter_name: str = "default") -> dict[str, np.ndarray]:
         """delta_W of every adapted layer by canonical name, (out, in) float32, scaling included.
 
-        A stack that no names rule names has one entry, (*stack, out, in).
+        A stack has an entry for each of its matrices.
         """
         self._registry.spec(adapter_name)
         states = {adapter_name: self._store.state(adapter_name)}
@@ -102,6 +103,10 @@ class RandLoraModel(AdaptedModel):
             f"trainable params: {trained:,d} || all params: {total:,d} || "
             f"trainable%: {100 * trained / total:.4f}"
         )
+
+    def coverage(self) -> Coverage:
+        """What the adapters take, train whole and leave out, array by array; prints as a table."""
+        return coverage.coverage(self._registry, self._states())
 
     def explain(self, tokens: int, adapter_name: str = "default") -> str:
         """Which way each pass of each layer takes, what it costs, and what it cannot take.

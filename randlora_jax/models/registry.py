@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import jax
 import numpy as np
@@ -87,7 +88,9 @@ class BaseModelInfo:
 class AdapterRegistry:
     """All a wrapped model knows that is not an array on a device; replaced, never changed.
 
-    Compared by identity, so that a model whose registry was replaced is retraced under ``jit``.
+    Compared by value, so that a model is not traced again in a state in which it was before; what
+    was found in the model, and arrays in host memory, by identity. What would train if it were
+    active makes no difference.
     """
 
     layers: Mapping[str, Layer]
@@ -104,6 +107,18 @@ class AdapterRegistry:
     trained: frozenset[str] = frozenset()  # adapters that train when they are active
     merged: tuple[str, ...] = ()  # adapters whose deltas are in the base kernels
     originals: Mapping[Path, np.ndarray] = field(default_factory=dict)  # kernels before merging
+
+    def _value(self) -> tuple[Any, ...]:
+        kept = {name: id(array) for name, array in self.originals.items()}
+        found = id(self.layers), id(self.modules), id(self.left), self.names, self.info
+        how = self.options, self.optional, self.active, self.training, self.merged
+        return *found, *how, self.configs, self.specs, set(self.kept_pairs), kept
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AdapterRegistry) and self._value() == other._value()
+
+    def __hash__(self) -> int:
+        return hash((self.active, self.training, self.merged, tuple(self.specs)))
 
     @classmethod
     def of(
@@ -180,6 +195,12 @@ class AdapterRegistry:
             model_type=self.info.model_type,
             output_embedding=heads[0] if heads and self.info.has_output_head else None,
         )
+        for name in chosen:
+            if owners[name].refusal:
+                raise TargetError(
+                    f"layer {owners[name].name!r} cannot take an adapter: {owners[name].refusal}. "
+                    "Leave it out of target_modules"
+                )
         taken = set(chosen)
         for layer in {owners[name].name: owners[name] for name in chosen}.values():
             left_out = sorted(set(layer.names) - taken)

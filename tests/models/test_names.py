@@ -137,12 +137,15 @@ def test_a_part_of_one_array_is_refused():
             )
 
 
-def test_unnamed_stacks_train_but_cannot_be_saved(tmp_path):
+def test_unnamed_stacks_are_saved_by_their_paths_and_read_back(tmp_path):
+    """The index of each layer comes before the last part of its path."""
     model = get_peft_model(flax_net(), RandLoraConfig(r=5, target_modules=["down"]), views=VIEWS)
-    run(model)
-    with pytest.raises(TargetError, match="no rule says how they are named"):
-        model.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
+    trained = jax.tree.map(lambda leaf: leaf + 0.1, model.variables["randlora"])
+    model.variables = {**model.variables, "randlora": trained}
+    assert model.targeted_module_names == [f"layers.{i}.down" for i in range(3)]
+    model.save_pretrained(tmp_path)
+    again = RandLoraModel.from_pretrained(flax_net(), tmp_path, views=VIEWS)
+    np.testing.assert_array_equal(run(again), run(model))
 
 
 def test_rules():

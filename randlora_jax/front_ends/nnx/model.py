@@ -11,7 +11,7 @@ from randlora_jax.front_ends.nnx.modules import TYPES, modules_of
 from randlora_jax.front_ends.nnx.parts import reached_through
 from randlora_jax.front_ends.nnx.running import multiplies_in
 from randlora_jax.front_ends.nnx.store import NnxStore
-from randlora_jax.front_ends.nnx.variables import SharedBasis
+from randlora_jax.front_ends.nnx.variables import FrozenLoRAParam, SharedBasis, retype_loras
 from randlora_jax.models import known_models
 from randlora_jax.models.adapter_arrays import Leaves
 from randlora_jax.models.finding import find_layers
@@ -37,6 +37,7 @@ class NnxRandLora(RandLoraModel, nnx.Module):
         rules = rules.beside(known)
         types = LayerTypes((rules.layer_types, TYPES))
         self.model = model
+        retype_loras(model, nnx.LoRAParam, FrozenLoRAParam)
         self.bases: dict[str, dict[str, SharedBasis]] = nnx.data({})
         self._token = ModelToken()
         found = find_layers(modules_of(model, types), rules.layouts, rules.names)

@@ -13,7 +13,12 @@ from flax import nnx
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.front_ends.nnx.call import ModelToken
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer, Settings
-from randlora_jax.front_ends.nnx.variables import FrozenAdapterParam, SharedBasis
+from randlora_jax.front_ends.nnx.variables import (
+    FrozenAdapterParam,
+    FrozenLoRAParam,
+    SharedBasis,
+    retype_loras,
+)
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models import reaching
 from randlora_jax.models.layer import Layer
@@ -179,6 +184,7 @@ class NnxStore(ArrayStore):
         wrappers = self._wrappers().values()
         root = cast(nnx.Module, self.root)
         replace_modules(root, {id(wrapper): wrapper.base_layer for wrapper in wrappers})
+        retype_loras(self.root.model, FrozenLoRAParam, nnx.LoRAParam)
         return self.root.model
 
 

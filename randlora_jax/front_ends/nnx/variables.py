@@ -13,6 +13,10 @@ class FrozenAdapterParam(nnx.Variable[jax.Array]):
     """A leaf of an adapter that is applied or kept, but not trained."""
 
 
+class FrozenLoRAParam(nnx.Param[jax.Array]):
+    """A LoRA that the base model came with: frozen, as all of the base."""
+
+
 class SharedBasis(nnx.Variable[jax.Array]):
     """One of the two frozen random bases of a pair; the root wrapper alone holds them."""
 
@@ -21,3 +25,11 @@ def retyped(leaf: nnx.Variable[jax.Array], *, trained: bool) -> nnx.Variable[jax
     """`leaf` as what is trained, or as what is not; itself where it is so already."""
     kind = AdapterParam if trained else FrozenAdapterParam
     return leaf if type(leaf) is kind else kind(leaf[...])
+
+
+def retype_loras(model: nnx.Module, old: type[nnx.Variable], new: type[nnx.Variable]) -> None:
+    """Makes `new` of the base model's own LoRA parameters, which are `old`."""
+    for _, module in list(nnx.iter_modules(model)):
+        for name, value in list(vars(module).items()):
+            if type(value) is old:
+                setattr(module, name, new(value.get_raw_value(), **value.get_metadata()))
