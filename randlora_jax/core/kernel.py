@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.mesh import Placement, placement_of
@@ -42,6 +43,12 @@ class Kernel:
         if jnp.issubdtype(self.array.dtype, jnp.floating):
             return None
         return f"its kernel holds {self.array.dtype} numbers, which a float update cannot join"
+
+    def promoted(self, x: jax.Array) -> DTypeLike:
+        """What a layer multiplies `x` and its kernel in, by JAX's rules; integers stand for x's."""
+        if jnp.issubdtype(self.array.dtype, jnp.inexact):
+            return jnp.result_type(x, self.array)
+        return x.dtype
 
     def delta(self, updates: Sequence[Update]) -> jax.Array:
         """The summed deltas of `updates` in the kernel's layout, float32."""

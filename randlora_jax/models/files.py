@@ -27,7 +27,7 @@ from randlora_jax.interop.peft_dir import read_adapter
 from randlora_jax.models import basis_source
 from randlora_jax.models.basis_source import KeptPairs
 from randlora_jax.models.layer import Layer
-from randlora_jax.models.names import TORCH_LEAF, Path, dotted
+from randlora_jax.models.names import TORCH_LEAF, Path, dotted, slashed
 from randlora_jax.models.peft_layout import from_peft_layout, to_peft_layout, torch_keys
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 
@@ -95,6 +95,23 @@ def _written_config(
         auto_mapping=config.auto_mapping or (None if config.task_type else info.auto_mapping),
         inference_mode=True,
     )
+
+
+def warn_of_own_names(registry: AdapterRegistry, states: Mapping[str, AdapterState]) -> None:
+    """Warn where files name layers as the JAX model does, for want of PyTorch's names."""
+    if registry.info.has_torch_paths:
+        return
+    adapted = {name for state in states.values() for name in state.layers}
+    own = [n for n in adapted if not registry.layers[n].has_stated_names]
+    if own:
+        first = registry.layers[min(own)]
+        warn(
+            f"{len(own)} adapted layers are saved by their paths in the JAX model, such as "
+            f"{first.names[0]!r}. PEFT finds them only in a PyTorch model that has these very "
+            "names, and else hardly says so. Say what they are called there: "
+            f"save_pretrained(..., names={{{slashed(first.path)!r}: '...'}}), or names= when "
+            r"wrapping; names={'.*': r'\g<0>'} says that they are the same"
+        )
 
 
 def warn_if_apart(adapters: Mapping[str, Adapter]) -> None:

@@ -53,6 +53,8 @@ class FoundModule:
       type: what is known of its class as a layer.
       other: what it is known to be instead of a linear layer, such as "an embedding".
       refusals: why some of its arrays can take no adapter.
+      inside: path of the module that it is a part of, where a framework within another is called
+        as one.
     """
 
     path: Path
@@ -61,6 +63,17 @@ class FoundModule:
     type: LayerType | None = None
     other: str | None = None
     refusals: Mapping[Path, str] = field(default_factory=dict)
+    inside: Path | None = None
+
+    @property
+    def owner(self) -> Path:
+        """Path of the module whose call uses the arrays."""
+        return self.path if self.inside is None else self.inside
+
+    @property
+    def within(self) -> Path:
+        """The module's path in its owner."""
+        return self.path[len(self.owner) :]
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,10 @@ class FoundLayers:
     left: tuple[LeftArray, ...] = ()
 
 
+# Where a quantised array, as qwix makes it, holds its integers.
+QUANTISED = ("array", "qvalue")
+
+
 def find_layers(modules: Iterable[FoundModule], stated: StatedLayouts, names: Names) -> FoundLayers:
     """The layers among `modules`, each visited once.
 
@@ -113,15 +130,15 @@ def find_layers(modules: Iterable[FoundModule], stated: StatedLayouts, names: Na
         layers |= mine
         if module.arrays and not any(layer.path == module.path for layer in mine.values()):
             others.add(names.first(module.path))
-        left += _left_of(module, {layer.leaf for layer in mine.values()})
+        left += _left_of(module, {layer.kernel_path for layer in mine.values()})
         paths += [module.path] * bool(module.arrays)
         paths += [(*module.path, *leaf) for leaf in module.arrays]
-    _refuse_idle("views", [r for r in stated.rules if r not in stated.known], paths)
-    _refuse_idle("names", [r for r in names.rules if r not in names.known], paths)
+    refuse_idle("views", [r for r in stated.rules if r not in stated.known], paths)
+    refuse_idle("names", [r for r in names.rules if r not in names.known], paths)
     return FoundLayers(layers, tuple(sorted(others)), tuple(left))
 
 
-def _refuse_idle(argument: str, rules: Iterable[str], paths: Iterable[Path]) -> None:
+def refuse_idle(argument: str, rules: Iterable[str], paths: Iterable[Path]) -> None:
     """Nothing, if each of `rules` matches a path."""
     known = [slashed(path) for path in paths]
     for rule in rules:
@@ -141,6 +158,7 @@ def _layers_of(module: FoundModule, stated: StatedLayouts, names: Names) -> list
     arrays, layout = module.arrays, stated.find(module.path)
     if module.type is not None:
         leaf = tuple(module.type.leaf.split("/"))
+        leaf = leaf if leaf in arrays else (*leaf, *QUANTISED)
         if leaf in arrays:
             axes = module.type.layout.axes
             stacks = "s" * (len(arrays[leaf].shape) - len(axes))
@@ -155,7 +173,8 @@ def _layers_of(module: FoundModule, stated: StatedLayouts, names: Names) -> list
         path = (*module.path, *leaf)
         layout = stated.find(path)
         if layout is not None and len(layout.axes) == len(array.shape):
-            is_whole = leaf[0] in KERNEL_LEAVES  # its module is the layer, also to PyTorch
+            # its module is the layer, also to PyTorch
+            is_whole = leaf[0] in KERNEL_LEAVES and module.path
             found.append(_layer(module, leaf, layout, names, module.path if is_whole else path))
     if not found:
         _refuse_misfits(module, stated)
@@ -171,8 +190,8 @@ def _layer(
         path,
         layout,
         tuple(array.shape),
-        module.path,
-        leaf,
+        module.owner,
+        (*module.within, *leaf),
         type=known,
         names=names.of(path, layout.sizes(array.shape)[0]),
         has_stated_names=names.has_rule(path),
@@ -224,7 +243,8 @@ def _refuse_misfits(module: FoundModule, stated: StatedLayouts) -> None:
 # Names of arrays, and of modules, that are no linear layers, where no type tells.
 _OTHER = {
     "an embedding": re.compile(r"(?i)emb|vocab|wte|wpe|(^|_)pos|position"),
-    "a norm": re.compile(r"(?i)norm|(^|_)ln|scale"),
+    "a norm": re.compile(r"(?i)norm|(^|_)ln"),
+    "a scale": re.compile(r"(?i)scale"),
     "a convolution": re.compile(r"(?i)conv"),
     "a bias": re.compile(r"(?i)bias|^b$"),
 }
@@ -233,11 +253,11 @@ _OTHER = {
 def _left_of(module: FoundModule, taken: set[Path]) -> list[LeftArray]:
     left = []
     for leaf, array in module.arrays.items():
-        if leaf in taken or sum(extent != 1 for extent in array.shape) < 2:
+        path, shape = (*module.path, *leaf), tuple(array.shape)
+        if path in taken or sum(extent != 1 for extent in shape) < 2:
             continue
         words = (str(leaf[-1]), module.kind, str(module.path[-1]) if module.path else "")
         guesses = (what for what, about in _OTHER.items() if any(map(about.search, words)))
         other = module.other or next(guesses, None)
-        path, shape = (*module.path, *leaf), tuple(array.shape)
         left.append(LeftArray(path, module.path, shape, module.kind, other))
     return left

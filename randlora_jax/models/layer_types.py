@@ -11,13 +11,13 @@ user's own:
 """
 
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from randlora_jax.core.contraction import Contraction
 from randlora_jax.core.kernel_layout import KernelLayout
-from randlora_jax.interop.errors import ConfigError
+from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.layer import LayerType
 
 # A type, or its full name where importing it is not ours to do; what it is, or how to tell.
@@ -43,6 +43,23 @@ class LayerTypes:
                     same = type(module).__call__ is kind.__call__
                     return found if same else replace(found, call=None)
         return None
+
+
+def refuse_idle_types(table: Table, kinds: Iterable[type]) -> None:
+    """Nothing, if each type in a user's `table` is one of `kinds`, or one that these derive from.
+
+    Raises:
+      ConfigError: one is not.
+    """
+    every = {base for kind in kinds for base in kind.__mro__}
+    known = {f"{kind.__module__}.{kind.__qualname__}" for kind in every}
+    for key in table:
+        if key not in every and key not in known:
+            name = key if isinstance(key, str) else key.__name__
+            raise ConfigError(
+                f"layer_types: no module of this model is a {name}; its types are "
+                f"{listed(sorted({kind.__name__ for kind in kinds}))}"
+            )
 
 
 def of_axes(n_in: int, n_out: int, axes: tuple[int, ...], batch: int = 0) -> LayerType:

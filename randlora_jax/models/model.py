@@ -29,7 +29,7 @@ from randlora_jax.models.coverage import Coverage
 from randlora_jax.models.front_end import WrapRules, wrap
 from randlora_jax.models.layer import Layer, LayerRun
 from randlora_jax.models.layer_types import Table
-from randlora_jax.models.names import Rules
+from randlora_jax.models.names import Names, Rules
 
 
 class RandLoraModel(AdaptedModel):
@@ -47,7 +47,8 @@ class RandLoraModel(AdaptedModel):
         """How layers run, by name, as far as it is known before they are called."""
         return {
             layer.name: LayerRun(
-                layer.type.call if layer.type else None, base[layer.kernel_path].dtype
+                layer.type.call if layer.type else None,
+                files.base_dtype(base, [layer]),
             )
             for layer in layers
         }
@@ -124,13 +125,18 @@ class RandLoraModel(AdaptedModel):
 
     # Files.
 
-    def save_pretrained(self, directory: str | FilePath) -> None:
+    def save_pretrained(self, directory: str | FilePath, *, names: Rules | None = None) -> None:
         """Writes PEFT adapter directories: "default" at the root, others in folders of their name.
 
         Each is written atomically and holds one copy of its bases, of the extents PEFT expects. Of
         several processes (``jax.distributed``) all call this, and the first one writes.
 
-        Warns where PEFT could not open all of them in one PyTorch model.
+        Warns where PEFT could not open all of them in one PyTorch model, and where layers are named
+        as in the JAX model.
+
+        Args:
+          names: rules from layer paths to PyTorch's names (`Names`), as `get_peft_model` takes
+            them; they come before those given there. Who reads the files here gives them again.
 
         Raises:
           RandLoraError: something cannot be written as PEFT reads it; nothing was written.
@@ -139,8 +145,10 @@ class RandLoraModel(AdaptedModel):
         with alone_among_processes("save_pretrained") as first:
             if not first:
                 return
-            adapters = {n: files.export(self._registry, n, s) for n, s in states.items()}
+            registry = self._registry.renamed(Names(names)) if names else self._registry
+            adapters = {n: files.export(registry, n, s) for n, s in states.items()}
             files.warn_if_apart(adapters)
+            files.warn_of_own_names(registry, states)
             for name, adapter in adapters.items():
                 folder = FilePath(directory) / ("" if name == "default" else name)
                 write_adapter(folder, adapter)

@@ -50,7 +50,7 @@ class Names:
 
     A rule's key is a regular expression that must match a whole path (``/`` between its parts);
     its value is the name, with ``\1`` for the expression's groups and ``{}`` for the index along
-    each stack axis. A kernel that holds the matrices of several PyTorch modules takes a list of
+    each stack axis (``{1}{0}`` for another order of them); slashes become dots. A kernel that holds the matrices of several PyTorch modules takes a list of
     names, in the order of its last stack axis:
 
         {r"layers/(\d+)/attn/q_proj": r"model.layers.\1.self_attn.q_proj",
@@ -80,7 +80,7 @@ class Names:
             if not match:
                 continue
             templates = [names] if isinstance(names, str) else list(names)
-            expanded = [match.expand(template) for template in templates]
+            expanded = [match.expand(template).replace("/", ".") for template in templates]
             outer = stack if isinstance(names, str) else stack[:-1]
             found = tuple(e.format(*i) for i in np.ndindex(*outer) for e in expanded)
             if len(set(found)) != math.prod(stack):
@@ -102,5 +102,5 @@ class Names:
             match = re.fullmatch(pattern, joined)
             if match:
                 template = names if isinstance(names, str) else names[0]
-                return match.expand(template).replace("{}", "0")
+                return match.expand(template).replace("/", ".").replace("{}", "0")
         return dotted(path)

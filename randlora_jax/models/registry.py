@@ -1,7 +1,7 @@
 """What a wrapped model knows (`AdapterRegistry`) and trains (`AdapterState`), in any framework."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from randlora_jax.interop import targets
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import ConfigError, TargetError
 from randlora_jax.models.basis_source import KeptPairs
-from randlora_jax.models.finding import FoundLayers, LeftArray
+from randlora_jax.models.finding import FoundLayers, LeftArray, refuse_idle
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Names, Path, dotted
 
@@ -82,6 +82,7 @@ class BaseModelInfo:
     name_or_path: str | None = None
     auto_mapping: Mapping[str, str] | None = None
     has_output_head: bool = False  # and names it as Hugging Face does
+    has_torch_paths: bool = False  # its modules' paths are the PyTorch twin's
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +130,12 @@ class AdapterRegistry:
         options: ExecutionOptions,
         optional: tuple[str, ...] = (),
     ) -> "AdapterRegistry":
-        """Of a model that has no adapter yet."""
+        """Of a model that has no adapter yet.
+
+        Raises:
+          ConfigError: an expression of `optional` matches no layer.
+        """
+        refuse_idle("optional", optional, [layer.path for layer in found.layers.values()])
         return cls(found.layers, found.modules, found.left, names, info, options, optional)
 
     @cached_property
@@ -139,6 +145,25 @@ class AdapterRegistry:
     def layer_of(self, path: Path) -> Layer | None:
         """The layer that the leaf at `path` belongs to: as its kernel, or beside it."""
         return self._by_leaf.get(path) or self.layers.get(dotted(path[:-1]))
+
+    def renamed(self, names: Names) -> "AdapterRegistry":
+        """With other names of its layers, where a rule of `names` gives any.
+
+        Raises:
+          TargetError: a rule does not fit a stack.
+          ConfigError: a rule matches no layer.
+        """
+        rules = Names({**names.rules, **self.names.rules}, frozenset(self.names.rules))
+        refuse_idle("names", names.rules, [layer.path for layer in self.layers.values()])
+        layers = {
+            name: replace(
+                layer,
+                names=rules.of(layer.path, layer.stack),
+                has_stated_names=rules.has_rule(layer.path),
+            )
+            for name, layer in self.layers.items()
+        }
+        return replace(self, layers=layers, names=rules)
 
     def spec(self, adapter_name: str) -> AdapterSpec:
         """Of the adapter of that name.

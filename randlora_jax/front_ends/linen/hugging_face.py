@@ -129,4 +129,5 @@ def _info(model: Any) -> BaseModelInfo:
             "parent_library": type(model).__module__.replace("modeling_flax_", "modeling_"),
         },
         has_output_head=True,
+        has_torch_paths=True,
     )

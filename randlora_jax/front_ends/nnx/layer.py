@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from randlora_jax.core.applying import Contribution, RunningLayer, adapted
@@ -160,7 +159,7 @@ class RandLoraLayer(nnx.Module):
             return run_in_kernels(base, method, (args, kwargs), kernels)
         taken = input_of(base.__call__, args, kwargs)
         run, _, read = as_function(base, layer.leaf, taken)
-        dtype = multiplies_in(self.base_layer, jnp.result_type(taken.x, kernel.array))
+        dtype = multiplies_in(self.base_layer, kernel.promoted(taken.x))
         running = RunningLayer(layer.name, run, read, kernel, call, dtype)
         shares = self._shares(layer, specs, kernel.layout, context)
         return adapted(running, taken.x, shares, self.settings.options)

@@ -17,7 +17,7 @@ from randlora_jax.models.adapter_arrays import Leaves
 from randlora_jax.models.finding import find_layers
 from randlora_jax.models.front_end import WrapRules, register_front_end
 from randlora_jax.models.layer import Layer, LayerRun
-from randlora_jax.models.layer_types import LayerTypes
+from randlora_jax.models.layer_types import LayerTypes, refuse_idle_types
 from randlora_jax.models.model import RandLoraModel
 from randlora_jax.models.reaching import refuse_unreached
 from randlora_jax.models.registry import AdapterRegistry
@@ -34,6 +34,7 @@ class NnxRandLora(RandLoraModel, nnx.Module):
 
     def __init__(self, model: nnx.Module, rules: WrapRules) -> None:
         known = known_models.about(model)
+        refuse_idle_types(rules.layer_types, {type(module) for _, module in nnx.iter_modules(model)})
         rules = rules.beside(known)
         types = LayerTypes((rules.layer_types, TYPES))
         self.model = model

@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 
 from randlora_jax.core.kernel_layout import KernelLayout
-from randlora_jax.models.finding import FoundModule
+from randlora_jax.models.finding import QUANTISED, FoundModule
 from randlora_jax.models.layer import LayerType
 from randlora_jax.models.layer_types import LayerTypes, Table, of_axes, of_einsum
 from randlora_jax.models.names import Path, dotted
@@ -91,6 +91,9 @@ def _variables_of(holder: Any) -> Iterator[tuple[Path, nnx.Variable[Any]]]:
         if isinstance(value, nnx.Variable):
             if not isinstance(value, _NO_PARAMETERS):
                 yield (name,), value
+        elif all(hasattr(getattr(value, QUANTISED[0], None), n) for n in (QUANTISED[1], "scale")):
+            for part in (QUANTISED[1], "scale"):
+                yield (name, QUANTISED[0], part), getattr(value.array, part)
         elif isinstance(value, (*_CONTAINERS, list, tuple, dict)) and name != "_pytree__nodes":
             for leaf, variable in _variables_of(value):
                 yield (name, *leaf), variable

@@ -4,6 +4,7 @@ Two of them: a layer that is a sum over axes of its input (`as_function`), and a
 by any of its methods (`run_in_kernels`).
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -87,9 +88,9 @@ class _RunLayer:
         else:
             kwargs = {**kwargs, self.place: x}
         layer = nnx.merge(self.graph, nnx.from_flat_state({**rest, self.leaf: variable}))
-        before = dict(nnx.to_flat_state(nnx.state(layer)))
+        before = _values(layer)
         out = layer(*args, **kwargs)
-        if changes := _changed(before, dict(nnx.to_flat_state(nnx.state(layer)))):
+        if changes := _changed(layer, before):
             raise ConfigError(
                 f"a {type(layer).__name__} changes its {dotted(next(iter(changes)))!r} when it is "
                 "called, so it is more than a sum over its input: state its type without its "
@@ -143,10 +144,10 @@ def run_in_kernels(
             mine_now = replace(kernel, array=held.get_raw_value()).taking(mine)
             flat[0, *leaf] = held.replace(mine_now)
         copies = nnx.merge(graph, nnx.from_flat_state(flat))
-        before = dict(nnx.to_flat_state(nnx.state(copies)))
+        before = _values(copies)
         copy, args, kwargs = copies
         out = getattr(copy, method)(*args, **kwargs)
-        changes = _changed(before, dict(nnx.to_flat_state(nnx.state(copies))))
+        changes = _changed(copies, before)
         rest, results = Hoisted.of((out, list(changes.values())))
         aside.append((rest, list(changes)))
         return results
@@ -160,32 +161,38 @@ def run_in_kernels(
     return out
 
 
-def _changed(before: Mapping[Path, Any], after: Mapping[Path, Any]) -> dict[Path, Any]:
-    """What of the state `after` is new, or has another value."""
+def _values(node: Any) -> dict[Path, Any]:
+    """The values of all state of `node`, as they are now."""
+    flat = nnx.to_flat_state(nnx.state(node))
+    return {path: x.get_raw_value() if isinstance(x, nnx.Variable) else x for path, x in flat}
 
-    def value(leaf: Any) -> Any:
-        return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
 
-    return {
-        path: leaf
-        for path, leaf in after.items()
-        if path not in before or value(leaf) is not value(before[path])
-    }
+def _changed(node: Any, before: Mapping[Path, Any]) -> dict[Path, Any]:
+    """What of the state of `node` is new, or had another value in `before`."""
+    after, flat = _values(node), dict(nnx.to_flat_state(nnx.state(node)))
+    return {p: flat[p] for p, x in after.items() if p not in before or x is not before[p]}
 
 
 def _write(whole: Any, changes: Mapping[Path, Any]) -> None:
     """Puts changed state where it belongs, and new state where there was none."""
     for (*outer, last), leaf in changes.items():
-        owner = whole
-        for part in outer:
-            owner = owner[part] if isinstance(owner, tuple | list | dict) else getattr(owner, part)
-        found = owner.get(last) if isinstance(owner, dict) else getattr(owner, str(last), None)
+        owner = functools.reduce(_part, outer, whole)
+        found = _part(owner, last)
         if isinstance(found, nnx.Variable) and isinstance(leaf, nnx.Variable):
             found.set_value(leaf.get_raw_value())
         elif isinstance(owner, dict):
             owner[last] = leaf
         else:
             setattr(owner, str(last), leaf)
+
+
+def _part(owner: Any, part: Any) -> Any:
+    """What a module or a container holds under a part of a path; None where that is new."""
+    if isinstance(owner, dict):
+        return owner.get(part)
+    if isinstance(owner, tuple | list | nnx.List):
+        return owner[part]
+    return getattr(owner, str(part), None)
 
 
 def multiplies_in(module: nnx.Module, otherwise: DTypeLike) -> DTypeLike:

@@ -1,0 +1,416 @@
+"""Whatever an nnx model does with its kernels is done with W + delta, or refused by name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from randlora_jax import (
+    AdapterParam,
+    ConfigError,
+    KernelLayout,
+    LayerType,
+    RandLoraConfig,
+    RandLoraModel,
+    TargetError,
+    get_peft_model,
+)
+
+X = jax.random.normal(jax.random.key(2), (5, 8))
+CONFIG = RandLoraConfig(r=4, randlora_alpha=8, target_modules="all-linear", init_weights=False)
+
+
+def drawn(seed, *shape):
+    return nnx.Param(nnx.Rngs(seed).normal(shape))
+
+
+class Gated(nnx.Module):
+    """Three kernels of one module."""
+
+    def __init__(self):
+        self.gate, self.up, self.down = drawn(0, 8, 16), drawn(1, 8, 16), drawn(2, 16, 8)
+
+    def __call__(self, x):
+        return (nnx.silu(x @ self.gate[...]) * (x @ self.up[...])) @ self.down[...]
+
+
+class Contained(nnx.Module):
+    """Kernels in containers."""
+
+    def __init__(self):
+        self.listed = nnx.List([drawn(0, 8, 8), drawn(1, 8, 8)])
+        self.named = nnx.data({"in": drawn(2, 8, 6), "out": drawn(3, 6, 8)})
+
+    def __call__(self, x):
+        for kernel in self.listed:
+            x = nnx.tanh(x @ kernel[...])
+        return x @ self.named["in"][...] @ self.named["out"][...]
+
+
+class Read(nnx.Module):
+    """A layer whose kernel others read, by its name or through a property."""
+
+    def __init__(self):
+        self.proj = Proj(nnx.Rngs(0))
+
+    def __call__(self, x):
+        return x @ self.proj.kernel[...] + x @ self.proj.transposed.T
+
+
+class Proj(nnx.Linear):
+    def __init__(self, rngs):
+        super().__init__(8, 8, use_bias=False, rngs=rngs)
+
+    @property
+    def transposed(self):
+        return self.kernel[...].T
+
+
+class Methods(nnx.Module):
+    """Methods that are not the call, one of them with an einsum string first."""
+
+    def __init__(self):
+        self.w = drawn(0, 8, 2, 4)
+        self.inner = nnx.Linear(8, 8, rngs=nnx.Rngs(1))
+
+    def project(self, equation, *, inputs):
+        return jnp.einsum(equation, nnx.relu(self.inner(inputs)), self.w[...]), len(equation)
+
+
+class CallsMethods(nnx.Module):
+    def __init__(self):
+        self.q = Methods()
+
+    def __call__(self, x):
+        y, length = self.q.project("bi,ihd->bhd", inputs=x)
+        assert type(length) is int
+        return y
+
+
+class Counting(nnx.Module):
+    """A kernel, a count of calls, what was seen, and an argument that the call fills in."""
+
+    def __init__(self):
+        self.kernel = drawn(0, 8, 8)
+        self.count = nnx.Variable(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x, cache):
+        self.count[...] += 1
+        self.seen = nnx.Intermediate(x.sum())
+        y = x @ self.kernel[...]
+        cache[...] = y
+        return y
+
+
+class Counted(nnx.Module):
+    def __init__(self):
+        self.layer, self.cache = Counting(), nnx.Cache(jnp.zeros((5, 8)))
+
+    def __call__(self, x):
+        return nnx.tanh(self.layer(x, self.cache)) + self.cache[...]
+
+
+class Tanh(nnx.Linear):
+    def __call__(self, x):
+        return jnp.tanh(super().__call__(x))
+
+
+class Subclass(nnx.Module):
+    def __init__(self):
+        self.dense = Tanh(8, 8, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.dense(x)
+
+
+class Keyword(nnx.Module):
+    def __init__(self):
+        self.dense = nnx.Linear(8, 6, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.dense(out_sharding=None, inputs=x)
+
+
+class Nested(nnx.Module):
+    """A layer with a kernel and a layer inside."""
+
+    def __init__(self):
+        self.outer = Outer()
+
+    def __call__(self, x):
+        return self.outer(x)
+
+
+class Outer(nnx.Module):
+    def __init__(self):
+        self.kernel, self.inner = drawn(0, 8, 8), nnx.Linear(8, 8, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return nnx.relu(self.inner(x)) @ self.kernel[...]
+
+
+class Rooted(nnx.Module):
+    """The model itself holds a kernel."""
+
+    def __init__(self):
+        self.w = drawn(0, 8, 8)
+
+    def __call__(self, x):
+        return x @ self.w[...]
+
+
+MLP = {"mlp/(gate|up)": "i o", "mlp/down": "i o"}
+NETS = {
+    "three kernels": (lambda: Holding(Gated()), MLP, 3),
+    "one rule for all": (lambda: Holding(Gated()), {"mlp/.*": "i o"}, 3),
+    "containers": (lambda: Holding(Contained()), {"mlp/(listed|named)/.*": "i o"}, 4),
+    "a kernel that is read": (Read, {}, 1),
+    "methods": (CallsMethods, {"q/w": "i o o"}, 2),
+    "state": (Counted, {"layer": "i o"}, 1),
+    "a subclass": (Subclass, {}, 1),
+    "an input by keyword": (Keyword, {}, 1),
+    "a layer inside": (Nested, {"outer": "i o"}, 2),
+    "a layer inside, of known call": (
+        Nested,
+        {"layer_types": {Outer: LayerType(KernelLayout("i o"), call=None)}},
+        2,
+    ),
+    "the model's own kernel": (Rooted, {"w": "i o"}, 1),
+}
+
+
+class Holding(nnx.Module):
+    def __init__(self, mlp):
+        self.mlp = mlp
+
+    def __call__(self, x):
+        return self.mlp(x)
+
+
+@pytest.fixture(params=NETS)
+def net(request):
+    make, stated, count = NETS[request.param]
+    return make, stated if "layer_types" in stated else {"views": stated}, count
+
+
+def changed(make, model):
+    """The plain model with delta in its kernels."""
+    plain, deltas = make(), model.delta_weights()
+    found = dict(nnx.to_flat_state(nnx.state(plain, nnx.Param)))
+    for layer in model._registry.layers.values():
+        kernel = found[layer.kernel_path]
+        kernel[...] += layer.layout.to_kernel(deltas[layer.name].T, kernel.shape)
+    nnx.update(plain, nnx.from_flat_state(found))
+    return plain
+
+
+def close(found, expected, tolerance=1e-5):
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def gradients(model, run):
+    loss = lambda m: (run(m, X) ** 2).sum()  # noqa: E731
+    return nnx.grad(loss, argnums=nnx.DiffState(0, AdapterParam))(model)
+
+
+def test_it_is_w_plus_delta_in_every_way(net, tmp_path):
+    make, stated, count = net
+    model = get_peft_model(make(), CONFIG, rngs=nnx.Rngs(1), **stated)
+    expected = changed(make, model)(X)
+    assert np.std(expected - make()(X)) >= 0.1 * np.std(expected)
+    close(model(X), expected)
+    close(nnx.jit(lambda m, x: m(x))(model, X), expected)
+    close(nnx.jit(nnx.remat(lambda m, x: m(x)))(model, X), expected)
+    model.save_pretrained(tmp_path)
+    again = RandLoraModel.from_pretrained(make(), tmp_path, is_trainable=True, **stated)
+    close(again(X), expected)
+
+    grads = gradients(model, lambda m, x: m(x))
+    assert len(jax.tree.leaves(grads)) == 2 * count and all(g.any() for g in jax.tree.leaves(grads))
+    jitted = gradients(again, nnx.jit(lambda m, x: m(x)))
+    jax.tree.map(lambda a, b: close(a, b, 1e-4), grads, jitted)
+    with model.disable_adapter():
+        np.testing.assert_array_equal(model(X), make()(X))
+    close(model.merge_and_unload()(X), expected)
+
+
+def test_before_training_it_is_the_base_model_to_the_bit(net):
+    make, stated, _ = net
+    config = RandLoraConfig(r=4, target_modules="all-linear")
+    model = get_peft_model(make(), config, **stated)
+    np.testing.assert_array_equal(model(X), make()(X))
+
+
+def test_what_a_call_changes_stays_changed():
+    model = get_peft_model(Counted(), CONFIG, rngs=nnx.Rngs(1), views={"layer": "i o"})
+    run = nnx.jit(lambda m, x: m(x))
+    model(X), run(model, X), run(model, X)
+    layer = model.layer
+    assert layer.count[...] == 3
+    close(layer.seen[...], X.sum())
+    close(model.cache[...], X @ changed(Counted, model).layer.kernel[...])
+
+
+def test_a_layer_of_known_call_that_changes_its_state_is_refused():
+    types = {Counting: LayerType(KernelLayout("i o"))}
+    model = get_peft_model(Counted(), CONFIG, rngs=nnx.Rngs(1), layer_types=types)
+    with pytest.raises(ConfigError, match="changes its .* state its type without its call"):
+        model(X)
+
+
+class EncoderDecoder(nnx.Module):
+    def __init__(self):
+        self.encoder = nnx.List([nnx.Linear(8, 12, rngs=nnx.Rngs(i)) for i in range(1)])
+        self.decoder = nnx.Linear(12, 6, rngs=nnx.Rngs(3))
+
+    def decode(self, x):
+        return self.decoder(x)
+
+
+def test_parts_run_with_their_adapters():
+    model = get_peft_model(EncoderDecoder(), CONFIG, rngs=nnx.Rngs(1))
+    plain = changed(EncoderDecoder, model)
+    expected = plain.decode(plain.encoder[0](X))
+    close(model.decoder(model.encoder[0](X)), expected)
+    close(model.decode(next(iter(model.encoder))(X)), expected)
+    close(nnx.jit(lambda m, x: m.decoder(m.encoder[0](x)))(model, X), expected)
+    assert len(model.encoder) == 1 and model.decoder.in_features == 12
+    with pytest.raises(ConfigError, match=r"'decoder' was called outside.*attributes"):
+        model.model.decoder(jnp.ones((1, 12)))
+
+
+class Branching(nnx.Module):
+    def __init__(self):
+        self.text, self.vision = (nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in (0, 1))
+
+    def __call__(self, x, image=None):
+        return self.text(x) if image is None else self.text(x) + self.vision(image)
+
+
+def test_a_layer_that_is_not_reached_is_named():
+    model = get_peft_model(Branching(), CONFIG, rngs=nnx.Rngs(1))
+    for run in (lambda m, x: m(x), nnx.jit(lambda m, x: m(x))):
+        with pytest.raises(ConfigError, match=r"'vision' did not run.*optional=.*target_modules"):
+            run(model, X)
+    model(X, X)  # once it was reached, it may rest
+    model(X)
+    model = get_peft_model(Branching(), CONFIG, rngs=nnx.Rngs(1), optional=["vis.*"])
+    model(X)
+    model = get_peft_model(Branching(), RandLoraConfig(r=4, target_modules=["text"]))
+    model(X)
+    model.add_adapter("both", CONFIG, rngs=nnx.Rngs(2))
+    model.set_adapter("both")
+    with pytest.raises(ConfigError, match="'vision' did not run"):
+        model(X)
+
+
+class Tied(nnx.Module):
+    def __init__(self):
+        self.first, self.second = (nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in (0, 1))
+        self.second.kernel = self.first.kernel
+
+    def __call__(self, x):
+        return self.second(nnx.relu(self.first(x)))
+
+
+class Normed(nnx.Module):
+    def __init__(self):
+        self.outer = nnx.WeightNorm(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+        self.head = nnx.Linear(8, 8, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.head(self.outer(x))
+
+
+class Integers(nnx.Module):
+    def __init__(self):
+        self.kernel = nnx.Variable(jnp.ones((8, 8), jnp.int8))
+
+    def __call__(self, x):
+        return x @ self.kernel[...]
+
+
+@pytest.mark.parametrize(
+    "make, stated, words",
+    [
+        (Tied, {}, ["'first'", "second.kernel", "Leave it out"]),
+        (Normed, {}, ["outer.layer_instance", "WeightNorm", "another kernel"]),
+        (lambda: Holding(Integers()), {"views": {"mlp": "i o"}}, ["'mlp'", "int8", "layer_types="]),
+        (lambda: Holding(Gated()), {"views": {"mlp/gat": "i o"}}, ["'mlp/gat'", "mlp/gate"]),
+        (Keyword, {"names": {"dens": "x"}}, ["names", "'dens'", "'dense'"]),
+        (Keyword, {"optional": ["dens"]}, ["optional", "'dens'", "'dense'"]),
+        (Keyword, {"layer_types": {Gated: LayerType(KernelLayout("i o"))}}, ["Gated", "no module"]),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(make, stated, words):
+    with pytest.raises((ConfigError, TargetError)) as caught:
+        get_peft_model(make(), CONFIG, rngs=nnx.Rngs(1), **stated)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("axis, layout", [(0, "s i o"), (1, "i s o"), (2, "i o s")])
+def test_layers_stacked_along_any_axis(axis, layout):
+    def make():
+        return nnx.vmap(
+            lambda key: nnx.Linear(8, 8, use_bias=False, rngs=nnx.Rngs(key)), out_axes=axis
+        )(jax.random.split(jax.random.key(0), 3))
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.blocks = make()
+
+        def __call__(self, x):
+            step = lambda x, block: x + nnx.tanh(block(x))  # noqa: E731
+            return nnx.scan(step, in_axes=(nnx.Carry, axis), out_axes=nnx.Carry)(x, self.blocks)
+
+    model = get_peft_model(Net(), CONFIG, rngs=nnx.Rngs(1), views={"blocks": layout})
+    expected, kernels = X, jnp.moveaxis(make().kernel[...], axis, 0)
+    for i in range(3):
+        kernel = kernels[i] + model.delta_weights()[f"blocks.{i}"].T
+        expected = expected + nnx.tanh(expected @ kernel)
+    close(model(X), expected)
+    assert all(g.any() for g in jax.tree.leaves(gradients(model, lambda m, x: m(x))))
+    close(model.merge_and_unload()(X), expected)
+
+
+@pytest.mark.parametrize("dtype, tile", [("int8", None), ("int4", 4), ("nf4", 4)])
+def test_a_model_quantised_by_qwix_changes_by_x_delta(dtype, tile):
+    qwix = pytest.importorskip("qwix")
+    rule = qwix.QuantizationRule(module_path=".*", weight_qtype=dtype, tile_size=tile)
+    quantised = qwix.quantize_model(Keyword(), qwix.PtqProvider([rule]), X)
+    before = quantised(X)
+    model = get_peft_model(quantised, CONFIG, rngs=nnx.Rngs(1))
+    close(model(X) - before, X @ model.delta_weights()["dense"].T, 1e-4)
+    assert all(g.any() for g in jax.tree.leaves(gradients(model, lambda m, x: m(x))))
+    with pytest.raises(ConfigError, match="float update cannot join"):
+        model.merge_adapter()
+
+
+def test_a_lora_of_the_base_model_stays_frozen():
+    base = nnx.Sequential(nnx.LoRALinear(8, 8, lora_rank=2, rngs=nnx.Rngs(0)))
+    model = get_peft_model(base, CONFIG, rngs=nnx.Rngs(1))
+    paths = [path for path, _ in nnx.to_flat_state(nnx.state(model, AdapterParam))]
+    assert len(paths) == 2 and all("randlora_" in str(path) for path in paths)
+    merged = model.merge_and_unload()
+    assert type(merged.layers[0].lora.lora_a) is nnx.LoRAParam
+
+
+def test_to_and_fro_needs_no_new_program():
+    traces = []
+
+    @nnx.jit
+    def run(model, x):
+        traces.append(model)  # while tracing alone
+        return model(x)
+
+    model = get_peft_model(Keyword(), CONFIG, rngs=nnx.Rngs(1))
+    model.add_adapter("two", CONFIG, rngs=nnx.Rngs(3))
+    for name in ("default", "two") * 3:
+        model.set_adapter(name)
+        run(model, X)
+        with model.disable_adapter():
+            np.testing.assert_array_equal(run(model, X), nnx.jit(lambda m, x: m(x))(Keyword(), X))
+    assert len(traces) == 3 and model._registry.training == ("two",)
