@@ -21,14 +21,14 @@ class Hoisted:
     others: tuple[tuple[type, Any] | None, ...]
 
     @classmethod
-    def of(cls, tree: Tree) -> "tuple[Hoisted, list[jax.Array]]":
-        """What of `tree` is no array, and its arrays in order.
+    def of(cls, tree: Tree, kinds: tuple[type, ...] = (jax.Array,)) -> "tuple[Hoisted, list[Any]]":
+        """What of `tree` is no array, and its arrays in order: leaves of one of `kinds`.
 
         NumPy's arrays are none here: whoever passes one may need its very numbers while tracing.
         """
         leaves, structure = jax.tree.flatten(tree)
-        arrays = [x for x in leaves if isinstance(x, jax.Array)]
-        others = [None if isinstance(x, jax.Array) else (type(x), x) for x in leaves]
+        arrays = [x for x in leaves if isinstance(x, kinds)]
+        others = [None if isinstance(x, kinds) else (type(x), x) for x in leaves]
         return cls(structure, tuple(others)), arrays
 
     def with_arrays(self, arrays: list[jax.Array]) -> Tree:

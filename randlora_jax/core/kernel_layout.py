@@ -77,12 +77,12 @@ class KernelLayout:
     def along_stack(self, stacked: jax.Array) -> jax.Array:
         """(*stack, a, b) with its stack axes where a kernel has them, for scans to take.
 
-        Axes of extent 1 fill up where a stack axis of the kernel lies further back.
+        Axes of extent 1 fill up, so that they are there counted from the end, too.
         """
         stacks = [i for i, axis in enumerate(self.axes) if axis == "s"]
-        if stacks == list(range(len(stacks))):
+        if not stacks:
             return stacked
-        spare = (1,) * (stacks[-1] + 1 - stacked.ndim)
+        spare = (1,) * (len(self.axes) - stacked.ndim)
         return jnp.moveaxis(stacked.reshape(*stacked.shape, *spare), range(len(stacks)), stacks)
 
     def stack_first(self, array: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from randlora_jax.core.bases import BasisPair
+from randlora_jax.front_ends.boxes import boxed_as, unboxed
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.model import RandLoraModel
 from randlora_jax.models.names import Path, dotted
@@ -35,14 +36,14 @@ class CollectionStore(ArrayStore):
         self._pairs: dict[str, BasisPair] = {}
 
     def base_leaves(self) -> Mapping[Path, jax.Array]:
-        """Of the collection "params"."""
-        leaves: Mapping[Path, jax.Array] = flatten_dict(self.base["params"])
-        return leaves
+        """Of the collection "params", out of their boxes."""
+        return {path: unboxed(leaf) for path, leaf in flatten_dict(self.base["params"]).items()}
 
     def set_base_leaves(self, leaves: Mapping[Path, jax.Array]) -> None:
         """In a new tree: the one that the user handed in stays as it is."""
-        params = unflatten_dict({**self.base_leaves(), **leaves})
-        self.base = {**self.base, "params": params}
+        held = flatten_dict(self.base["params"])
+        boxed = {path: boxed_as(held[path], leaf) for path, leaf in leaves.items()}
+        self.base = {**self.base, "params": unflatten_dict({**held, **boxed})}
 
     def install(
         self, registry: AdapterRegistry, spec: AdapterSpec, state: AdapterState, rngs: Any

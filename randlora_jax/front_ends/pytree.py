@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from randlora_jax.front_ends.boxes import is_box
 from randlora_jax.front_ends.collections import (
     PAIRS,
     CollectionStore,
@@ -40,7 +41,8 @@ class PytreeStore(CollectionStore):
 
     def __init__(self, params: Tree) -> None:
         super().__init__({"params": params})
-        leaves, self.tree = jax.tree_util.tree_flatten_with_path(params)
+        self.tree = jax.tree.structure(params)
+        leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
         self.paths: list[Path] = [tuple(map(_part, keys)) for keys, _ in leaves]
 
     def leaves_of(self, params: Tree) -> dict[Path, jax.Array]:

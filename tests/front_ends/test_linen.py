@@ -66,7 +66,8 @@ def bound(make):
 
 
 def wrapped(make=Net, config=CONFIG, **kwargs):
-    return get_peft_model(bound(make), config, views=STACKED, **kwargs)
+    views = STACKED if make is Stack else None
+    return get_peft_model(bound(make), config, views=views, **kwargs)
 
 
 def moved(variables):

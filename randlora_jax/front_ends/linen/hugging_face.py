@@ -68,7 +68,9 @@ class HuggingFaceRandLora(InterceptedRandLora):
 
     def __call__(self, *args: Any, params: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         """Calls the model; `params` as `self.params`, which is the default."""
-        return self._with_adapters(self.model.__call__)(*args, params=params, **kwargs)
+        output = self._with_adapters(self.model.__call__)(*args, params=params, **kwargs)
+        self._refuse_unreached(self.params if params is None else params)
+        return output
 
     def __getattr__(self, name: str) -> Any:
         if name == "model":  # __init__ has not run yet, as under copy
@@ -83,10 +85,8 @@ class HuggingFaceRandLora(InterceptedRandLora):
 
         @functools.wraps(method)
         def joined(*args: Any, params: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
-            variables = self.params if params is None else params
-            whole = self._collections.params_of(self._joined(variables))
-            with self._intercepted(variables):
-                return method(*args, params=whole, **kwargs)
+            with self._adapting(self.params if params is None else params) as whole:
+                return method(*args, params=self._collections.params_of(whole), **kwargs)
 
         return joined
 

@@ -3,17 +3,23 @@
 Linen keeps state in collections, so trained and frozen numbers get one each (`collections`).
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import flax.linen as nn
 import jax
 from flax.core import unfreeze
-from flax.traverse_util import flatten_dict
 
-from randlora_jax.front_ends.collections import PAIRS, CollectionStore, FunctionalRandLora
-from randlora_jax.front_ends.linen.running import LinenRunner, beside_kernels
+from randlora_jax.front_ends.collections import (
+    PAIRS,
+    CollectionStore,
+    FunctionalRandLora,
+    adapter_trees,
+    state_of,
+)
+from randlora_jax.front_ends.linen.beside import TokenOfCalls, laid_beside, without
+from randlora_jax.front_ends.linen.running import LinenRunner
 from randlora_jax.front_ends.linen.types import DENSE, TYPES
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.adapter_arrays import Leaves
@@ -22,6 +28,7 @@ from randlora_jax.models.front_end import WrapRules, register_front_end
 from randlora_jax.models.layer import Layer, LayerRun
 from randlora_jax.models.layer_types import LayerTypes
 from randlora_jax.models.names import Path
+from randlora_jax.models.reaching import expected, refuse_unreached
 from randlora_jax.models.registry import AdapterRegistry, BaseModelInfo
 
 
@@ -31,6 +38,7 @@ class InterceptedRandLora(FunctionalRandLora):
     module: nn.Module
     _types: LayerTypes
     _seen: dict[str, LayerRun]
+    _token: TokenOfCalls
 
     def _begin(
         self,
@@ -45,8 +53,9 @@ class InterceptedRandLora(FunctionalRandLora):
         self._collections = store
         self._types = LayerTypes((rules.layer_types, TYPES))
         self._seen = {}
+        self._token = TokenOfCalls()
         owned: dict[Path, dict[Path, jax.Array]] = {}
-        for (*parts, leaf), value in flatten_dict(store.base["params"]).items():
+        for (*parts, leaf), value in store.base_leaves().items():
             owned.setdefault(tuple(parts), {})[(leaf,)] = value
         modules = []
         for path, arrays in owned.items():
@@ -62,21 +71,39 @@ class InterceptedRandLora(FunctionalRandLora):
         )
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Linen's ``Module.apply`` with the adapters in `variables` joined in."""
-        with self._intercepted(variables):
-            return self.module.apply(self._joined(variables), *args, **kwargs)
+        """Linen's ``Module.apply`` with the adapters in `variables` joined in.
+
+        Raises:
+          ConfigError: the module's own call did not reach an adapted layer.
+        """
+        with self._adapting(variables) as whole:
+            result = self.module.apply(whole, *args, **kwargs)
+        if kwargs.get("method") is None:
+            self._refuse_unreached(variables)
+        if kwargs.get("mutable", False) is not False and "params" in result[-1]:
+            output, updates = result
+            return output, {**updates, "params": without(updates["params"])}
+        return result
 
     def _runs(self, layers: Sequence[Layer], base: Leaves) -> dict[str, LayerRun]:
         return {**super()._runs(layers, base), **self._seen}
 
-    def _intercepted(self, variables: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """Within, layers run with the adapters in `variables`."""
-        pairs = variables.get(PAIRS, {})
-        return LinenRunner(self._registry, self._types, pairs, self._seen).running()
+    @contextmanager
+    def _adapting(self, variables: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Within, layers run with the adapters in `variables`; gives what the module takes."""
+        registry, pairs = self._registry, variables.get(PAIRS, {})
+        token = self._token.of(registry, pairs)
+        applied = bool(registry.active)
+        whole = laid_beside(variables, registry.layers, token, applied=applied)
+        with LinenRunner(registry, self._types, pairs, self._seen).running():
+            yield whole
 
-    def _joined(self, variables: Mapping[str, Any]) -> dict[str, Any]:
-        """What the module itself takes for `variables`."""
-        return beside_kernels(variables, applied=bool(self._registry.active))
+    def _refuse_unreached(self, variables: Mapping[str, Any]) -> None:
+        """Nothing, if some call has reached every layer that the adapters in `variables` adapt."""
+        trees = adapter_trees(variables) if self._registry.active else {}
+        names = {name for tree in trees.values() for name in state_of(tree).layers}
+        awaited = [self._registry.layers[name] for name in names - self._seen.keys()]
+        refuse_unreached(expected(awaited, self._registry.optional))
 
 
 class LinenStore(CollectionStore):

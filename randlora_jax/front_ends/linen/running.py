@@ -1,59 +1,85 @@
 """Running the layers of a linen module with their adapters.
 
-For a call the adapters' leaves are laid *beside the kernels they adapt* inside ``params``: there,
-and only there, ``nn.scan``, ``nn.vmap`` and ``nn.remat`` slice and carry them as they do kernels.
-An interceptor then finds a layer's own leaves in its own scope, under whatever transformation it
-runs. The bases do not vary along a scan; they enter by closure, as tracers of the caller's ``jit``.
+For a call the adapters' leaves are laid beside the kernels they adapt (`beside`). An interceptor
+finds them there in whatever module runs, under whatever transformation. A layer that is a sum over
+axes of its input runs alone, each pass its cheapest way (`core.applying`); any other module, by any
+of its methods, runs with W + delta in place of its kernels. The bases do not vary along a scan;
+they enter by closure, as tracers of the caller's ``jit``.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import unfreeze
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax import nnx
 
-from randlora_jax.core.applying import (
-    Contribution,
-    RunningLayer,
-    adapted,
-    comparable,
-    dropout,
-)
+from randlora_jax.core.applying import Contribution, RunningLayer, adapted, comparable, dropout
 from randlora_jax.core.bases import BasisPair
-from randlora_jax.core.hoisting import Hoisted
+from randlora_jax.core.contraction import Contraction
 from randlora_jax.core.kernel import Kernel
-from randlora_jax.front_ends.collections import GAMMA, LAMBDA, adapter_trees, base_collections
-from randlora_jax.models.layer import LayerRun
+from randlora_jax.core.ways import Way, possible_ways, require_a_way
+from randlora_jax.front_ends.boxes import boxed_as, unboxed
+from randlora_jax.front_ends.call_input import Arguments, CallInput, input_of
+from randlora_jax.front_ends.linen.alone import alone
+from randlora_jax.front_ends.linen.beside import BESIDE, Shares, joined, nodes_in
+from randlora_jax.front_ends.linen.lifted import is_lifted, maps_around, method_of, run_with
+from randlora_jax.front_ends.linen.types import changes_state, modules_inside, type_of
+from randlora_jax.interop.errors import ConfigError, listed
+from randlora_jax.models.layer import Layer, LayerRun, LayerType
 from randlora_jax.models.layer_types import LayerTypes
-from randlora_jax.models.names import dotted
+from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.registry import AdapterRegistry
 
 
-def beside_kernels(variables: Mapping[str, Any], *, applied: bool) -> dict[str, Any]:
-    """The collections of the base model, with adapter leaves beside the kernels they adapt.
+@dataclass(frozen=True)
+class _Met:
+    """A method of a module with adapted kernels, which is about to run.
 
     Args:
-      applied: False leaves the adapters out.
+      method: the function, which takes its module first.
+      name: of the method.
+      arguments: of the call.
+      own: the module's params, and what lies beside its kernels.
+      layers: whose kernels they are, and where each is in `own`.
+      known: what is known of the class that holds each kernel.
+      kinds: the name of that class.
     """
-    params = flatten_dict(unfreeze(variables["params"]))
-    trees = adapter_trees(variables) if applied else {}
-    for name, tree in trees.items():
-        for path, leaf in flatten_dict(unfreeze(tree)).items():
-            if path[-1] in (LAMBDA, GAMMA):
-                params[(*path, name)] = leaf
-            else:
-                params[path] = leaf.astype(params[path].dtype)
-    return {**base_collections(variables), "params": unflatten_dict(params)}
+
+    module: nn.Module
+    method: Callable[..., Any]
+    name: str
+    arguments: Arguments
+    own: Mapping[str, Any]
+    layers: Mapping[str, tuple[Layer, Path]]
+    known: Mapping[str, LayerType | None]
+    kinds: Mapping[str, str]
+
+    def input_alone(self) -> CallInput | str:
+        """The input of a layer that can run alone; or why this one cannot."""
+        ((name, (_, path)), *more) = self.layers.items()
+        known = self.known[name]
+        if self.name != "__call__":
+            return f"it runs by its method {self.name!r}"
+        if more:
+            return "its module has several adapted kernels"
+        if known is None or known.call is None:
+            return "the layer is not known to be a sum over axes of its input"
+        if len(path) > 1 or any(node for node, _ in nodes_in(self.own, deep=True)):
+            return "layers inside it are adapted, too"
+        if changes_state(self.module):
+            return "it may change its collections in this call"
+        taken = input_of(partial(self.method, self.module), *self.arguments)
+        return taken or "it was called without an array of floating numbers"
 
 
-@dataclass(frozen=True)
+@dataclass
 class LinenRunner:
-    """Joins the adapters in wherever a layer is met that has leaves of theirs beside its kernel.
+    """Joins the adapters in wherever a module is met that has leaves of theirs beside its kernels.
 
     Args:
       registry: of the model.
@@ -66,6 +92,7 @@ class LinenRunner:
     types: LayerTypes
     pairs: Mapping[str, BasisPair]
     seen: dict[str, LayerRun]
+    _maps: int = field(default=0, init=False)  # our own nn.map_variables that are running
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -80,64 +107,109 @@ class LinenRunner:
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
+        met = self._met(context, (args, kwargs))
+        if met is None:
+            return call(*args, **kwargs)
+        if maps_around(met.module) > self._maps:
+            raise ConfigError(
+                f"{listed(met.layers)} run inside nn.map_variables (as in nn.WeightNorm and "
+                "nn.SpectralNorm), which may make another kernel of the one that is stored: called "
+                "and merged would differ. Leave them out of target_modules"
+            )
+        taken = met.input_alone()
+        if isinstance(taken, CallInput):
+            return self._run_alone(met, taken)
+        return self._run_in_kernels(met, taken)
+
+    def _met(
+        self, context: nn.module.InterceptorContext, arguments: Arguments
+    ) -> _Met | None:
+        """What is about to run, if it is a method of a module with adapted kernels."""
         module = context.module
-        if context.method_name != "__call__" or module.scope is None:
-            return call(*args, **kwargs)
+        if module.scope is None or context.method_name == "setup" or is_lifted(context):
+            return None
         own = module.variables.get("params", {})
-        if LAMBDA not in own:
-            return call(*args, **kwargs)
-        return self._adapted(module, own, *args, **kwargs)
+        is_bridge = isinstance(module, nnx.bridge.ToLinen)
+        layers = {
+            name: (self.registry.layers[name], (*path, *leaf))
+            for path, node in nodes_in(own, deep=is_bridge)
+            for name, leaf in node.leaves
+        }
+        if not layers:
+            return None
+        method = method_of(context)
+        if is_bridge:
+            inside = modules_inside(module)
+            holders = {n: inside.get(slashed(path[:-1])) for n, (_, path) in layers.items()}
+            known = {n: self.types.find(holder) for n, holder in holders.items()}
+        else:
+            holders = dict.fromkeys(layers, module)
+            known = dict.fromkeys(layers, type_of(self.types, module, method, arguments))
+        kinds = {name: type(holder).__name__ for name, holder in holders.items()}
+        return _Met(module, method, context.method_name, arguments, own, layers, known, kinds)
 
-    def _adapted(
-        self, module: nn.Module, own: Mapping[str, Any], x: jax.Array, *args: Any, **kwargs: Any
-    ) -> jax.Array:
-        """The output of a layer for `x`; `own` are its params and the adapters' leaves."""
-        layer = self.registry.layers[dotted(module.path)]
-        kernel = own[layer.leaf[0]]
-        layout, call = layer.running(
-            kernel.shape, self.types.find(module), type(module).__name__
-        )
-        # without its name, so that layers that are alike but for it are equal
-        alone = module.clone(parent=None, name=None)
-        rest = {k: v for k, v in own.items() if k not in (layer.leaf[0], LAMBDA, GAMMA)}
-        values, read = Hoisted.of((rest, args, kwargs))
-        run = comparable(_RunLinen(alone, layer.leaf[0], values))
-
+    def _run_alone(self, met: _Met, taken: CallInput) -> jax.Array:
+        """The output of a layer that is a sum over axes of its input."""
+        ((name, (layer, (leaf,))),) = met.layers.items()
+        own, module = met.own, met.module
+        held = own[leaf]
+        kernel, call = self._kernel(met, layer, held)
+        params = {key: value for key, value in own.items() if key != BESIDE}
+        run, read = alone(module, params, leaf, taken)
         stated = getattr(module, "dtype", None)
-        dtype = jnp.result_type(x, kernel) if stated is None else stated
-        self.seen[layer.name] = LayerRun(call, dtype)
-        traced = Kernel.traced(kernel, layout, layer.sharding)
-        running = RunningLayer(layer.name, run, read, traced, call, dtype)
-        shares = [self._contribution(module, own, name, layer.matrix) for name in own[LAMBDA]]
-        return adapted(running, x, shares, self.registry.options)
+        dtype = jnp.result_type(taken.x, kernel.array) if stated is None else stated
+        self.seen[name] = LayerRun(call, dtype)
+        running = RunningLayer(name, comparable(run), read, kernel, call, dtype)
+        shares = self._contributions(module, layer, kernel, own[BESIDE].shares[name])
+        return adapted(running, taken.x, shares, self.registry.options)
 
-    def _contribution(
-        self, module: nn.Module, own: Mapping[str, Any], name: str, matrix: tuple[int, int]
-    ) -> Contribution:
-        """What one adapter adds. Its dropout is on exactly where there is a rng to draw with."""
-        spec = self.registry.specs[name]
-        update = spec.update(own[LAMBDA][name], own[GAMMA][name], self.pairs, matrix)
-        drops = spec.dropout > 0 and module.has_rng("dropout")
-        drop = dropout(spec.dropout, module.make_rng("dropout")) if drops else None
-        return Contribution(update, drop)
+    def _run_in_kernels(self, met: _Met, not_beside: str) -> Any:
+        """What the method returns with W + delta in place of the adapted kernels.
 
+        Raises:
+          ConfigError: a kernel can take no update, or an adapter needs to see its layer's input,
+            which it cannot beside the module.
+        """
 
-@dataclass(frozen=True)
-class _RunLinen:
-    """Runs a linen module whose arrays come apart.
+        def join(name: str, held: Any, beside: Shares) -> Any:
+            layer, _ = met.layers[name]
+            kernel, _ = self._kernel(met, layer, held)
+            shares = self._contributions(met.module, layer, kernel, beside)
+            drops = any(share.drop for share in shares)
+            dtype = kernel.array.dtype
+            possible = possible_ways(kernel, None, dtype, self.registry.options, drops=drops)
+            beside_not = dict.fromkeys((Way.FORMED, Way.FACTORED), not_beside)
+            require_a_way(name, replace(possible, against={**possible.against, **beside_not}))
+            self.seen[name] = LayerRun(None, dtype)
+            return boxed_as(held, kernel.taking([share.update for share in shares]))
 
-    Args:
-      module: unbound.
-      leaf: the kernel's name in its params.
-      values: of its other params, and of the call's arguments behind x.
-    """
+        def method(*args: Any, **kwargs: Any) -> Any:
+            self._maps += 1
+            try:
+                return met.method(*args, **kwargs)
+            finally:
+                self._maps -= 1
 
-    module: nn.Module
-    leaf: str
-    values: Hoisted
+        return run_with(
+            met.module, method, met.arguments, lambda params: joined(params, met.layers, join)
+        )
 
-    def __call__(self, kernel: jax.Array, x: jax.Array, *read: jax.Array) -> jax.Array:
-        """What the module returns."""
-        rest, args, kwargs = self.values.with_arrays([*read])
-        params = {**rest, self.leaf: kernel}
-        return cast(jax.Array, self.module.apply({"params": params}, x, *args, **kwargs))
+    def _kernel(self, met: _Met, layer: Layer, held: Any) -> tuple[Kernel, Contraction | None]:
+        """The kernel of a layer as it is in this call, and what the layer computes."""
+        array, name = unboxed(held), layer.name
+        layout, call = layer.running(array.shape, met.known[name], met.kinds[name])
+        return Kernel.traced(array, layout, layer.sharding), call
+
+    def _contributions(
+        self, module: nn.Module, layer: Layer, kernel: Kernel, beside: Shares
+    ) -> list[Contribution]:
+        """What adapters add to a layer. Dropout is on exactly where there is a rng to draw with."""
+        found = []
+        for name, arrays in beside.items():
+            spec = self.registry.specs[name]
+            lam, gamma = map(kernel.layout.stack_first, arrays)
+            update = spec.update(lam, gamma, self.pairs, layer.matrix)
+            drops = spec.dropout > 0 and module.has_rng("dropout")
+            drop = dropout(spec.dropout, module.make_rng("dropout")) if drops else None
+            found.append(Contribution(update, drop))
+        return found

@@ -1,12 +1,18 @@
 """The types of linen layers that are known."""
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import flax.linen as nn
+from flax import nnx
+from flax.core.scope import is_filter_empty
 
 from randlora_jax.core.kernel_layout import KernelLayout
+from randlora_jax.front_ends.call_input import Arguments
 from randlora_jax.models.layer import LayerType
-from randlora_jax.models.layer_types import Table, of_axes, of_einsum
+from randlora_jax.models.layer_types import LayerTypes, Table, of_axes, of_einsum
+from randlora_jax.models.names import slashed
 
 DENSE = LayerType(KernelLayout("io"))
 
@@ -30,3 +36,49 @@ TYPES: Table = {
         KernelLayout("oi"), fan_in_fan_out=True
     ),
 }
+
+
+# What has kernels and is no linear layer.
+OTHER: Mapping[type, str] = {
+    nn.Embed: "an embedding",
+    nn.Conv: "a convolution",
+    nn.ConvLocal: "a convolution",
+    nn.ConvTranspose: "a convolution",
+    nn.BatchNorm: "a norm",
+    nn.LayerNorm: "a norm",
+    nn.RMSNorm: "a norm",
+    nn.GroupNorm: "a norm",
+    nn.InstanceNorm: "a norm",
+}
+
+
+def type_of(
+    types: LayerTypes, module: nn.Module, method: Callable[..., Any], arguments: Arguments
+) -> LayerType | None:
+    """What is known of a module that is called: by its class, or an equation among `arguments`."""
+    if isinstance(module, nn.Einsum) and type(module).__call__ is nn.Einsum.__call__:
+        args, kwargs = arguments
+        bound = inspect.signature(method).bind(module, *args, **kwargs)
+        if equation := bound.arguments.get("einsum_str"):
+            return of_einsum(equation)
+    return types.find(module)
+
+
+def changes_state(module: nn.Module) -> bool:
+    """Whether a layer may change its collections in this call."""
+    if is_filter_empty(module.scope.mutable):
+        return False
+    if type(module) not in TYPES:
+        return True
+    held = [name for name, collection in module.variables.items() if collection]
+    return any(module.is_mutable_collection(name) for name in held if name != "params")
+
+
+def modules_inside(bridge: nnx.bridge.ToLinen) -> dict[str, nnx.Module]:
+    """The nnx modules in a linen one, without their arrays, by their paths in it."""
+
+    def made() -> nnx.Module:
+        rngs = {} if bridge.skip_rng else {"rngs": nnx.Rngs(0)}
+        return bridge.nnx_class(*bridge.args, **bridge.kwargs, **rngs)
+
+    return {slashed(path): found for path, found in nnx.iter_modules(nnx.eval_shape(made))}

@@ -1,0 +1,154 @@
+"""What lies beside the kernels in ``params`` while a linen module runs with its adapters.
+
+There, and only there, ``nn.scan``, ``nn.vmap`` and ``nn.remat`` slice and carry lambda and gamma as
+they do the kernels they belong to, and ``nn.jit`` sees that a call is another one.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from flax.core import unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from randlora_jax.core.bases import BasisPair
+from randlora_jax.front_ends.boxes import boxed_as, unboxed
+from randlora_jax.front_ends.collections import adapter_trees, base_collections, state_of
+from randlora_jax.models.layer import Layer
+from randlora_jax.models.names import Path
+from randlora_jax.models.registry import AdapterRegistry
+
+BESIDE = "randlora"  # its name among the params of a module
+
+Shares = Mapping[str, tuple[jax.Array, jax.Array]]  # lambda and gamma by adapter
+
+
+@dataclass(frozen=True, eq=False)
+class CallToken:
+    """Stands for all that a call depends on and that no array tells, compared by identity.
+
+    ``nn.jit`` keeps what it compiled for every later call of equal arguments, of whatever model.
+    """
+
+
+class TokenOfCalls:
+    """Gives equal calls of one model one token."""
+
+    def __init__(self) -> None:
+        self._last: tuple[list[Any], CallToken] = ([], CallToken())
+
+    def of(self, registry: AdapterRegistry, pairs: Mapping[str, BasisPair]) -> CallToken:
+        """Of a call that depends on `registry` and `pairs`; of none but it, where it is traced."""
+        told, token = self._last
+        now = [registry, *jax.tree.leaves(pairs)]
+        if any(isinstance(x, jax.core.Tracer) for x in now):
+            return CallToken()
+        if len(now) != len(told) or any(a is not b for a, b in zip(now, told, strict=True)):
+            token = CallToken()
+            self._last = now, token
+        return token
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Beside:
+    """What adapters add to the kernels of one module: a pytree.
+
+    Args:
+      shares: by layer, and by adapter; stack axes where the kernel has them.
+      leaves: where the kernel of each layer is, from here.
+      token: of the call.
+    """
+
+    shares: Mapping[str, Shares]
+    leaves: tuple[tuple[str, Path], ...] = field(metadata={"static": True})
+    token: CallToken = field(metadata={"static": True})
+
+
+def laid_beside(
+    variables: Mapping[str, Any], layers: Mapping[str, Layer], token: CallToken, *, applied: bool
+) -> dict[str, Any]:
+    """The collections of the base model, with adapter leaves beside the kernels they adapt.
+
+    Args:
+      applied: False leaves the adapters out.
+    """
+    params = flatten_dict(unfreeze(variables["params"]))
+    laid: dict[Path, dict[str, dict[str, tuple[jax.Array, jax.Array]]]] = {}
+    leaves: dict[str, Path] = {}
+    trees = adapter_trees(variables) if applied else {}
+    for adapter_name, tree in trees.items():
+        state = state_of(tree)
+        for name, arrays in state.layers.items():
+            owner, leaves[name] = _place(layers[name])
+            lam, gamma = map(layers[name].layout.along_stack, arrays)
+            laid.setdefault(owner, {}).setdefault(name, {})[adapter_name] = (lam, gamma)
+        for path, leaf in state.saved.items():
+            held = params[path]
+            params[path] = boxed_as(held, leaf.astype(unboxed(held).dtype))
+    for owner, shares in laid.items():
+        mine = tuple((name, leaves[name]) for name in sorted(shares))
+        params[(*owner, BESIDE)] = Beside(shares, mine, token)
+    return {**base_collections(variables), "params": unflatten_dict(params)}
+
+
+def _place(layer: Layer) -> tuple[Path, Path]:
+    """Where to lay what belongs beside a kernel, and where the kernel is from there.
+
+    As near as it goes: not among numbered arrays, where a name has no place.
+    """
+    owner, leaf = layer.owner, layer.leaf
+    while not isinstance(leaf[0], str):
+        owner, leaf = owner[:-1], (owner[-1], *leaf)
+    return owner, leaf
+
+
+def nodes_in(params: Mapping[str, Any], *, deep: bool) -> Iterator[tuple[Path, Beside]]:
+    """What lies beside the kernels of a module whose params are given, and where.
+
+    Args:
+      deep: look further in, too.
+    """
+    for key, value in params.items():
+        if key == BESIDE:
+            yield (), value
+        elif deep and isinstance(value, Mapping):
+            for path, node in nodes_in(value, deep=True):
+                yield (key, *path), node
+
+
+def joined(
+    params: Mapping[str, Any], names: Collection[str], join: Callable[[str, Any, Shares], Any]
+) -> dict[str, Any]:
+    """`params` with the kernels of the layers of `names` joined with what lies beside them.
+
+    Args:
+      join: (layer, its kernel as it is held, what lies beside it) -> what takes its place.
+    """
+    found: dict[str, Any] = {
+        key: joined(value, names, join) if isinstance(value, Mapping) else value
+        for key, value in params.items()
+    }
+    node = found.get(BESIDE)
+    if node is not None and set(node.shares) <= set(names):
+        del found[BESIDE]
+        for name, leaf in node.leaves:
+            found = _replaced(found, leaf, lambda held, name=name: join(name, held, node.shares[name]))
+    return found
+
+
+def _replaced(tree: Any, path: Path, change: Callable[[Any], Any]) -> Any:
+    """`tree` with `change` of what is at `path`."""
+    if not path:
+        return change(tree)
+    return {**tree, path[0]: _replaced(tree[path[0]], path[1:], change)}
+
+
+def without(params: Mapping[str, Any]) -> dict[str, Any]:
+    """`params` with nothing beside the kernels."""
+    return {
+        key: without(value) if isinstance(value, Mapping) else value
+        for key, value in params.items()
+        if key != BESIDE
+    }

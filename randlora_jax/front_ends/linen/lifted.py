@@ -1,0 +1,64 @@
+"""Methods of linen modules run with other params, by flax's own lifting."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from randlora_jax.core.hoisting import Hoisted
+
+Params = Mapping[str, Any]
+
+
+def is_lifted(context: nn.module.InterceptorContext) -> bool:
+    """Whether flax will call the method again, on what a transformation leaves of the variables.
+
+    Of a class or a method that was given to ``nn.scan``, ``nn.vmap``, ``nn.remat``, ``nn.jit``.
+    """
+    made_in = getattr(method_of(context), "__globals__", {}).get("__name__")
+    return made_in == nn.transforms.__name__
+
+
+def method_of(context: nn.module.InterceptorContext) -> Callable[..., Any]:
+    """The function that is being called, which takes its module first."""
+    method: Callable[..., Any] = context.orig_method.func
+    return method
+
+
+def maps_around(module: nn.Module) -> int:
+    """Inside how many ``nn.map_variables`` a module runs."""
+    return sum(part.count("map_variables(") for part in module.scope.debug_path)
+
+
+def run_with(
+    module: nn.Module,
+    method: Callable[..., Any],
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    change: Callable[[Params], Params],
+) -> Any:
+    """What `method` of `module` returns where its params are `change` of them.
+
+    Where it is traced it is rematerialised, so that no changed params wait for the backward pass.
+    """
+    # modules and variables among the arguments belong to scopes, which are lifted with them
+    values, passed = Hoisted.of(arguments, (jax.Array, nn.Module, nn.Variable))
+    aside: list[Hoisted] = []  # what of the output is no array
+
+    def body(module: nn.Module, *passed: Any) -> list[jax.Array]:
+        args, kwargs = values.with_arrays([*passed])
+        rest, arrays = Hoisted.of(method(module, *args, **kwargs))
+        aside.append(rest)
+        return arrays
+
+    def changed(collections: Mapping[str, Any]) -> Mapping[str, Any]:
+        if "params" not in collections:
+            return collections
+        return {**collections, "params": change(collections["params"])}
+
+    lifted = nn.map_variables(body, "params", trans_in_fn=changed, mutable=False)
+    read = (module.variables, passed)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(read)):
+        lifted = nn.remat(lifted)
+    arrays = lifted(module, *passed)
+    return aside[-1].with_arrays(arrays)
