@@ -17,7 +17,9 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from randlora_jax.interop.errors import AdapterFileError, ConfigError, listed, shown, warn
+from randlora_jax.interop.adapter_name import saving_folder
+from randlora_jax.interop.errors import ConfigError, listed, shown, warn
+from randlora_jax.interop.field_names import teaching_fields
 from randlora_jax.interop.strict_json import JsonObject, dump_object, read_object, thaw, write_text
 from randlora_jax.interop.torch_rng import Generation, Kind
 
@@ -120,8 +122,14 @@ def _pattern(name: str, value: Any) -> str:
 def _target_modules(name: str, value: Any) -> str | tuple[str, ...]:
     expected = f"a list of module names, a regular expression, {ALL_LINEAR!r} or None"
     if isinstance(value, str):
-        return ALL_LINEAR if value.lower() == ALL_LINEAR else _pattern(name, value)
+        if value.lower() == ALL_LINEAR:
+            return ALL_LINEAR
+        if re.sub(r"[\s_-]", "", value).lower() == "alllinear":
+            raise _refusal(name, expected, value, f"Write {ALL_LINEAR!r}.")
+        return _pattern(name, value)
     names = _items(name, value, expected, _name)
+    if ALL_LINEAR in map(str.lower, names):
+        raise _refusal(name, expected, value, f"Write {ALL_LINEAR!r} alone, without a list.")
     if not names:
         raise _refusal(name, expected, value, "None stands for the model type's defaults.")
     return names
@@ -165,6 +173,7 @@ def _checked(default: Any, check: Check) -> Any:
     return field(default=default, metadata={"check": check})
 
 
+@teaching_fields
 @dataclass(frozen=True, kw_only=True)
 class RandLoraConfig:
     """One RandLoRA adapter's settings.
@@ -336,11 +345,9 @@ class RandLoraConfig:
         key must replace it first, since PEFT takes equal keys for equal bases.
 
         Raises:
-          AdapterFileError: `directory` is a file.
+          AdapterFileError: `directory` is a file, or no path.
         """
-        folder = Path(directory)
-        if folder.exists() and not folder.is_dir():
-            raise AdapterFileError(f"{folder}: expected a directory, found a file.")
+        folder = saving_folder(directory)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / CONFIG_NAME, dump_object(self.to_dict()))
 
@@ -358,6 +365,27 @@ class RandLoraConfig:
             return cls.from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
+
+
+def expected_config(value: object) -> RandLoraConfig:
+    """`value`, which must be a RandLoraConfig.
+
+    Raises:
+      ConfigError: it is something else: a dict of settings, another library's configuration.
+    """
+    if isinstance(value, RandLoraConfig):
+        return value
+    remedy = "Make one: RandLoraConfig(r=16, target_modules='all-linear')."
+    if isinstance(value, Mapping):
+        remedy = (
+            "RandLoraConfig(**settings) makes one of a dict, RandLoraConfig.from_dict of what "
+            "PEFT's file holds."
+        )
+    elif hasattr(value, "peft_type") and not isinstance(value, type):
+        remedy = (
+            "RandLoraConfig.from_dict(config.to_dict()) makes one of PEFT's own RandLoraConfig."
+        )
+    raise _refusal("config", "a RandLoraConfig", value, remedy)
 
 
 _FILE_FIELDS = tuple(

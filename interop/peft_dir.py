@@ -28,6 +28,7 @@ from randlora_jax.interop.adapter import (
     check_finite,
     derived_key,
 )
+from randlora_jax.interop.adapter_name import saving_folder
 from randlora_jax.interop.atomic import current_file, replacing_files
 from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
 from randlora_jax.interop.errors import AdapterFileError, ConfigError, listed, shown
@@ -81,11 +82,11 @@ def write_adapter(
         was.
 
     Raises:
-      AdapterFileError: the adapter is unsound, holds NaN or infinity, or `directory` has an
-        adapter and may not lose it.
+      AdapterFileError: the adapter is unsound, holds NaN or infinity, or `directory` is a file,
+        or has an adapter and may not lose it.
       ConfigError: the bases can neither be written nor drawn again by a reader.
     """
-    folder = Path(directory)
+    folder = saving_folder(directory)
     check(adapter, folder)
     check_finite(adapter, folder)
     config, provenance = adapter.config, adapter.provenance

@@ -12,26 +12,34 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.front_ends.boxes import boxed_as, unboxed
-from randlora_jax.interop.errors import ConfigError
-from randlora_jax.models.model import RandLoraModel
+from randlora_jax.interop.errors import ConfigError, listed
+from randlora_jax.models.front_end import ADAPTED_ALREADY
 from randlora_jax.models.names import Path, dotted
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 from randlora_jax.models.store import ArrayStore
+
+Tree = Any
 
 LAMBDA, GAMMA = "randlora_lambda", "randlora_gamma"
 TRAINED, FROZEN, PAIRS = "randlora", "randlora_frozen", "randlora_bases"
 
 
 class CollectionStore(ArrayStore):
-    """Keeps a base model's own collections, and a tree for each adapter beside them."""
+    """Keeps a base model's own collections, and a tree for each adapter beside them.
+
+    Raises:
+      ConfigError: they are not a base model's own, or are no arrays.
+    """
 
     def __init__(self, base: dict[str, Any]) -> None:
-        self.base = base
+        self.base = base_arrays(base)
         self.trees: dict[str, dict[str, Any]] = {}
         self._pairs: dict[str, BasisPair] = {}
 
@@ -101,50 +109,52 @@ def base_collections(variables: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in variables.items() if k not in (TRAINED, FROZEN, PAIRS)}
 
 
-class FunctionalRandLora(RandLoraModel):
-    """A model that is a function of its variables.
+def base_arrays(collections: Mapping[str, Any]) -> dict[str, Any]:
+    """A base model's own collections, with JAX's arrays for NumPy's.
 
-    `_collections` holds them; what the base model's own are, its front end says.
+    Raises:
+      ConfigError: there are no params, adapters are among them, or they are abstract.
+    """
+    if "params" not in collections:
+        raise ConfigError(
+            f"the model has the collections {listed(sorted(collections))}: expected 'params' among "
+            "them; bind a linen module to {'params': params}, or to all that module.init gives"
+        )
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(dict(collections))]
+    parts = [tuple(map(part_of, path)) for path in paths]
+    held = [name for name in (TRAINED, FROZEN, PAIRS) if name in collections]
+    held += [dotted(path) for path in parts if {LAMBDA, GAMMA} & set(path)]
+    if held:
+        raise ConfigError(
+            f"these are the variables of a model that is wrapped already: they hold "
+            f"{listed(held, 3)}. {ADAPTED_ALREADY}"
+        )
+    return as_arrays(dict(collections))
+
+
+def as_arrays(tree: Tree) -> Tree:
+    """`tree` with JAX's arrays for NumPy's, as checkpoints give them back.
+
+    Raises:
+      ConfigError: a leaf is abstract.
     """
 
-    _collections: CollectionStore
-
-    @property
-    def _store(self) -> CollectionStore:
-        return self._collections
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        """Every collection; assign it back after training."""
-        registry, store = self._registry, self._collections
-        trees = {name: self._tree(name) for name in registry.active}
-        trained = {n: trees[n] for n in registry.training}
-        frozen = {n: tree for n, tree in trees.items() if n not in trained}
-        return {**store.base, TRAINED: trained, FROZEN: frozen, PAIRS: dict(store.pairs())}
-
-    @variables.setter
-    def variables(self, variables: Mapping[str, Any]) -> None:
-        trees = variables.get(TRAINED, {})
-        unknown = set(trees) - set(self._registry.specs)
-        if unknown:
+    def array(path: tuple[Any, ...], leaf: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
             raise ConfigError(
-                f"no adapter named {sorted(unknown)}; add it before assigning its leaves"
+                f"{dotted(tuple(map(part_of, path)))!r} is abstract, a ShapeDtypeStruct: the model "
+                "has no arrays yet. Load or initialise them, then wrap it; or wrap it within: "
+                "jax.eval_shape(lambda params: get_peft_model(..., config).variables, params) "
+                "gives the shapes of a wrapped model"
             )
-        self._collections.trees |= trees
-        self._collections.base = unfreeze(base_collections(variables))
+        return jnp.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf
 
-    def split(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(what an optimizer trains, all other collections): pytrees of arrays.
+    return jax.tree_util.tree_map_with_path(array, tree)
 
-        ``{**frozen, "randlora": trained}`` is the whole again, what `apply` takes.
-        """
-        frozen = self.variables
-        return frozen.pop(TRAINED), frozen
 
-    def _tree(self, adapter_name: str) -> dict[str, Any]:
-        """An adapter's leaves; those whose delta is merged into the kernels left out."""
-        tree = self._collections.trees[adapter_name]
-        if adapter_name not in self._registry.merged:
-            return tree
-        leaves = flatten_dict(tree)
-        return unflatten_dict({p: x for p, x in leaves.items() if p[-1] not in (LAMBDA, GAMMA)})
+def part_of(key: Any) -> str:
+    """One step of a path as users write it: a dict's key, an attribute's name, an index."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)

@@ -12,16 +12,19 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 
 from randlora_jax.front_ends.boxes import is_box
 from randlora_jax.front_ends.collections import (
     PAIRS,
     CollectionStore,
-    FunctionalRandLora,
+    Tree,
     adapter_trees,
+    part_of,
     state_of,
 )
-from randlora_jax.interop.errors import ConfigError
+from randlora_jax.front_ends.functional import FunctionalRandLora
+from randlora_jax.interop.errors import ConfigError, shown
 from randlora_jax.models import adapter_arrays
 from randlora_jax.models.finding import FoundModule, find_layers
 from randlora_jax.models.front_end import WrapRules, register_front_end
@@ -33,21 +36,29 @@ from randlora_jax.models.registry import (
     BaseModelInfo,
 )
 
-Tree = Any
-
 
 class PytreeStore(CollectionStore):
     """Collections whose "params" are any pytree of arrays."""
 
     def __init__(self, params: Tree) -> None:
         super().__init__({"params": params})
-        self.tree = jax.tree.structure(params)
-        leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
-        self.paths: list[Path] = [tuple(map(_part, keys)) for keys, _ in leaves]
+        self.tree = jax.tree.structure(self.base["params"])
+        leaves = jax.tree_util.tree_leaves_with_path(self.base["params"], is_leaf=is_box)
+        self.paths: list[Path] = [tuple(map(part_of, keys)) for keys, _ in leaves]
 
     def leaves_of(self, params: Tree) -> dict[Path, jax.Array]:
-        """The arrays of `params`, a tree of this form, by path."""
-        return dict(zip(self.paths, jax.tree.leaves(params), strict=True))
+        """The arrays of `params` by path.
+
+        Raises:
+          ConfigError: `params` is no tree of this form.
+        """
+        leaves, tree = jax.tree.flatten(params)
+        if tree != self.tree:
+            raise ConfigError(
+                f"params: expected a pytree as it was wrapped, {shown(self.tree)}, found "
+                f"{shown(tree)}"
+            )
+        return dict(zip(self.paths, leaves, strict=True))
 
     def tree_of(self, leaves: Mapping[Path, jax.Array]) -> Tree:
         """The reverse of `leaves_of`."""
@@ -78,8 +89,8 @@ class PytreeStore(CollectionStore):
 
 
 def _accepts(model: Any, rules: WrapRules) -> bool:
-    leaves = jax.tree.leaves(model)
-    return bool(rules.layouts.rules) and all(isinstance(leaf, jax.Array) for leaf in leaves)
+    kinds = jax.Array, np.ndarray, jax.ShapeDtypeStruct  # the last is refused by name
+    return bool(rules.layouts.rules) and any(isinstance(x, kinds) for x in jax.tree.leaves(model))
 
 
 @register_front_end("a pytree of arrays with views= of its kernels", accepts=_accepts)
@@ -97,6 +108,11 @@ class PytreeRandLora(FunctionalRandLora):
         self._collections = store = PytreeStore(params)
         owned: dict[Path, dict[Path, jax.Array]] = {}
         for path, leaf in store.base_leaves().items():
+            if not path:
+                raise ConfigError(
+                    "params are one array without a name: hold it in a dict, such as "
+                    "{'layer': {'kernel': array}}"
+                )
             if not isinstance(leaf, jax.Array):
                 raise ConfigError(
                     f"params {dotted(path)!r} is a {type(leaf).__name__}: expected arrays alone; "
@@ -117,25 +133,25 @@ class PytreeRandLora(FunctionalRandLora):
         """The base model's own, frozen."""
         return self._collections.release()
 
+    def _params_of(self, variables: Mapping[str, Any]) -> Mapping[Path, Any]:
+        return self._collections.leaves_of(variables["params"])
+
     def merged(self, variables: Mapping[str, Any]) -> Tree:
         """The params with the active adapters' deltas added: formed in float32, rounded once.
 
         A pure function of `variables`, to be called inside ``jit`` and ``grad``.
+
+        Raises:
+          ConfigError: `variables` lack something, or hold what is not this model's.
         """
+        variables = self._checked(variables)
         store = self._collections
         leaves = store.leaves_of(variables["params"])
-        states = {name: state_of(tree) for name, tree in adapter_trees(variables).items()}
+        trees = adapter_trees(variables) if self._registry.active else {}
+        states = {name: state_of(tree) for name, tree in trees.items()}
         for state in states.values():
             leaves |= {path: x.astype(leaves[path].dtype) for path, x in state.saved.items()}
-        pairs = variables[PAIRS]
+        pairs = variables.get(PAIRS, {})
         updates = adapter_arrays.updates_by_layer(self._registry, states, pairs)
         leaves |= adapter_arrays.merged_kernels(self._registry, leaves, updates, traced=True)
         return store.tree_of(leaves)
-
-
-def _part(key: Any) -> str:
-    """One step of a path as users write it: a dict's key, an attribute's name, an index."""
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from randlora_jax.core.mesh import on_host, on_mesh
-from randlora_jax.interop.config import ALL_LINEAR, RandLoraConfig
-from randlora_jax.interop.errors import ConfigError, warn
+from randlora_jax.interop.adapter_name import checked_name
+from randlora_jax.interop.config import ALL_LINEAR, RandLoraConfig, expected_config
+from randlora_jax.interop.errors import ConfigError, shown, warn
 from randlora_jax.models import adapter_arrays, basis_source, coverage, files, life
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 from randlora_jax.models.store import ArrayStore
@@ -43,9 +44,12 @@ class AdaptedModel(ABC):
           trainable: False keeps it from the optimizer.
 
         Raises:
-          ConfigError: the name is taken or the configuration contradicts another adapter's.
+          ConfigError: the name is taken, or no adapter can have it; `config` is no RandLoraConfig,
+            or contradicts another adapter's.
           TargetError: the configuration selects no layer.
         """
+        self._check_new(adapter_name, rngs)
+        config = expected_config(config)
         registry, store = self._registry, self._store
         if config.target_modules == ALL_LINEAR:
             coverage.warn_of_left(registry, self._hint)
@@ -68,7 +72,7 @@ class AdaptedModel(ABC):
         Raises:
           ConfigError: no such adapter, or one of them is merged into the base.
         """
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        names = life.named(adapter_name)
         self._follow(life.chosen(self._registry, names, trainable=not inference_mode))
 
     @contextmanager
@@ -86,9 +90,7 @@ class AdaptedModel(ABC):
             yield
         finally:
             now = self._registry
-            self._follow(
-                dataclasses.replace(now, active=before.active, trained=before.trained)
-            )
+            self._follow(dataclasses.replace(now, active=before.active, trained=before.trained))
             if merged:
                 self.merge_adapter(list(merged))
 
@@ -123,7 +125,8 @@ class AdaptedModel(ABC):
           ConfigError: no such adapter, or (with `safe_merge`) a kernel would not be finite.
         """
         registry, store = self._registry, self._store
-        wanted = [n for n in (adapter_names or registry.active) if n not in registry.merged]
+        asked = life.named(adapter_names or registry.active)
+        wanted = [n for n in asked if n not in registry.merged]
         if not wanted:
             warn("all these adapters are merged already: nothing to do")
             return
@@ -168,7 +171,7 @@ class AdaptedModel(ABC):
         Returns:
           what was wrapped: the nnx module, a bound linen module, the Hugging Face model.
         """
-        names = list(adapter_names or self._registry.active)
+        names = life.named(adapter_names or self._registry.active)
         if not set(names) <= set(self._registry.merged):
             self.merge_adapter(names, safe_merge)
         return self._unwrapped(names)
@@ -180,6 +183,20 @@ class AdaptedModel(ABC):
         return self._unwrapped(self._registry.active)
 
     # Within.
+
+    def _check_new(self, adapter_name: str, rngs: Any) -> None:
+        """What every way to an adapter takes from the user.
+
+        Raises:
+          ConfigError: no adapter can have this name, or `rngs` cannot be drawn from.
+        """
+        checked_name(adapter_name)
+        drawn_from = isinstance(rngs, jax.Array) or callable(getattr(rngs, "params", None))
+        if rngs is not None and not drawn_from:
+            raise ConfigError(
+                "rngs: expected nnx.Rngs(seed) or a key such as jax.random.key(seed), found "
+                f"{shown(rngs)}"
+            )
 
     def _states(self, store: ArrayStore | None = None) -> dict[str, AdapterState]:
         """The arrays of every adapter as they are now."""

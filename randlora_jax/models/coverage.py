@@ -93,7 +93,7 @@ def warn_of_left(registry: AdapterRegistry, hint: str = "") -> None:
     """Warns of arrays that look like kernels, where all linear layers were asked for.
 
     Args:
-      hint: another way to have them, which the front end knows.
+      hint: a sentence on another way to have them, which the front end knows.
     """
     left = [array for array in registry.left if not array.other]
     if not left:
@@ -104,15 +104,14 @@ def warn_of_left(registry: AdapterRegistry, hint: str = "") -> None:
         alike.setdefault((owner, array.kind, len(array.shape)), []).append(array)
     views = {_rule(owner, arrays): _guess(arrays[0]) for (owner, _, _), arrays in alike.items()}
     kinds = sorted({kind for _, kind, _ in alike if kind})
-    stated = ", ".join(f"r{rule!r}: {axes!r}" for rule, axes in views.items())
+    ways = ["views={" + ", ".join(f"r{rule!r}: {axes!r}" for rule, axes in views.items()) + "}"]
+    if kinds:
+        ways.append("layer_types={" + ", ".join(f"{kind}: LayerType(...)" for kind in kinds) + "}")
     shown = [f"{slashed(array.path)} {array.shape}" for array in left]
     warn(
         f"the adapter leaves out {len(left)} arrays that look like kernels: {listed(shown)}. "
-        + (f"What these modules compute is unknown: {listed(kinds)}. " if kinds else "")
-        + (f"{hint}; or s" if hint else "S")
-        + f"tate how their axes form matrices (i in, o out, s stack; check each): views={{{stated}}}"
-        + (", or layer_types={" + ", ".join(f"{k}: LayerType(...)" for k in kinds) + "}" if kinds else "")
-        + ". model.coverage() lists all"
+        f"{hint}To have them, state how their axes form matrices (i in, o out, s stack; check each "
+        f"letter): {', or '.join(ways)}. model.coverage() lists all that is left out"
     )
 
 

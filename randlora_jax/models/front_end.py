@@ -8,15 +8,17 @@ class EquinoxRandLora(RandLoraModel): ...
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 from randlora_jax.core.ways import ExecutionOptions
-from randlora_jax.interop.errors import ConfigError, listed, warn
+from randlora_jax.interop.errors import ConfigError, listed, shown, warn
 from randlora_jax.models.adapted import AdaptedModel
 from randlora_jax.models.finding import StatedLayouts
 from randlora_jax.models.known_models import KnownModel
+from randlora_jax.models.layer import LayerType
 from randlora_jax.models.layer_types import Table
 from randlora_jax.models.names import Names, Rules
 
@@ -44,24 +46,99 @@ class WrapRules:
         """Of the arguments of `get_peft_model`.
 
         Raises:
-          ConfigError: `apply` or a view is malformed.
+          ConfigError: one of them is malformed.
         """
+        if isinstance(token_axes, str) or not _all_text(token_axes, Sequence):
+            raise ConfigError(
+                "token_axes: expected a sequence of names of mesh axes, such as ['data'], found "
+                f"{shown(token_axes)}"
+            )
         return cls(
             ExecutionOptions(apply, tuple(token_axes)),
-            StatedLayouts(views or {}),
-            Names(names or {}),
-            layer_types or {},
-            tuple(optional),
+            StatedLayouts(_rules("views", views, "'s i o'")),
+            Names(_rules("names", names, "'model.layers.{}.mlp.up_proj'", lists=True)),
+            _types(layer_types),
+            _expressions("optional", optional),
         )
 
     def beside(self, known: KnownModel) -> WrapRules:
         """The user's rules, and after them those of a model that is known by name."""
         return replace(
             self,
-            layouts=StatedLayouts({**self.layouts.rules, **known.layouts}, frozenset(known.layouts)),
+            layouts=StatedLayouts(
+                {**self.layouts.rules, **known.layouts}, frozenset(known.layouts)
+            ),
             names=Names({**self.names.rules, **known.names}, frozenset(known.names)),
             layer_types={**self.layer_types, **known.layer_types},
         )
+
+
+def _all_text(value: Any, kind: type) -> bool:
+    """Whether `value` is of `kind` and holds strings alone."""
+    return isinstance(value, kind) and all(isinstance(item, str) for item in value)
+
+
+def _rules(argument: str, rules: Any, example: str, *, lists: bool = False) -> Mapping[str, Any]:
+    """Rules on paths, an argument of `get_peft_model`; none for None.
+
+    Args:
+      lists: whether a rule may have several strings.
+
+    Raises:
+      ConfigError: they are no dict from regular expressions to strings.
+    """
+    rules = {} if rules is None else rules
+    if not _all_text(rules, Mapping):
+        raise ConfigError(
+            f"{argument}: expected a dict from regular expressions on paths, such as "
+            f"{{'layers/mlp/.*': {example}}}, found {shown(rules)}"
+        )
+    for rule, meant in rules.items():
+        try:
+            re.compile(rule)
+        except re.error as error:
+            raise ConfigError(
+                f"{argument}: {shown(rule)} is no regular expression: {error}"
+            ) from None
+        if not isinstance(meant, str) and not (lists and meant and _all_text(meant, Sequence)):
+            raise ConfigError(
+                f"{argument}: {shown(rule)}: expected a string such as {example}, found "
+                f"{shown(meant)}"
+            )
+    return cast(Mapping[str, Any], rules)
+
+
+def _expressions(argument: str, rules: Any) -> tuple[str, ...]:
+    """Regular expressions on paths, an argument of `get_peft_model`.
+
+    Raises:
+      ConfigError: they are no sequence of regular expressions.
+    """
+    if isinstance(rules, str) or not _all_text(rules, Sequence):
+        raise ConfigError(
+            f"{argument}: expected a sequence of regular expressions on paths, such as "
+            f"['vision/.*'], found {shown(rules)}"
+        )
+    return tuple(_rules(argument, {rule: rule for rule in rules}, ""))
+
+
+def _types(table: Any) -> Table:
+    """The argument `layer_types` of `get_peft_model`; none for None.
+
+    Raises:
+      ConfigError: it is no dict, or says of something what is no LayerType.
+    """
+    table = {} if table is None else table
+    sound = isinstance(table, Mapping) and all(
+        isinstance(kind, type | str) and (isinstance(known, LayerType) or callable(known))
+        for kind, known in table.items()
+    )
+    if not sound:
+        raise ConfigError(
+            "layer_types: expected a dict from types of layers to what is known of them, such as "
+            f"{{MyDense: LayerType(KernelLayout('i o'))}}, found {shown(table)}"
+        )
+    return cast(Table, table)
 
 
 Wrap = TypeVar("Wrap", bound="Callable[[Any, WrapRules], AdaptedModel]")
@@ -74,6 +151,12 @@ class _FrontEnd(NamedTuple):
 
 
 _front_ends: list[_FrontEnd] = []
+
+ADAPTED_ALREADY = (
+    "To put another adapter beside what is there, call model.add_adapter(name, config) or "
+    "model.load_adapter(directory, name); to begin anew, wrap what model.unload() gives back (or "
+    "model.merge_and_unload(), which keeps the adapter's effect)"
+)
 
 
 def register_front_end(
@@ -99,8 +182,14 @@ def wrap(model: Any, rules: WrapRules) -> AdaptedModel:
     """`model` wrapped by the front end that accepts it, with no adapter yet.
 
     Raises:
-      ConfigError: no front end accepts it, or its mesh has no such token axes.
+      ConfigError: it is wrapped already, no front end accepts it, or its mesh has no such token
+        axes.
     """
+    if isinstance(model, AdaptedModel):
+        raise ConfigError(
+            f"this model is wrapped already: a {type(model).__name__} with the adapters "
+            f"{listed(list(model._registry.specs))}. {ADAPTED_ALREADY}"
+        )
     for front_end in reversed(_front_ends):
         if front_end.accepts(model, rules):
             wrapped = front_end.wrap(model, rules)

@@ -3,7 +3,7 @@
 PEFT's names and meaning; what becomes of arrays is `adapter_arrays`' matter.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +13,12 @@ from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.basis_source import KeptPairs
 from randlora_jax.models.names import Path
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec
+
+
+def named(adapter_names: str | Iterable[str]) -> tuple[str, ...]:
+    """The names in what a user passes for one or several."""
+    one = isinstance(adapter_names, str) or not isinstance(adapter_names, Iterable)
+    return (adapter_names,) if one else tuple(adapter_names)
 
 
 def added(

@@ -19,6 +19,7 @@ from randlora_jax.core.mesh import alone_among_processes
 from randlora_jax.core.update import Update
 from randlora_jax.core.ways import Apply
 from randlora_jax.interop import hub
+from randlora_jax.interop.adapter_name import saving_folder
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.peft_dir import write_adapter
 from randlora_jax.interop.strict_json import write_text
@@ -139,20 +140,21 @@ class RandLoraModel(AdaptedModel):
             them; they come before those given there. Who reads the files here gives them again.
 
         Raises:
-          RandLoraError: something cannot be written as PEFT reads it; nothing was written.
+          RandLoraError: something cannot be written as PEFT reads it, or `directory` cannot be
+            one; nothing was written.
         """
         states = {name: state.on_host() for name, state in self._states().items()}
         with alone_among_processes("save_pretrained") as first:
             if not first:
                 return
+            folders = {name: saving_folder(directory, name) for name in states}
             registry = self._registry.renamed(Names(names)) if names else self._registry
             adapters = {n: files.export(registry, n, s) for n, s in states.items()}
             files.warn_if_apart(adapters)
             files.warn_of_own_names(registry, states)
             for name, adapter in adapters.items():
-                folder = FilePath(directory) / ("" if name == "default" else name)
-                write_adapter(folder, adapter)
-                card = folder / hub.CARD_NAME
+                write_adapter(folders[name], adapter)
+                card = folders[name] / hub.CARD_NAME
                 if not card.exists():  # the user's own words stay
                     numbers = states[name].size()
                     write_text(card, hub.model_card(adapter.config, len(adapter.layers), numbers))
@@ -189,8 +191,10 @@ class RandLoraModel(AdaptedModel):
 
         Raises:
           AdapterFileError: the files are damaged, incomplete or hold non-finite numbers.
+          ConfigError: the name is taken, or no adapter can have it.
           TargetError: the adapter's layers and this model's do not fit together.
         """
+        self._check_new(adapter_name, rngs)
         folder = hub.local_directory(directory, revision)
         store = self._store
         found = files.restore(

@@ -50,8 +50,9 @@ class Names:
 
     A rule's key is a regular expression that must match a whole path (``/`` between its parts);
     its value is the name, with ``\1`` for the expression's groups and ``{}`` for the index along
-    each stack axis (``{1}{0}`` for another order of them); slashes become dots. A kernel that holds the matrices of several PyTorch modules takes a list of
-    names, in the order of its last stack axis:
+    each stack axis (``{1}{0}`` for another order of them); slashes become dots. A kernel that holds
+    the matrices of several PyTorch modules takes a list of names, in the order of its last stack
+    axis:
 
         {r"layers/(\d+)/attn/q_proj": r"model.layers.\1.self_attn.q_proj",
          r"blocks/mlp/up": "model.layers.{}.mlp.up_proj",
@@ -72,7 +73,8 @@ class Names:
         Where no rule names them, a stack's indices come before the last part of its path.
 
         Raises:
-          TargetError: a rule names more or fewer matrices than the kernel holds.
+          TargetError: a rule gives what cannot be a name, or names more or fewer matrices than the
+            kernel holds.
         """
         joined = slashed(path)
         for pattern, names in self.rules.items():
@@ -80,9 +82,9 @@ class Names:
             if not match:
                 continue
             templates = [names] if isinstance(names, str) else list(names)
-            expanded = [match.expand(template).replace("/", ".") for template in templates]
+            expanded = [_expanded(pattern, match, template) for template in templates]
             outer = stack if isinstance(names, str) else stack[:-1]
-            found = tuple(e.format(*i) for i in np.ndindex(*outer) for e in expanded)
+            found = tuple(_numbered(pattern, e, i) for i in np.ndindex(*outer) for e in expanded)
             if len(set(found)) != math.prod(stack):
                 raise TargetError(
                     f"names rule {pattern!r} gives {len(set(found))} different names to "
@@ -102,5 +104,33 @@ class Names:
             match = re.fullmatch(pattern, joined)
             if match:
                 template = names if isinstance(names, str) else names[0]
-                return match.expand(template).replace("/", ".").replace("{}", "0")
+                return _expanded(pattern, match, template).replace("{}", "0")
         return dotted(path)
+
+
+def _expanded(pattern: str, match: re.Match[str], template: str) -> str:
+    """The name that a rule gives, ``{}`` still in it."""
+    try:
+        name = match.expand(template).replace("/", ".")
+    except (re.error, IndexError) as error:
+        raise TargetError(
+            f"names rule {pattern!r}: {template!r} cannot be filled in ({error}): it may refer to "
+            "the groups of the expression alone"
+        ) from None
+    if not all(name.split(".")):
+        raise TargetError(
+            f"names rule {pattern!r} gives {name!r}, which is no PyTorch module path: join the "
+            "parts of one by single dots, as in 'model.layers.0.mlp'"
+        )
+    return name
+
+
+def _numbered(pattern: str, name: str, index: tuple[int, ...]) -> str:
+    """A name with the index along each stack axis in it."""
+    try:
+        return name.format(*index)
+    except (IndexError, KeyError, ValueError) as error:
+        raise TargetError(
+            f"names rule {pattern!r} gives {name!r}, whose braces cannot be filled in with the "
+            f"indexes {index} of a stack ({error}): write {{}} for each stack axis"
+        ) from None

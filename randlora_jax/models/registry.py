@@ -14,8 +14,8 @@ from randlora_jax.core.mesh import on_host
 from randlora_jax.core.update import Update
 from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.interop import targets
-from randlora_jax.interop.config import RandLoraConfig
-from randlora_jax.interop.errors import ConfigError, TargetError
+from randlora_jax.interop.config import ALL_LINEAR, RandLoraConfig
+from randlora_jax.interop.errors import ConfigError, TargetError, shown
 from randlora_jax.models.basis_source import KeptPairs
 from randlora_jax.models.finding import FoundLayers, LeftArray, refuse_idle
 from randlora_jax.models.layer import Layer
@@ -171,9 +171,9 @@ class AdapterRegistry:
         Raises:
           ConfigError: there is none.
         """
-        if adapter_name not in self.specs:
+        if not isinstance(adapter_name, str) or adapter_name not in self.specs:
             raise ConfigError(
-                f"no adapter named {adapter_name!r}; this model has {sorted(self.specs)}"
+                f"no adapter named {shown(adapter_name)}; this model has {sorted(self.specs)}"
             )
         return self.specs[adapter_name]
 
@@ -209,9 +209,15 @@ class AdapterRegistry:
         """The canonical names that `config` adapts, with the layer that holds each.
 
         Raises:
-          TargetError: it selects none, or a part of what one array holds.
+          TargetError: it selects none, or a part of what one array holds, or the model itself.
         """
         owners = self.owners()
+        if "" in owners and (len(owners) == 1 or config.target_modules == ALL_LINEAR):
+            raise TargetError(
+                "the model itself is a layer, the root, and has no name by which an adapter could "
+                "take it: hold it in a module, such as Sequential, or give it the name that it has "
+                'in PyTorch, get_peft_model(..., names={"": "proj"})'
+            )
         heads = [name for name in owners if targets.is_output_head(name)]
         chosen = targets.select(
             config,

@@ -183,8 +183,8 @@ def test_a_stack_is_its_layers_one_by_one():
     model.variables = variables
     deltas = model.delta_weights()
     for i in range(3):
-        up = layers["up"]["kernel"][i] + deltas["layers.up"][i].T
-        down = layers["down"]["kernel"][i] + deltas["layers.down"][i].T
+        up = layers["up"]["kernel"][i] + deltas[f"layers.{i}.up"].T
+        down = layers["down"]["kernel"][i] + deltas[f"layers.{i}.down"].T
         hidden = jax.nn.relu(x @ up + layers["up"]["bias"][i])
         x = x + hidden @ down + layers["down"]["bias"][i]
     head = variables["params"]["head"]

@@ -336,7 +336,10 @@ def test_wholly_trained_modules_keep_their_frozen_original():
     )
     model = wrapped(config=config, moved=False)
     trained = {path[-1] for path, _ in nnx.to_flat_state(nnx.state(model, AdapterParam))}
-    assert trained == {"kernel", "bias"}  # by adapter, lambda and gamma of a kernel and whole leaves
+    assert trained == {
+        "kernel",
+        "bias",
+    }  # by adapter, lambda and gamma of a kernel and whole leaves
     assert set(model.model.head.trained_leaves["default"]) == {"kernel", "bias"}
     assert set(model.model.blocks[0].up.trained_leaves["default"]) == {"bias"}
     assert isinstance(model.model.blocks[0].down, nnx.Linear)

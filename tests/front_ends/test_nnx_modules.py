@@ -256,7 +256,7 @@ def test_what_a_call_changes_stays_changed():
 def test_a_layer_of_known_call_that_changes_its_state_is_refused():
     types = {Counting: LayerType(KernelLayout("i o"))}
     model = get_peft_model(Counted(), CONFIG, rngs=nnx.Rngs(1), layer_types=types)
-    with pytest.raises(ConfigError, match="changes its .* state its type without its call"):
+    with pytest.raises(ConfigError, match=r"changes its .* state its type without its call"):
         model(X)
 
 

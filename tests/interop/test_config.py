@@ -1,9 +1,12 @@
 """RandLoraConfig: PEFT's fields and file, louder about mistakes."""
 
+import copy
 import dataclasses
+import inspect
 import json
 import os
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -253,3 +256,69 @@ def test_a_written_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
     RandLoraConfig().save_pretrained(tmp_path)
     (tmp_path / "plain").write_text("")
     assert (tmp_path / CONFIG_NAME).stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("given", "right"),
+    {
+        "rank": "'r'",
+        "lora_alpha": "'randlora_alpha'",
+        "alpha": "'randlora_alpha'",
+        "dropout": "'randlora_dropout'",
+        "lora_dropout": "'randlora_dropout'",
+        "targets": "'target_modules'",
+        "target_module": "'target_modules'",
+        "Target-Modules": "'target_modules'",
+        "randlora_alfa": "'randlora_alpha'",
+        "R": "'r'",
+        "seed": "'projection_prng_key'",
+        "init_lora_weights": "'init_weights'",
+        "exclude_modules": "target_modules",
+        "peft_type": "from_dict",
+    }.items(),
+)
+def test_a_field_that_does_not_exist_is_answered_with_the_right_one(given: str, right: str) -> None:
+    for make in (RandLoraConfig, partial(dataclasses.replace, RandLoraConfig())):
+        with pytest.raises(ConfigError, match=f"there is no field '{given}'") as caught:
+            make(**{given: 8})
+        assert right in str(caught.value).split(given, 1)[1]
+
+
+@pytest.mark.parametrize("given", [8, {"r": 8}, None])
+def test_settings_are_given_by_keyword(given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"by keyword.*RandLoraConfig\(\*\*settings\)"):
+        RandLoraConfig(given)  # type: ignore[misc]
+
+
+def test_a_class_that_teaches_is_a_dataclass_still() -> None:
+    parameters = inspect.signature(RandLoraConfig).parameters
+    assert list(parameters) == [item.name for item in dataclasses.fields(RandLoraConfig)]
+    config = RandLoraConfig(r=4, target_modules=["q"])
+    for again in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert again == config
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine(RandLoraConfig):
+        more: int = 0
+
+        def __post_init__(self) -> None:
+            """Checks nothing."""
+
+    assert Mine(r=4, more=2).more == 2
+
+
+@pytest.mark.parametrize(
+    "targets",
+    ["all_linear", "all linear", "All_Linear", "alllinear", ["all-linear"], ["ALL-LINEAR"]],
+)
+def test_all_linear_misspelt_is_answered(targets: Any) -> None:
+    with pytest.raises(ConfigError, match="Write 'all-linear'") as caught:
+        RandLoraConfig(target_modules=targets)
+    assert repr(targets if isinstance(targets, str) else targets[0]) in str(caught.value)
+
+
+def test_what_only_looks_like_all_linear_is_taken() -> None:
+    assert RandLoraConfig(target_modules="ALL-LINEAR").target_modules == "all-linear"
+    for targets in ("all|linear", "(all|linear)", "all.linear"):
+        assert RandLoraConfig(target_modules=targets).target_modules == targets
+    assert RandLoraConfig(target_modules=["all_linear"]).target_modules == ("all_linear",)

@@ -134,7 +134,9 @@ def joined(
     if node is not None and set(node.shares) <= set(names):
         del found[BESIDE]
         for name, leaf in node.leaves:
-            found = _replaced(found, leaf, lambda held, name=name: join(name, held, node.shares[name]))
+            found = _replaced(
+                found, leaf, lambda held, name=name: join(name, held, node.shares[name])
+            )
     return found
 
 

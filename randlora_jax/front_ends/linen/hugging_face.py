@@ -11,6 +11,7 @@ from flax.core import unfreeze
 
 from randlora_jax.front_ends.collections import CollectionStore
 from randlora_jax.front_ends.linen.model import InterceptedRandLora
+from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.front_end import WrapRules, register_front_end
 from randlora_jax.models.names import Path
 from randlora_jax.models.registry import BaseModelInfo
@@ -20,7 +21,13 @@ class HuggingFaceStore(CollectionStore):
     """The collections of a Hugging Face model, which gets its params back in the end."""
 
     def __init__(self, model: Any) -> None:
-        params = unfreeze(model.params)
+        try:
+            params = unfreeze(model.params)
+        except ValueError as error:
+            raise ConfigError(
+                f"this {type(model).__name__} holds no params, since it was made with "
+                "_do_init=False: make it without that"
+            ) from error
         self.model = model
         # models with batch statistics keep whole collections in .params
         self.nested = "params" in params
@@ -85,7 +92,8 @@ class HuggingFaceRandLora(InterceptedRandLora):
 
         @functools.wraps(method)
         def joined(*args: Any, params: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
-            with self._adapting(self.params if params is None else params) as whole:
+            variables = self.params if params is None else self._checked(params)
+            with self._adapting(variables) as whole:
                 return method(*args, params=self._collections.params_of(whole), **kwargs)
 
         return joined

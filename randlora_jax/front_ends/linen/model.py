@@ -14,10 +14,10 @@ from flax.core import unfreeze
 from randlora_jax.front_ends.collections import (
     PAIRS,
     CollectionStore,
-    FunctionalRandLora,
     adapter_trees,
     state_of,
 )
+from randlora_jax.front_ends.functional import FunctionalRandLora
 from randlora_jax.front_ends.linen.beside import TokenOfCalls, laid_beside, without
 from randlora_jax.front_ends.linen.running import LinenRunner
 from randlora_jax.front_ends.linen.types import DENSE, TYPES
@@ -66,16 +66,16 @@ class InterceptedRandLora(FunctionalRandLora):
                 known = DENSE if taken and not rules.layouts.find(path) else None
             modules.append(FoundModule(path, arrays, type=known))
         found = find_layers(modules, rules.layouts, rules.names)
-        self._registry = AdapterRegistry.of(
-            found, info, rules.names, rules.options, rules.optional
-        )
+        self._registry = AdapterRegistry.of(found, info, rules.names, rules.options, rules.optional)
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Linen's ``Module.apply`` with the adapters in `variables` joined in.
 
         Raises:
-          ConfigError: the module's own call did not reach an adapted layer.
+          ConfigError: `variables` lack something, or hold what is not this model's; the module's
+            own call did not reach an adapted layer.
         """
+        variables = self._checked(variables)
         with self._adapting(variables) as whole:
             result = self.module.apply(whole, *args, **kwargs)
         if kwargs.get("method") is None:

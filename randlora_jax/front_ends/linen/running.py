@@ -121,9 +121,7 @@ class LinenRunner:
             return self._run_alone(met, taken)
         return self._run_in_kernels(met, taken)
 
-    def _met(
-        self, context: nn.module.InterceptorContext, arguments: Arguments
-    ) -> _Met | None:
+    def _met(self, context: nn.module.InterceptorContext, arguments: Arguments) -> _Met | None:
         """What is about to run, if it is a method of a module with adapted kernels."""
         module = context.module
         if module.scope is None or context.method_name == "setup" or is_lifted(context):

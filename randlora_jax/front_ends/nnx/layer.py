@@ -14,11 +14,11 @@ from randlora_jax.core.contraction import Contraction
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.ways import ExecutionOptions, possible_ways, require_a_way
+from randlora_jax.front_ends.call_input import input_of
 from randlora_jax.front_ends.nnx.call import CallContext, ModelToken, is_open, reached
 from randlora_jax.front_ends.nnx.running import (
     AdaptedKernel,
     as_function,
-    input_of,
     multiplies_in,
     run_in_kernels,
 )
@@ -96,7 +96,8 @@ class RandLoraLayer(nnx.Module):
             specs = [
                 spec
                 for spec in settings.specs
-                if spec.name not in settings.merged and key in self.randlora_lambda.get(spec.name, {})
+                if spec.name not in settings.merged
+                and key in self.randlora_lambda.get(spec.name, {})
             ]
             if specs:
                 found.append((layer, specs))
@@ -154,10 +155,11 @@ class RandLoraLayer(nnx.Module):
         state = nnx.to_flat_state(nnx.state(base))
         kernel, call = self._kernel(layer, dict(state))
         inner = any(isinstance(leaf, AdapterParam | FrozenAdapterParam) for _, leaf in state)
-        if method != "__call__" or call is None or more or inner:
+        alone = method == "__call__" and call is not None and not more and not inner
+        taken = input_of(base.__call__, args, kwargs) if alone else None
+        if taken is None:
             kernels = self._kernels(dict(state), context)
             return run_in_kernels(base, method, (args, kwargs), kernels)
-        taken = input_of(base.__call__, args, kwargs)
         run, _, read = as_function(base, layer.leaf, taken)
         dtype = multiplies_in(self.base_layer, kernel.promoted(taken.x))
         running = RunningLayer(layer.name, run, read, kernel, call, dtype)
@@ -173,9 +175,7 @@ class RandLoraLayer(nnx.Module):
             flat[leaf] = flat[leaf].replace(kernel.taking(updates))
         return cast(nnx.Module, nnx.merge(graph, nnx.from_flat_state(flat)))
 
-    def _kernel(
-        self, layer: Layer, state: Mapping[Path, Any]
-    ) -> tuple[Kernel, Contraction | None]:
+    def _kernel(self, layer: Layer, state: Mapping[Path, Any]) -> tuple[Kernel, Contraction | None]:
         """The kernel of a layer as it is in this call, and what the layer computes."""
         array = state[layer.leaf].get_raw_value()
         layout, call = layer.running(array.shape, layer.type, type(self.base_layer).__name__)

@@ -12,6 +12,7 @@ from randlora_jax.front_ends.nnx.parts import reached_through
 from randlora_jax.front_ends.nnx.running import multiplies_in
 from randlora_jax.front_ends.nnx.store import NnxStore
 from randlora_jax.front_ends.nnx.variables import FrozenLoRAParam, SharedBasis, retype_loras
+from randlora_jax.front_ends.nnx.wrappable import make_wrappable
 from randlora_jax.models import known_models
 from randlora_jax.models.adapter_arrays import Leaves
 from randlora_jax.models.finding import find_layers
@@ -34,14 +35,16 @@ class NnxRandLora(RandLoraModel, nnx.Module):
 
     def __init__(self, model: nnx.Module, rules: WrapRules) -> None:
         known = known_models.about(model)
-        refuse_idle_types(rules.layer_types, {type(module) for _, module in nnx.iter_modules(model)})
+        walked = list(nnx.iter_modules(model))
+        make_wrappable(walked)
+        retype_loras(walked, nnx.LoRAParam, FrozenLoRAParam)
+        refuse_idle_types(rules.layer_types, {type(module) for _, module in walked})
         rules = rules.beside(known)
         types = LayerTypes((rules.layer_types, TYPES))
         self.model = model
-        retype_loras(model, nnx.LoRAParam, FrozenLoRAParam)
         self.bases: dict[str, dict[str, SharedBasis]] = nnx.data({})
         self._token = ModelToken()
-        found = find_layers(modules_of(model, types), rules.layouts, rules.names)
+        found = find_layers(modules_of(walked, types), rules.layouts, rules.names)
         self._registry = AdapterRegistry.of(
             found, known.info, rules.names, rules.options, rules.optional
         )

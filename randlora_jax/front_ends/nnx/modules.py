@@ -1,11 +1,13 @@
 """The modules of an nnx model, and which of their arrays may be kernels."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
 
 from randlora_jax.core.kernel_layout import KernelLayout
+from randlora_jax.front_ends.nnx.layer import RandLoraLayer
+from randlora_jax.front_ends.nnx.variables import SharedBasis
 from randlora_jax.models.finding import QUANTISED, FoundModule
 from randlora_jax.models.layer import LayerType
 from randlora_jax.models.layer_types import LayerTypes, Table, of_axes, of_einsum
@@ -44,12 +46,15 @@ _OTHER: Mapping[type, str] = {
 _NORMED = (nnx.WeightNorm, nnx.SpectralNorm)
 
 _CONTAINERS = (nnx.List, nnx.Dict)
-_NO_PARAMETERS = (nnx.RngState, nnx.BatchStat, nnx.Cache, nnx.Intermediate)
+_NO_PARAMETERS = (nnx.RngState, nnx.BatchStat, nnx.Cache, nnx.Intermediate, SharedBasis)
 
 
-def modules_of(model: nnx.Module, types: LayerTypes) -> list[FoundModule]:
-    """Every module of `model` with the parameters that it holds itself."""
-    walked = list(nnx.iter_modules(model))
+def modules_of(walked: Sequence[tuple[Path, nnx.Module]], types: LayerTypes) -> list[FoundModule]:
+    """Every module of a model with the parameters that it holds itself.
+
+    Args:
+      walked: the modules, by their paths.
+    """
     held = {path: dict(_variables_of(m)) for path, m in walked if not _is_held(path, m)}
     owners: dict[int, list[Path]] = {}
     for path, variables in held.items():
@@ -75,8 +80,8 @@ def modules_of(model: nnx.Module, types: LayerTypes) -> list[FoundModule]:
 
 
 def _is_held(path: Path, module: nnx.Module) -> bool:
-    """Whether what a module holds counts as its owner's, which it is a mere container of."""
-    return bool(path) and isinstance(module, _CONTAINERS)
+    """Whether what a module holds is not its own: a container's, or adapters' of another model."""
+    return bool(path) and isinstance(module, (*_CONTAINERS, RandLoraLayer))
 
 
 def _variables_of(holder: Any) -> Iterator[tuple[Path, nnx.Variable[Any]]]:

@@ -5,13 +5,11 @@ by any of its methods (`run_in_kernels`).
 """
 
 import functools
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -19,49 +17,9 @@ from randlora_jax.core.applying import Run, comparable
 from randlora_jax.core.hoisting import Hoisted
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.update import Update
+from randlora_jax.front_ends.call_input import Arguments, CallInput, with_input
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.names import Path, dotted
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a call: by position, by keyword
-
-
-class CallInput(NamedTuple):
-    """A layer's input among the arguments of its call.
-
-    Args:
-      x: the input.
-      rest: the arguments without it.
-      place: where it stood: its position, or its keyword.
-    """
-
-    x: jax.Array
-    rest: Arguments
-    place: int | str
-
-
-def input_of(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallInput:
-    """The first array of floating numbers among the arguments, in the order of the signature.
-
-    Raises:
-      ConfigError: there is none.
-    """
-    order: list[int | str] = list(range(len(args)))
-    parameters = inspect.signature(call).parameters if kwargs else {}
-    order += [name for name in parameters if name in kwargs]
-    order += [name for name in kwargs if name not in parameters]
-    for place in order:
-        value = args[place] if isinstance(place, int) else kwargs[place]
-        if hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.inexact):
-            if isinstance(place, int):
-                rest: Arguments = ((*args[:place], None, *args[place + 1 :]), kwargs)
-            else:
-                rest = (args, {**kwargs, place: None})
-            return CallInput(value, rest, place)
-    raise ConfigError(
-        f"{getattr(call, '__qualname__', call)} was called without an array of floating numbers, "
-        "so what the adapter sees is unknown; state the layer's type without its call: "
-        "layer_types={...: LayerType(layout, call=None)}"
-    )
 
 
 @dataclass(frozen=True)
@@ -83,10 +41,7 @@ class _RunLayer:
     def __call__(self, kernel: jax.Array, x: jax.Array, *read: jax.Array) -> jax.Array:
         """What the layer returns."""
         variable, rest, args, kwargs = self.values.with_arrays([kernel, *read])
-        if isinstance(self.place, int):
-            args = (*args[: self.place], x, *args[self.place + 1 :])
-        else:
-            kwargs = {**kwargs, self.place: x}
+        args, kwargs = with_input((args, kwargs), self.place, x)
         layer = nnx.merge(self.graph, nnx.from_flat_state({**rest, self.leaf: variable}))
         before = _values(layer)
         out = layer(*args, **kwargs)

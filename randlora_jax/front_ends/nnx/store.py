@@ -184,7 +184,7 @@ class NnxStore(ArrayStore):
         wrappers = self._wrappers().values()
         root = cast(nnx.Module, self.root)
         replace_modules(root, {id(wrapper): wrapper.base_layer for wrapper in wrappers})
-        retype_loras(self.root.model, FrozenLoRAParam, nnx.LoRAParam)
+        retype_loras(list(nnx.iter_modules(self.root.model)), FrozenLoRAParam, nnx.LoRAParam)
         return self.root.model
 
 

@@ -1,5 +1,8 @@
 """The types of Variable by which nnx's filters tell what trains from what does not."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import jax
 from flax import nnx
 
@@ -27,9 +30,17 @@ def retyped(leaf: nnx.Variable[jax.Array], *, trained: bool) -> nnx.Variable[jax
     return leaf if type(leaf) is kind else kind(leaf[...])
 
 
-def retype_loras(model: nnx.Module, old: type[nnx.Variable], new: type[nnx.Variable]) -> None:
-    """Makes `new` of the base model's own LoRA parameters, which are `old`."""
-    for _, module in list(nnx.iter_modules(model)):
+def retype_loras(
+    modules: Iterable[tuple[tuple[Any, ...], nnx.Module]],
+    old: type[nnx.Variable],
+    new: type[nnx.Variable],
+) -> None:
+    """Makes `new` of the base model's own LoRA parameters, which are `old`.
+
+    Args:
+      modules: all of the model's, with their paths.
+    """
+    for _, module in modules:
         for name, value in list(vars(module).items()):
             if type(value) is old:
                 setattr(module, name, new(value.get_raw_value(), **value.get_metadata()))

@@ -1,0 +1,212 @@
+"""A wrapped model that is a function of its variables: what it takes, and what it refuses.
+
+Variables are trees that users take apart, save and put together again, so whatever can be missing
+or not fit is looked for before anything runs: as for all that only shapes decide, under ``jit``
+this costs nothing after tracing.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax.core import unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from randlora_jax.core.bases import BasisPair, Extents
+from randlora_jax.front_ends.collections import (
+    FROZEN,
+    GAMMA,
+    LAMBDA,
+    PAIRS,
+    TRAINED,
+    CollectionStore,
+    adapter_trees,
+    as_arrays,
+    base_arrays,
+    base_collections,
+    state_of,
+)
+from randlora_jax.interop.errors import ConfigError, listed, shown, warn
+from randlora_jax.models.model import RandLoraModel
+from randlora_jax.models.names import Path, dotted
+from randlora_jax.models.registry import AdapterRegistry, AdapterState
+
+_WHOLE = (
+    "{**frozen, 'randlora': trained} is whole, where trained, frozen = model.split(), and so is "
+    "model.variables"
+)
+
+
+class FunctionalRandLora(RandLoraModel):
+    """A model that is a function of its variables.
+
+    `_collections` holds them; what the base model's own are, its front end says.
+    """
+
+    _collections: CollectionStore
+
+    @property
+    def _store(self) -> CollectionStore:
+        return self._collections
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Every collection; assign it back after training."""
+        registry, store = self._registry, self._collections
+        trees = {name: self._tree(name) for name in registry.active}
+        trained = {n: trees[n] for n in registry.training}
+        frozen = {n: tree for n, tree in trees.items() if n not in trained}
+        return {**store.base, TRAINED: trained, FROZEN: frozen, PAIRS: dict(store.pairs())}
+
+    @variables.setter
+    def variables(self, variables: Mapping[str, Any]) -> None:
+        _check_kind(variables)
+        lost = [name for name, held in self.variables.items() if held and name not in variables]
+        if lost:
+            raise ConfigError(
+                f"the variables lack the collections {listed(lost)}, which would be lost: {_WHOLE}"
+            )
+        self._check_adapters(variables)
+        self._collections.trees |= as_arrays(unfreeze(variables.get(TRAINED, {})))
+        self._collections.base = base_arrays(unfreeze(base_collections(variables)))
+
+    def split(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(what an optimizer trains, all other collections): pytrees of arrays.
+
+        ``{**frozen, "randlora": trained}`` is the whole again, what `apply` takes.
+        """
+        frozen = self.variables
+        return frozen.pop(TRAINED), frozen
+
+    def _tree(self, adapter_name: str) -> dict[str, Any]:
+        """An adapter's leaves; those whose delta is merged into the kernels left out."""
+        tree = self._collections.trees[adapter_name]
+        if adapter_name not in self._registry.merged:
+            return tree
+        leaves = flatten_dict(tree)
+        return unflatten_dict({p: x for p, x in leaves.items() if p[-1] not in (LAMBDA, GAMMA)})
+
+    def _checked(self, variables: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`variables`, if this model can run with them.
+
+        Raises:
+          ConfigError: the bases or other parts are missing, or something in them is not this
+            model's.
+
+        Warns where the trained leaves are missing, so that the base model runs.
+        """
+        _check_kind(variables)
+        registry = self._registry
+        applied = {name for name in registry.active if name not in registry.merged}
+        expected = {TRAINED: set(registry.training), FROZEN: applied - set(registry.training)}
+        lost = [name for name, names in expected.items() if names and name not in variables]
+        if lost:
+            adapters = sorted(set().union(*(expected[name] for name in lost)))
+            warn(
+                f"the variables have no collection {listed(lost)}, so the model runs without the "
+                f"adapters {listed(adapters)}: {_WHOLE}. (To run the base model, call it within "
+                "model.disable_adapter())"
+            )
+        if registry.active:
+            self._check_adapters(variables)
+        return variables
+
+    def _check_adapters(self, variables: Mapping[str, Any]) -> None:
+        """What `variables` have of adapters is this model's, and the bases they need are there."""
+        for name, tree in adapter_trees(variables).items():
+            if name not in self._registry.specs:
+                raise ConfigError(
+                    f"no adapter named {shown(name)}, whose leaves the variables hold; this model "
+                    f"has {listed(sorted(self._registry.specs))}: add it first"
+                )
+            merged = name in self._registry.merged
+            _check_leaves(name, tree, self._collections.trees[name], merged=merged)
+            state = state_of(tree)
+            if state.layers:
+                _check_pair(self._registry, name, state, variables)
+            lost = [path for path in state.saved if path not in self._params_of(variables)]
+            if lost:
+                raise ConfigError(
+                    f"variables: 'params' lack {listed(list(map(dotted, lost)))}, which adapter "
+                    f"{name!r} trains whole: {_WHOLE}"
+                )
+
+    def _params_of(self, variables: Mapping[str, Any]) -> Mapping[Path, Any]:
+        """The base model's leaves in `variables` by path."""
+        leaves: Mapping[Path, Any] = flatten_dict(unfreeze(variables["params"]))
+        return leaves
+
+
+def _check_kind(variables: Any) -> None:
+    """A dict of collections, params among them; the adapters' own are dicts."""
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        found = listed(sorted(variables)) if isinstance(variables, Mapping) else shown(variables)
+        raise ConfigError(
+            f"variables: expected a dict of collections, 'params' among them, found {found}: "
+            f"{_WHOLE}"
+        )
+    for collection in (TRAINED, FROZEN, PAIRS):
+        held = variables.get(collection, {})
+        trees = held.values() if isinstance(held, Mapping) else [held]
+        if not all(isinstance(tree, Mapping | tuple) for tree in trees):  # a pair is a tuple
+            raise ConfigError(
+                f"variables: {collection!r}: expected a dict of trees, found {shown(held)}"
+            )
+
+
+def _check_leaves(name: str, tree: Any, kept: Mapping[str, Any], *, merged: bool) -> None:
+    """An adapter's tree has the leaves and the shapes of the one that is kept.
+
+    Args:
+      merged: lambda and gamma may be left out, since their delta is in the kernels.
+    """
+    found = {path: np.shape(x) for path, x in flatten_dict(unfreeze(tree)).items()}
+    expected = {path: np.shape(x) for path, x in flatten_dict(kept).items()}
+    needed = [p for p in expected if not (merged and p[-1] in (LAMBDA, GAMMA))]
+    for path in [*needed, *found]:
+        theirs, ours = (
+            f"of shape {shapes[path]}" if path in shapes else "none" for shapes in (found, expected)
+        )
+        if theirs != ours:
+            raise ConfigError(
+                f"adapter {name!r}: {dotted(path)!r}: expected {ours}, found {theirs}: these are "
+                f"the leaves of another adapter, or not all of them; {_WHOLE}"
+            )
+
+
+def _check_pair(
+    registry: AdapterRegistry, name: str, state: AdapterState, variables: Mapping[str, Any]
+) -> None:
+    """The pair of bases that an adapter's layers slice is in `variables`, and is large enough."""
+    spec = registry.specs[name]
+    identity, pairs = str(spec.identity), variables.get(PAIRS)
+    if pairs is None or identity not in pairs:
+        found = "no such collection" if pairs is None else listed(sorted(pairs)) or "none"
+        raise ConfigError(
+            f"variables: expected the bases {identity!r} of adapter {name!r} in {PAIRS!r}, found "
+            f"{found}: {_WHOLE}"
+        )
+    pair = pairs[identity]
+    if not isinstance(pair, BasisPair):
+        raise ConfigError(
+            f"variables: {PAIRS!r} holds {identity!r} as a {type(pair).__name__}, not as the "
+            "BasisPair it was: restore a checkpoint into a tree like model.variables, or take "
+            "this collection from there"
+        )
+    needed = registry.used_extents(spec, state.layers)
+    shapes = np.shape(pair.A), np.shape(pair.B)
+    fits = (
+        len(shapes[0]) == 2
+        and len(shapes[1]) == 3
+        and needed
+        == Extents(
+            min(shapes[1][0], needed.max),
+            min(shapes[1][1], needed.n),
+            min(shapes[0][1], needed.min),
+        )
+    )
+    if not fits:
+        raise ConfigError(
+            f"variables: the bases {identity!r} have shapes {shapes}; adapter {name!r} needs "
+            f"(r, {needed.min}) and ({needed.max}, {needed.n}, r) of them: {_WHOLE}"
+        )

@@ -1,0 +1,59 @@
+"""What an nnx model must be before it can be wrapped."""
+
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from randlora_jax.front_ends.nnx.call import ModelToken
+from randlora_jax.front_ends.nnx.layer import RandLoraLayer
+from randlora_jax.interop.errors import ConfigError, listed
+from randlora_jax.models.front_end import ADAPTED_ALREADY
+from randlora_jax.models.names import Path, dotted
+
+
+def make_wrappable(modules: Iterable[tuple[Path, nnx.Module]]) -> None:
+    """Puts JAX's arrays where NumPy's are, as `nnx.update` leaves them.
+
+    Args:
+      modules: all of a model's, with their paths.
+
+    Raises:
+      ConfigError: an earlier wrap replaced layers of this model in place, or it has no arrays yet.
+    """
+    modules = list(modules)
+    # a wrapped model may be a part of another: it holds its layers' token
+    whole = [getattr(module, "_token", None) for _, module in modules]
+    wrapped = {id(token) for token in whole if isinstance(token, ModelToken)}
+    adapted = [
+        dotted(path)
+        for path, module in modules
+        if isinstance(module, RandLoraLayer) and id(module.settings.model) not in wrapped
+    ]
+    if adapted:
+        raise ConfigError(
+            f"this model was wrapped already, and its layers {listed(adapted, 3)} were replaced in "
+            f"place: go on with what get_peft_model gave back then. {ADAPTED_ALREADY}"
+        )
+    for path, variable in _variables(modules):
+        value = variable.get_raw_value()
+        if isinstance(value, jax.ShapeDtypeStruct):
+            raise ConfigError(
+                f"{dotted(path)!r} is abstract, a ShapeDtypeStruct: the model has no arrays yet. "
+                "Load or initialise them, then wrap it; or wrap it within: nnx.eval_shape(lambda: "
+                "get_peft_model(Model(rngs), config)) gives an abstract wrapped model"
+            )
+        if isinstance(value, np.ndarray):
+            variable.set_raw_value(jnp.asarray(value))
+
+
+def _variables(
+    modules: Iterable[tuple[Path, nnx.Module]],
+) -> Iterator[tuple[Path, nnx.Variable[jax.Array]]]:
+    """What each module holds itself, by its path."""
+    for path, module in modules:
+        for name, value in vars(module).items():
+            if isinstance(value, nnx.Variable):
+                yield (*path, name), value
