@@ -1,7 +1,6 @@
 """The wrapper that stands in the place of a module and runs it with its adapters."""
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -120,7 +119,7 @@ class RandLoraLayer(nnx.Module):
         if running and isinstance(getattr(type(base), name, None), property):
             return getattr(self._in_kernels(base), name)
         found = getattr(base, name)
-        if inspect.ismethod(found):
+        if getattr(found, "__self__", None) is base:  # a method, of the module or of its class
             return functools.wraps(found)(functools.partial(self._method, name))
         if running and any(layer.leaf[0] == name for layer, _ in self.applied()):
             return getattr(self._in_kernels(base), name)

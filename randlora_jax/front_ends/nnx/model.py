@@ -44,7 +44,7 @@ class NnxRandLora(RandLoraModel, nnx.Module):
         self.model = model
         self.bases: dict[str, dict[str, SharedBasis]] = nnx.data({})
         self._token = ModelToken()
-        found = find_layers(modules_of(walked, types), rules.layouts, rules.names)
+        found = find_layers(modules_of(walked, types, rules.layouts), rules.layouts, rules.names)
         self._registry = AdapterRegistry.of(
             found, known.info, rules.names, rules.options, rules.optional
         )

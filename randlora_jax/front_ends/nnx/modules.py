@@ -6,9 +6,10 @@ from typing import Any
 from flax import nnx
 
 from randlora_jax.core.kernel_layout import KernelLayout
+from randlora_jax.front_ends.nnx.bridges import bridge_of
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
 from randlora_jax.front_ends.nnx.variables import SharedBasis
-from randlora_jax.models.finding import QUANTISED, FoundModule
+from randlora_jax.models.finding import QUANTISED, FoundModule, StatedLayouts
 from randlora_jax.models.layer import LayerType
 from randlora_jax.models.layer_types import LayerTypes, Table, of_axes, of_einsum
 from randlora_jax.models.names import Path, dotted
@@ -49,11 +50,14 @@ _CONTAINERS = (nnx.List, nnx.Dict)
 _NO_PARAMETERS = (nnx.RngState, nnx.BatchStat, nnx.Cache, nnx.Intermediate, SharedBasis)
 
 
-def modules_of(walked: Sequence[tuple[Path, nnx.Module]], types: LayerTypes) -> list[FoundModule]:
+def modules_of(
+    walked: Sequence[tuple[Path, nnx.Module]], types: LayerTypes, stated: StatedLayouts
+) -> list[FoundModule]:
     """Every module of a model with the parameters that it holds itself.
 
     Args:
       walked: the modules, by their paths.
+      stated: layouts that the user states.
     """
     held = {path: dict(_variables_of(m)) for path, m in walked if not _is_held(path, m)}
     owners: dict[int, list[Path]] = {}
@@ -64,6 +68,9 @@ def modules_of(walked: Sequence[tuple[Path, nnx.Module]], types: LayerTypes) -> 
     found = []
     for path, module in walked:
         if path not in held:
+            continue
+        if bridge := bridge_of(module):
+            found += bridge.modules(path, module, stated)
             continue
         arrays = {leaf: variable.get_raw_value() for leaf, variable in held[path].items()}
         found.append(

@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from randlora_jax.core.bases import BasisPair
+from randlora_jax.front_ends.nnx.bridges import bridge_of
 from randlora_jax.front_ends.nnx.call import ModelToken
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer, Settings
 from randlora_jax.front_ends.nnx.variables import (
@@ -124,7 +125,7 @@ class NnxStore(ArrayStore):
         for layer in registry.layers.values():
             layers.setdefault(layer.owner, []).append(layer)
         made = {
-            path: RandLoraLayer(
+            path: _wrapper_of(module)(
                 module,
                 Settings(tuple(layers.get(path, ())), registry.options, self.root._token),
             )
@@ -186,6 +187,11 @@ class NnxStore(ArrayStore):
         replace_modules(root, {id(wrapper): wrapper.base_layer for wrapper in wrappers})
         retype_loras(list(nnx.iter_modules(self.root.model)), FrozenLoRAParam, nnx.LoRAParam)
         return self.root.model
+
+
+def _wrapper_of(module: nnx.Module) -> type[RandLoraLayer]:
+    bridge = bridge_of(module)
+    return bridge.wrapper if bridge else RandLoraLayer
 
 
 def _bare(path: Path) -> Path:

@@ -1,0 +1,126 @@
+"""Linen modules inside an nnx model (``nnx.bridge.ToNNX``): their layers run as linen's do."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import flax.linen as nn
+from flax import nnx
+
+from randlora_jax.front_ends.collections import GAMMA, LAMBDA, TRAINED
+from randlora_jax.front_ends.linen.beside import CallToken, laid_beside, without
+from randlora_jax.front_ends.linen.running import LinenRunner
+from randlora_jax.front_ends.linen.types import DENSE, TYPES
+from randlora_jax.front_ends.nnx.bridges import Bridge, register_bridge
+from randlora_jax.front_ends.nnx.call import CallContext, reached
+from randlora_jax.front_ends.nnx.layer import RandLoraLayer
+from randlora_jax.models.finding import FoundLayers, FoundModule, StatedLayouts
+from randlora_jax.models.layer import Layer
+from randlora_jax.models.layer_types import LayerTypes
+from randlora_jax.models.names import Names, Path, slashed
+from randlora_jax.models.registry import AdapterRegistry, BaseModelInfo
+
+_MODULE = "to_nnx__module"  # where ToNNX keeps its linen module
+
+
+class RandLoraToNNX(RandLoraLayer):
+    """Stands in the place of a ToNNX and runs its linen module with the adapters joined in."""
+
+    def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        base = self._effective()
+        call = getattr(base, method)
+        if not self.applied():
+            return call(*args, **kwargs)
+        context = reached(self.settings.model, [layer.name for layer, _ in self.applied()])
+        with self._joining(base, context):
+            return call(*args, **kwargs)
+
+    @contextmanager
+    def _joining(self, base: nnx.Module, context: CallContext) -> Iterator[None]:
+        """Within, the linen module that `base` applies is one that joins the adapters in."""
+        held = vars(base)  # past nnx's checks: it is put back before anything sees it
+        module = held[_MODULE]
+        held[_MODULE] = _Joined(module, self._registry(), self._trees(), context)
+        try:
+            yield
+        finally:
+            held[_MODULE] = module
+
+    def _registry(self) -> AdapterRegistry:
+        """Of the linen module by itself."""
+        layers = (_inside(layer) for layer, _ in self.applied())
+        found = FoundLayers({layer.name: layer for layer in layers}, ())
+        registry = AdapterRegistry.of(found, BaseModelInfo(), Names({}), self.settings.options)
+        specs = {spec.name: spec for spec in self.settings.specs}
+        return replace(registry, specs=specs, active=tuple(specs))
+
+    def _trees(self) -> dict[str, dict[str, Any]]:
+        """Lambda and gamma as linen's collections hold them."""
+        trees: dict[str, dict[str, Any]] = {}
+        for layer, specs in self.applied():
+            for spec in specs:
+                node = trees.setdefault(spec.name, {})
+                for part in _inside(layer).path:
+                    node = node.setdefault(part, {})
+                for leaf, held in zip((LAMBDA, GAMMA), self.held()[:2], strict=False):
+                    value = held[spec.name][slashed(layer.leaf)][...]
+                    node[leaf] = layer.layout.stack_first(value)
+        return trees
+
+
+class _Joined:
+    """A linen module that is applied with adapters joined in."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        registry: AdapterRegistry,
+        trees: dict[str, dict[str, Any]],
+        context: CallContext,
+    ) -> None:
+        self.module, self.registry, self.trees, self.context = module, registry, trees, context
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As the module's own."""
+        whole = laid_beside(
+            {**variables, TRAINED: self.trees}, self.registry.layers, CallToken(), applied=True
+        )
+        runner = LinenRunner(self.registry, LayerTypes((TYPES,)), self.context.pairs, {})
+        with runner.running():
+            result = self.module.apply(whole, *args, **kwargs)
+        if kwargs.get("mutable", False) is not False and "params" in result[-1]:
+            output, updates = result
+            return output, {**updates, "params": without(updates["params"])}
+        return result
+
+
+def _inside(layer: Layer) -> Layer:
+    """A layer as the linen module by itself has it."""
+    path, (*owner, leaf) = layer.path[len(layer.owner) :], layer.leaf
+    return replace(layer, path=path, owner=tuple(owner), leaf=(leaf,))
+
+
+def _modules(path: Path, module: nnx.bridge.ToNNX, stated: StatedLayouts) -> list[FoundModule]:
+    """What is in a ToNNX: nobody tells the types of linen modules before they run."""
+    owned: dict[Path, dict[Path, Any]] = {}
+
+    def walk(inner: Path, held: Mapping[str, Any]) -> None:
+        for name, value in held.items():
+            if isinstance(value, nnx.Variable):
+                if isinstance(value, nnx.Param):
+                    owned.setdefault(inner, {})[(name,)] = value.get_raw_value()
+            elif isinstance(value, Mapping) and not name.startswith("_pytree__"):
+                walk((*inner, name), value)
+
+    walk((), {n: x for n, x in vars(module).items() if not n.startswith("to_nnx__")})
+    found = []
+    for inner, arrays in owned.items():
+        whole = (*path, *inner)
+        taken = ("kernel",) in arrays and arrays[("kernel",)].ndim == 2 and not stated.find(whole)
+        known = DENSE if taken else None
+        found.append(FoundModule(whole, arrays, type=known, inside=path))
+    return found
+
+
+register_bridge(Bridge(nnx.bridge.ToNNX, _modules, RandLoraToNNX))
