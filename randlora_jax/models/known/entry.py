@@ -1,0 +1,44 @@
+"""What is known of a model class, so that its users need not say it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from randlora_jax.models.layer_types import Table
+from randlora_jax.models.names import Rules
+from randlora_jax.models.registry import BaseModelInfo
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """What users would else state themselves: see `get_peft_model`.
+
+    Args:
+      info: what PEFT records of the PyTorch twin.
+    """
+
+    names: Rules = field(default_factory=dict)
+    layouts: Mapping[str, str] = field(default_factory=dict)
+    layer_types: Table = field(default_factory=dict)
+    info: BaseModelInfo = field(default_factory=BaseModelInfo)
+
+
+# By the full name of a model's class; where its config decides, how to tell.
+Entries = Mapping[str, KnownModel | Callable[[Any], KnownModel]]
+
+
+def twin(torch_class: str, package: str, model_type: str = "", head: bool = True) -> BaseModelInfo:
+    """Of the class `torch_class` in ``transformers.models.<package>``.
+
+    Args:
+      model_type: PEFT's word for the family, where it is not the package's name.
+      head: it has an output embedding, which "all-linear" leaves out.
+    """
+    return BaseModelInfo(
+        model_type=model_type or package,
+        auto_mapping={
+            "base_model_class": torch_class,
+            "parent_library": f"transformers.models.{package}.modeling_{package}",
+        },
+        has_output_head=head,
+    )
