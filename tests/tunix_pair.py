@@ -10,6 +10,7 @@ environment as tunix's own installation makes it, with transformers 5.
 import importlib.util
 import json
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import peft
 import torch
 import transformers
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from randlora_jax import AdapterParam, RandLoraConfig, RandLoraModel, get_peft_model
 
@@ -86,6 +88,20 @@ def llama3(folder):
     return transformers.LlamaForCausalLM, config, load
 
 
+def qwen2(folder):
+    from tunix.models.qwen2 import model, params
+
+    config = with_rope(transformers.Qwen2Config, ROPE, tie_word_embeddings=False)
+
+    def load():
+        ours = model.ModelConfig(
+            **sizes(config), vocab_size=61, rope_theta=int(ROPE), norm_eps=config.rms_norm_eps
+        )
+        return params.create_model_from_safe_tensors(str(folder), ours, dtype=jnp.float32)
+
+    return transformers.Qwen2ForCausalLM, config, load
+
+
 def qwen3(folder):
     from tunix.models.qwen3 import model, params
 
@@ -102,6 +118,35 @@ def qwen3(folder):
         return params.create_model_from_safe_tensors(str(folder), ours, dtype=jnp.float32)
 
     return transformers.Qwen3ForCausalLM, config, load
+
+
+def gemma1(folder):
+    from tunix.models.gemma import model, params_safetensors
+
+    config = with_rope(transformers.GemmaConfig, 1e4, hidden_activation="gelu_pytorch_tanh")
+
+    def load():
+        # tunix's loader reads Gemma 2's names alone, where this norm has another one
+        norm = "post_attention_layernorm", "pre_feedforward_layernorm"
+        renamed = {
+            name.replace(*norm): tensor
+            for name, tensor in load_file(folder / "model.safetensors").items()
+        }
+        with tempfile.TemporaryDirectory() as checkpoint:
+            save_file(renamed, Path(checkpoint) / "model.safetensors")
+            ours = model.ModelConfig(
+                **sizes(config),
+                num_embed=61,
+                final_logit_softcap=None,
+                use_post_attn_norm=False,
+                use_post_ffw_norm=False,
+                attention_types=(model.AttentionType.GLOBAL,) * 2,
+            )
+            return params_safetensors.create_model_from_safe_tensors(
+                checkpoint, ours, dtype=jnp.float32
+            )
+
+    return transformers.GemmaForCausalLM, config, load
 
 
 def gemma2(folder, kv_heads=2):
@@ -154,7 +199,7 @@ def gemma3(folder):
     return transformers.Gemma3ForCausalLM, config, load
 
 
-MODELS = {f.__name__: f for f in (llama3, qwen3, gemma2, gemma2_fused, gemma3)}
+MODELS = {f.__name__: f for f in (llama3, qwen2, qwen3, gemma1, gemma2, gemma2_fused, gemma3)}
 IDS = np.random.default_rng(0).integers(3, 61, (3, 9))
 
 

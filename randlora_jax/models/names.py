@@ -50,9 +50,9 @@ class Names:
 
     A rule's key is a regular expression that must match a whole path (``/`` between its parts);
     its value is the name, with ``\1`` for the expression's groups and ``{}`` for the index along
-    each stack axis (``{1}{0}`` for another order of them); slashes become dots. A kernel that holds
-    the matrices of several PyTorch modules takes a list of names, in the order of its last stack
-    axis:
+    each stack axis (``{1}`` and ``{0}`` for two of them the other way round); slashes become dots.
+    A kernel that holds the matrices of several PyTorch modules takes a list of names, in the order
+    of its last stack axis:
 
         {r"layers/(\d+)/attn/q_proj": r"model.layers.\1.self_attn.q_proj",
          r"blocks/mlp/up": "model.layers.{}.mlp.up_proj",
@@ -104,7 +104,7 @@ class Names:
             match = re.fullmatch(pattern, joined)
             if match:
                 template = names if isinstance(names, str) else names[0]
-                return _expanded(pattern, match, template).replace("{}", "0")
+                return re.sub(r"\{\d*\}", "0", _expanded(pattern, match, template))
         return dotted(path)
 
 

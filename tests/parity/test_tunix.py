@@ -15,7 +15,10 @@ PYTHON = os.environ.get("TUNIX_PYTHON", sys.executable)
 MODELS = [
     "qwen3",
     "gemma2_fused",
-    *(pytest.param(name, marks=pytest.mark.long) for name in ("llama3", "gemma2", "gemma3")),
+    *(
+        pytest.param(name, marks=pytest.mark.long)
+        for name in ("llama3", "qwen2", "gemma1", "gemma2", "gemma3")
+    ),
 ]
 
 

@@ -6,6 +6,7 @@ Most are made of flax's own layers under the twin's names, so that only the twin
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.models.known.entry import Entries, KnownModel, twin
 from randlora_jax.models.layer import LayerType
+from randlora_jax.models.layer_types import Table
 from randlora_jax.models.names import Rules
 
 _DENSE = LayerType(KernelLayout("i o"))
@@ -63,7 +64,7 @@ _LLADA: Rules = {
     r"(ff_out|ln_f|wte)": r"model.transformer.\1",
 }
 
-_SHARDED = {
+_SHARDED: Table = {
     f"bonsai.models.{package}.modeling.ShardedLinear": _DENSE for package in ("llada", "qwen3_vl")
 }
 

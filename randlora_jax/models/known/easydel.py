@@ -9,13 +9,14 @@ from typing import Any
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.models.known.entry import Entries, KnownModel, twin
 from randlora_jax.models.layer import LayerType
+from randlora_jax.models.layer_types import Table
 
 
 def _experts(module: Any) -> LayerType:
     return LayerType(KernelLayout("s o i" if module.out_first else "s i o"), None)
 
 
-_TYPES = {
+_TYPES: Table = {
     "easydel.layers.linears._linear.ParallelLinear": LayerType(KernelLayout("i o"), None),
     "easydel.layers.linears._linear_moe.ParallelMoELinear": _experts,
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 from randlora_jax.models.known.entry import Entries, KnownModel, twin
 from randlora_jax.models.layer import LayerType
-from randlora_jax.models.layer_types import of_einsum
+from randlora_jax.models.layer_types import Table, of_einsum
 from randlora_jax.models.names import Rules
 from randlora_jax.models.registry import BaseModelInfo
 
@@ -33,7 +33,7 @@ def _names(decoder: str = "model.") -> Rules:
         r"layers/(\d+)/mlp/(gate|up|down)_proj": layer + r"mlp.\2_proj",
         r"layers/(\d+)/(input|post_attention)_layernorm": layer + r"\2_layernorm",
         r"layers/(\d+)/pre_attention_norm": layer + "input_layernorm",
-        r"layers/(\d+)/post_attention_norm": layer + "post_attention_layernorm",
+        r"layers/(\d+)/post_att(?:entio)?n_norm": layer + "post_attention_layernorm",
         r"layers/(\d+)/(pre|post)_ffw_norm": layer + r"\2_feedforward_layernorm",
         "embedder": decoder + "embed_tokens",
         "final_norm": decoder + "norm",
@@ -76,7 +76,7 @@ def _einsum(module: Any) -> LayerType | None:
 def _known(
     package: str, names: Rules, info: BaseModelInfo, layouts: dict[str, str] | None = None
 ) -> KnownModel:
-    types = {f"tunix.models.{package}.model.Einsum": _einsum}
+    types: Table = {f"tunix.models.{package}.model.Einsum": _einsum}
     return KnownModel(names, {**_LAYOUTS, **(layouts or {})}, types, info)
 
 
