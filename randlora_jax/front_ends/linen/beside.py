@@ -5,8 +5,9 @@ they do the kernels they belong to, and ``nn.jit`` sees that a call is another o
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
 
 import jax
 from flax.core import unfreeze
@@ -21,6 +22,8 @@ from randlora_jax.models.registry import AdapterRegistry
 
 BESIDE = "randlora"  # its name among the params of a module
 
+SHARES, TOLD = "shares", "told"  # the two parts of what lies there
+
 Shares = Mapping[str, tuple[jax.Array, jax.Array]]  # lambda and gamma by adapter
 
 
@@ -30,6 +33,20 @@ class CallToken:
 
     ``nn.jit`` keeps what it compiled for every later call of equal arguments, of whatever model.
     """
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Told:
+    """What no array tells of what lies beside the kernels of one module.
+
+    Args:
+      leaves: the names of the layers, and where the kernel of each is from here.
+      token: of the call.
+    """
+
+    leaves: tuple[tuple[str, Path], ...]
+    token: CallToken
 
 
 class TokenOfCalls:
@@ -48,22 +65,6 @@ class TokenOfCalls:
             token = CallToken()
             self._last = now, token
         return token
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Beside:
-    """What adapters add to the kernels of one module: a pytree.
-
-    Args:
-      shares: by layer, and by adapter; stack axes where the kernel has them.
-      leaves: where the kernel of each layer is, from here.
-      token: of the call.
-    """
-
-    shares: Mapping[str, Shares]
-    leaves: tuple[tuple[str, Path], ...] = field(metadata={"static": True})
-    token: CallToken = field(metadata={"static": True})
 
 
 def laid_beside(
@@ -89,7 +90,7 @@ def laid_beside(
             params[path] = boxed_as(held, leaf.astype(unboxed(held).dtype))
     for owner, shares in laid.items():
         mine = tuple((name, leaves[name]) for name in sorted(shares))
-        params[(*owner, BESIDE)] = Beside(shares, mine, token)
+        params[(*owner, BESIDE)] = {SHARES: shares, TOLD: Told(mine, token)}
     return {**base_collections(variables), "params": unflatten_dict(params)}
 
 
@@ -104,40 +105,56 @@ def _place(layer: Layer) -> tuple[Path, Path]:
     return owner, leaf
 
 
-def nodes_in(params: Mapping[str, Any], *, deep: bool) -> Iterator[tuple[Path, Beside]]:
-    """What lies beside the kernels of a module whose params are given, and where.
+def layers_in(params: Mapping[str, Any], *, deep: bool) -> Iterator[tuple[str, Path]]:
+    """The layers with something beside their kernels, in the params of a module; the kernel's path.
 
     Args:
       deep: look further in, too.
     """
     for key, value in params.items():
         if key == BESIDE:
-            yield (), value
+            yield from value[TOLD].leaves
         elif deep and isinstance(value, Mapping):
-            for path, node in nodes_in(value, deep=True):
-                yield (key, *path), node
+            for name, path in layers_in(value, deep=True):
+                yield name, (key, *path)
+
+
+class Join(Protocol):
+    """Makes what takes the place of a layer's kernel."""
+
+    def __call__(self, name: str, held: Any, beside: Shares) -> Any:
+        """Args: `held`: the kernel as it lies there; `beside`: what adapters laid beside it."""
 
 
 def joined(
-    params: Mapping[str, Any], names: Collection[str], join: Callable[[str, Any, Shares], Any]
+    params: Mapping[str, Any], names: Collection[str], join: Join
 ) -> dict[str, Any]:
     """`params` with the kernels of the layers of `names` joined with what lies beside them.
-
-    Args:
-      join: (layer, its kernel as it is held, what lies beside it) -> what takes its place.
     """
     found: dict[str, Any] = {
-        key: joined(value, names, join) if isinstance(value, Mapping) else value
+        key: joined(value, names, join) if isinstance(value, Mapping) and key != BESIDE else value
         for key, value in params.items()
     }
-    node = found.get(BESIDE)
-    if node is not None and set(node.shares) <= set(names):
-        del found[BESIDE]
-        for name, leaf in node.leaves:
-            found = _replaced(
-                found, leaf, lambda held, name=name: join(name, held, node.shares[name])
-            )
+    if BESIDE not in found:
+        return found
+    beside = found.pop(BESIDE)
+    shares, told, left = beside[SHARES], beside[TOLD], []
+    for name, leaf in told.leaves:
+        if name in names:
+            found = _replaced(found, leaf, partial(join, name, beside=shares[name]))
+        else:
+            left.append((name, leaf))
+    if left:
+        rest = {name: shares[name] for name, _ in left}
+        found[BESIDE] = {SHARES: rest, TOLD: replace(told, leaves=tuple(left))}
     return found
+
+
+def at(tree: Any, path: Path) -> Any:
+    """What is at `path` of a tree."""
+    for part in path:
+        tree = tree[part]
+    return tree
 
 
 def _replaced(tree: Any, path: Path, change: Callable[[Any], Any]) -> Any:

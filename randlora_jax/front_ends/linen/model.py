@@ -63,7 +63,8 @@ class InterceptedRandLora(FunctionalRandLora):
                 known = self._types.find(traced[path]) if path in traced else None
             else:  # a plain module is not traced: its type is taken until it is called
                 taken = ("kernel",) in arrays and arrays[("kernel",)].ndim == 2
-                known = DENSE if taken and not rules.layouts.find(path) else None
+                stated = rules.layouts.find(path) or rules.layouts.find((*path, "kernel"))
+                known = DENSE if taken and not stated else None
             modules.append(FoundModule(path, arrays, type=known))
         found = find_layers(modules, rules.layouts, rules.names)
         self._registry = AdapterRegistry.of(found, info, rules.names, rules.options, rules.optional)

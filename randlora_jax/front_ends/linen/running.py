@@ -26,8 +26,9 @@ from randlora_jax.core.ways import Way, possible_ways, require_a_way
 from randlora_jax.front_ends.boxes import boxed_as, unboxed
 from randlora_jax.front_ends.call_input import Arguments, CallInput, input_of
 from randlora_jax.front_ends.linen.alone import alone
-from randlora_jax.front_ends.linen.beside import BESIDE, Shares, joined, nodes_in
+from randlora_jax.front_ends.linen.beside import BESIDE, SHARES, Shares, at, joined, layers_in
 from randlora_jax.front_ends.linen.lifted import is_lifted, maps_around, method_of, run_with
+from randlora_jax.front_ends.linen.normed import refuse_normed
 from randlora_jax.front_ends.linen.types import changes_state, modules_inside, type_of
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.layer import Layer, LayerRun, LayerType
@@ -59,6 +60,16 @@ class _Met:
     known: Mapping[str, LayerType | None]
     kinds: Mapping[str, str]
 
+    def parted(self) -> tuple["_Met", "_Met"]:
+        """With those layers of which a class is known, and this is none; with all others."""
+        strange = {
+            name: (layer, path)
+            for name, (layer, path) in self.layers.items()
+            if layer.type is not None and self.known[name] is None
+        }
+        others = {name: met for name, met in self.layers.items() if name not in strange}
+        return replace(self, layers=strange), replace(self, layers=others)
+
     def input_alone(self) -> CallInput | str:
         """The input of a layer that can run alone; or why this one cannot."""
         ((name, (_, path)), *more) = self.layers.items()
@@ -69,7 +80,7 @@ class _Met:
             return "its module has several adapted kernels"
         if known is None or known.call is None:
             return "the layer is not known to be a sum over axes of its input"
-        if len(path) > 1 or any(node for node, _ in nodes_in(self.own, deep=True)):
+        if len(path) > 1 or len(list(layers_in(self.own, deep=True))) > 1:
             return "layers inside it are adapted, too"
         if changes_state(self.module):
             return "it may change its collections in this call"
@@ -93,6 +104,7 @@ class LinenRunner:
     pairs: Mapping[str, BasisPair]
     seen: dict[str, LayerRun]
     _maps: int = field(default=0, init=False)  # our own nn.map_variables that are running
+    _ran: set[str] = field(default_factory=set, init=False)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -112,10 +124,23 @@ class LinenRunner:
             return call(*args, **kwargs)
         if maps_around(met.module) > self._maps:
             raise ConfigError(
-                f"{listed(met.layers)} run inside nn.map_variables (as in nn.WeightNorm and "
-                "nn.SpectralNorm), which may make another kernel of the one that is stored: called "
-                "and merged would differ. Leave them out of target_modules"
+                f"{listed(met.layers)} run inside nn.map_variables, which may make another kernel "
+                "of the one that is stored: called and merged would differ. Leave them out of "
+                "target_modules"
             )
+        # a module that shares its scope with a layer (nn.share_scope) leaves it to that
+        strange, told = met.parted()
+        if not strange.layers:
+            return self._run(met)
+        out = self._run(told) if told.layers else call(*args, **kwargs)
+        for layer, path in strange.layers.values():
+            if layer.name not in self._ran:
+                self._kernel(strange, layer, at(met.own, path))
+        return out
+
+    def _run(self, met: _Met) -> Any:
+        """What the method returns, with the adapters joined in."""
+        self._ran |= met.layers.keys()
         taken = met.input_alone()
         if isinstance(taken, CallInput):
             return self._run_alone(met, taken)
@@ -126,12 +151,12 @@ class LinenRunner:
         module = context.module
         if module.scope is None or context.method_name == "setup" or is_lifted(context):
             return None
+        refuse_normed(module)
         own = module.variables.get("params", {})
         is_bridge = isinstance(module, nnx.bridge.ToLinen)
         layers = {
-            name: (self.registry.layers[name], (*path, *leaf))
-            for path, node in nodes_in(own, deep=is_bridge)
-            for name, leaf in node.leaves
+            name: (self.registry.layers[name], path)
+            for name, path in layers_in(own, deep=is_bridge)
         }
         if not layers:
             return None
@@ -158,7 +183,7 @@ class LinenRunner:
         dtype = jnp.result_type(taken.x, kernel.array) if stated is None else stated
         self.seen[name] = LayerRun(call, dtype)
         running = RunningLayer(name, comparable(run), read, kernel, call, dtype)
-        shares = self._contributions(module, layer, kernel, own[BESIDE].shares[name])
+        shares = self._contributions(module, layer, kernel, own[BESIDE][SHARES][name])
         return adapted(running, taken.x, shares, self.registry.options)
 
     def _run_in_kernels(self, met: _Met, not_beside: str) -> Any:

@@ -32,6 +32,7 @@ TYPES: Table = {
     nn.Dense: DENSE,
     nn.DenseGeneral: _dense_general,
     nn.Einsum: _einsum,
+    "flax.linen.recurrent.DenseParams": LayerType(KernelLayout("io"), None),  # hands it to its cell
     "transformers.models.gpt2.modeling_flax_gpt2.FlaxConv1D": LayerType(
         KernelLayout("oi"), fan_in_fan_out=True
     ),

@@ -1,0 +1,53 @@
+"""Layers whose kernel is normalised before it multiplies: ``nn.WeightNorm``, ``nn.SpectralNorm``.
+
+Called, an adapter would be added to the normalised kernel; merged, to the one that is stored. The
+two are different models, so such layers take none.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+from flax.traverse_util import flatten_dict
+
+from randlora_jax.front_ends.linen.beside import layers_in
+from randlora_jax.interop.errors import ConfigError, listed
+from randlora_jax.models.names import Path
+
+_REASON = "a {} multiplies by another kernel than the one that is stored"
+
+
+def normed_kernels(collections: Mapping[str, Any]) -> dict[Path, str]:
+    """Kernels around which such a module has left its own variables; why they take no adapter.
+
+    It names them by the kernel's path from the layer's parent: "dense/kernel/scale".
+    """
+    params = flatten_dict(collections.get("params", {}))
+    found: dict[Path, str] = {}
+    for name, collection in collections.items():
+        kind = "WeightNorm" if name == "params" else "SpectralNorm"
+        last = "scale" if name == "params" else "sigma"
+        for *owner, key in flatten_dict(collection):
+            *inner, end = str(key).split("/")
+            if inner and end == last:
+                for outer in (owner[:-1], owner):  # the layer is beside that module, or in it
+                    path = (*outer, *inner)
+                    if path in params:
+                        found[path] = _REASON.format(kind)
+    return found
+
+
+def refuse_normed(module: nn.Module) -> None:
+    """Nothing, if `module`, which is about to run, normalises no adapted kernel.
+
+    Raises:
+      ConfigError: it does.
+    """
+    if isinstance(module, nn.WeightNorm | nn.SpectralNorm):
+        params = module.layer_instance.variables.get("params", {})
+        if names := dict(layers_in(params, deep=True)):
+            reason = _REASON.format(type(module).__name__)
+            raise ConfigError(
+                f"{listed(names)}: {reason}, so called and merged would differ; leave it out of "
+                "target_modules"
+            )
