@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from randlora_jax.interop.errors import RandLoraError as RandLoraError
     from randlora_jax.interop.errors import TargetError as TargetError
     from randlora_jax.models.layer import LayerType as LayerType
+    from randlora_jax.models.sample_inputs import SampleInputs as SampleInputs
     from randlora_jax.wrapping import RandLoraModel as RandLoraModel
     from randlora_jax.wrapping import get_peft_model as get_peft_model
     from randlora_jax.wrapping import register_front_end as register_front_end
@@ -42,6 +43,7 @@ _HOMES = {
     "get_peft_model": "wrapping",
     "register_front_end": "wrapping",
     "LayerType": "models.layer",
+    "SampleInputs": "models.sample_inputs",
     "KernelLayout": "core.kernel_layout",
     "Contraction": "core.contraction",
     "AdapterParam": "front_ends.nnx",

@@ -36,6 +36,7 @@ def get_peft_model(
     names: Rules | None = None,
     layer_types: Table | None = None,
     optional: Sequence[str] = (),
+    sample_inputs: Any = None,
 ) -> NnxRandLora: ...
 @overload
 def get_peft_model(  # type: ignore[overload-cannot-match]  # to our checker flax is Any
@@ -50,6 +51,7 @@ def get_peft_model(  # type: ignore[overload-cannot-match]  # to our checker fla
     names: Rules | None = None,
     layer_types: Table | None = None,
     optional: Sequence[str] = (),
+    sample_inputs: Any = None,
 ) -> LinenRandLora: ...
 @overload
 def get_peft_model(  # type: ignore[overload-cannot-match]
@@ -64,6 +66,7 @@ def get_peft_model(  # type: ignore[overload-cannot-match]
     names: Rules | None = None,
     layer_types: Table | None = None,
     optional: Sequence[str] = (),
+    sample_inputs: Any = None,
 ) -> Any: ...
 def get_peft_model(
     model: Any,
@@ -77,6 +80,7 @@ def get_peft_model(
     names: Rules | None = None,
     layer_types: Table | None = None,
     optional: Sequence[str] = (),
+    sample_inputs: Any = None,
 ) -> Any:
     """Wraps `model` with a fresh RandLoRA adapter; before training it computes what `model` does.
 
@@ -98,11 +102,17 @@ def get_peft_model(
       layer_types: types of layers that this library does not know (`LayerType`).
       optional: regular expressions on the paths of layers that a call of the whole model may pass
         by; any other adapted layer that the first call does not reach is an error.
+      sample_inputs: of a linen module, what it is called with: a tuple of arguments, a dict of
+        keyword arguments or a `SampleInputs`, which may name another method. It is then run once
+        without numbers, and every layer that this reaches tells its type.
 
     Raises:
       ConfigError: `model` or `config` cannot be used.
       TargetError: `config` selects no layer of `model`.
     """
-    wrapped = wrap(model, WrapRules.stated(apply, token_axes, views, names, layer_types, optional))
+    wrapped = wrap(
+        model,
+        WrapRules.stated(apply, token_axes, views, names, layer_types, optional, sample_inputs),
+    )
     wrapped.add_adapter(adapter_name, config, rngs=rngs)
     return wrapped

@@ -21,6 +21,7 @@ from randlora_jax.models.store import ArrayStore
 class AdaptedModel(ABC):
     """A base model whose adapters come and go; `RandLoraModel` adds looking at them and files."""
 
+    takes_sample_inputs = False  # it can be run abstractly, to tell its layers
     _registry: AdapterRegistry
     _hint = ""  # how this front end may find more layers
 

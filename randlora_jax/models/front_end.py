@@ -21,6 +21,7 @@ from randlora_jax.models.known_models import KnownModel
 from randlora_jax.models.layer import LayerType
 from randlora_jax.models.layer_types import Table
 from randlora_jax.models.names import Names, Rules
+from randlora_jax.models.sample_inputs import SampleInputs
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class WrapRules:
     names: Names = field(default_factory=lambda: Names({}))
     layer_types: Table = field(default_factory=dict)
     optional: tuple[str, ...] = ()
+    sample_inputs: SampleInputs | None = None
 
     @classmethod
     def stated(
@@ -42,6 +44,7 @@ class WrapRules:
         names: Rules | None,
         layer_types: Table | None,
         optional: Sequence[str],
+        sample_inputs: Any,
     ) -> WrapRules:
         """Of the arguments of `get_peft_model`.
 
@@ -59,6 +62,7 @@ class WrapRules:
             Names(_rules("names", names, "'model.layers.{}.mlp.up_proj'", lists=True)),
             _types(layer_types),
             _expressions("optional", optional),
+            SampleInputs.of(sample_inputs),
         )
 
     def beside(self, known: KnownModel) -> WrapRules:
@@ -197,6 +201,11 @@ def wrap(model: Any, rules: WrapRules) -> AdaptedModel:
     else:
         expected = ", or ".join(front_end.expects for front_end in reversed(_front_ends))
         raise ConfigError(f"cannot wrap a {type(model).__name__}: expected {expected}")
+    if rules.sample_inputs is not None and not wrapped.takes_sample_inputs:
+        raise ConfigError(
+            f"sample_inputs: a {type(model).__name__} tells its layers without a call; they are "
+            "for a flax.linen module bound to its variables"
+        )
     _warn_of_hidden(model, wrapped)
     mesh, token_axes = wrapped._registry.replicated, rules.options.token_axes
     if not set(token_axes) <= set(mesh.mesh.axis_names if mesh else ()):

@@ -220,6 +220,7 @@ class RandLoraModel(AdaptedModel):
         names: Rules | None = None,
         layer_types: Table | None = None,
         optional: Sequence[str] = (),
+        sample_inputs: Any = None,
         torch_generation: str | None = None,
         revision: str | None = None,
     ) -> Any:
@@ -228,10 +229,13 @@ class RandLoraModel(AdaptedModel):
         Args:
           model: as for `get_peft_model`.
           is_trainable: the adapter's numbers are trained on; else they are frozen like the base.
-          apply, token_axes, rngs, views, names, layer_types, optional: as for `get_peft_model`.
+          apply, token_axes, rngs, views, names, layer_types, optional, sample_inputs: as for
+            `get_peft_model`.
           torch_generation, revision: as for `load_adapter`.
         """
-        rules = WrapRules.stated(apply, token_axes, views, names, layer_types, optional)
+        rules = WrapRules.stated(
+            apply, token_axes, views, names, layer_types, optional, sample_inputs
+        )
         wrapped = cast(RandLoraModel, wrap(model, rules))
         wrapped.load_adapter(
             directory,

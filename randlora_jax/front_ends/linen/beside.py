@@ -53,18 +53,17 @@ class TokenOfCalls:
     """Gives equal calls of one model one token."""
 
     def __init__(self) -> None:
-        self._last: tuple[list[Any], CallToken] = ([], CallToken())
+        self._pairs: list[jax.Array] = []
+        self._tokens: dict[AdapterRegistry, CallToken] = {}
 
     def of(self, registry: AdapterRegistry, pairs: Mapping[str, BasisPair]) -> CallToken:
         """Of a call that depends on `registry` and `pairs`; of none but it, where it is traced."""
-        told, token = self._last
-        now = [registry, *jax.tree.leaves(pairs)]
+        now = jax.tree.leaves(pairs)
         if any(isinstance(x, jax.core.Tracer) for x in now):
             return CallToken()
-        if len(now) != len(told) or any(a is not b for a, b in zip(now, told, strict=True)):
-            token = CallToken()
-            self._last = now, token
-        return token
+        if list(map(id, now)) != list(map(id, self._pairs)):
+            self._pairs, self._tokens = now, {}
+        return self._tokens.setdefault(registry, CallToken())
 
 
 def laid_beside(
@@ -82,7 +81,7 @@ def laid_beside(
     for adapter_name, tree in trees.items():
         state = state_of(tree)
         for name, arrays in state.layers.items():
-            owner, leaves[name] = _place(layers[name])
+            owner, leaves[name] = place_beside(layers[name].owner, layers[name].leaf)
             lam, gamma = map(layers[name].layout.along_stack, arrays)
             laid.setdefault(owner, {}).setdefault(name, {})[adapter_name] = (lam, gamma)
         for path, leaf in state.saved.items():
@@ -94,12 +93,11 @@ def laid_beside(
     return {**base_collections(variables), "params": unflatten_dict(params)}
 
 
-def _place(layer: Layer) -> tuple[Path, Path]:
-    """Where to lay what belongs beside a kernel, and where the kernel is from there.
+def place_beside(owner: Path, leaf: Path) -> tuple[Path, Path]:
+    """Where to lay what belongs beside an array of `owner`, and where the array is from there.
 
     As near as it goes: not among numbered arrays, where a name has no place.
     """
-    owner, leaf = layer.owner, layer.leaf
     while not isinstance(leaf[0], str):
         owner, leaf = owner[:-1], (owner[-1], *leaf)
     return owner, leaf
@@ -126,11 +124,8 @@ class Join(Protocol):
         """Args: `held`: the kernel as it lies there; `beside`: what adapters laid beside it."""
 
 
-def joined(
-    params: Mapping[str, Any], names: Collection[str], join: Join
-) -> dict[str, Any]:
-    """`params` with the kernels of the layers of `names` joined with what lies beside them.
-    """
+def joined(params: Mapping[str, Any], names: Collection[str], join: Join) -> dict[str, Any]:
+    """`params` with the kernels of the layers of `names` joined with what lies beside them."""
     found: dict[str, Any] = {
         key: joined(value, names, join) if isinstance(value, Mapping) and key != BESIDE else value
         for key, value in params.items()

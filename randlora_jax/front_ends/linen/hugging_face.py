@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 from flax.core import unfreeze
 
 from randlora_jax.front_ends.collections import CollectionStore
-from randlora_jax.front_ends.linen.model import InterceptedRandLora
+from randlora_jax.front_ends.linen.model import InterceptedRandLora, types_with
+from randlora_jax.front_ends.linen.tracing import Trace
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.front_end import WrapRules, register_front_end
-from randlora_jax.models.names import Path
 from randlora_jax.models.registry import BaseModelInfo
 
 
@@ -58,7 +57,9 @@ class HuggingFaceRandLora(InterceptedRandLora):
 
     def __init__(self, model: Any, rules: WrapRules) -> None:
         self.model = model
-        self._begin(model.module, HuggingFaceStore(model), rules, _trace(model), _info(model))
+        init = functools.partial(model.init_weights, input_shape=model.input_shape)
+        trace = Trace(types_with(rules)).initialised(init, model.key)
+        self._begin(model.module, HuggingFaceStore(model), rules, trace, _info(model))
 
     @property
     def _base_name(self) -> str:
@@ -104,26 +105,6 @@ def _parameters(method: Callable[..., Any]) -> Mapping[str, Any]:
         return inspect.signature(method).parameters
     except (TypeError, ValueError):
         return {}
-
-
-def _trace(model: Any) -> dict[Path, nn.Module]:
-    """The linen module at each path of a Hugging Face model, by an abstract run of its init."""
-    found: dict[Path, nn.Module] = {}
-
-    def note(
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        context: nn.module.InterceptorContext,
-    ) -> Any:
-        found[context.module.path] = context.module.clone(parent=None)
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(note):
-        jax.eval_shape(
-            functools.partial(model.init_weights, input_shape=model.input_shape), model.key
-        )
-    return found
 
 
 def _info(model: Any) -> BaseModelInfo:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import flax.linen as nn
-import jax
 from flax.core import unfreeze
 
 from randlora_jax.front_ends.collections import (
@@ -19,17 +18,23 @@ from randlora_jax.front_ends.collections import (
 )
 from randlora_jax.front_ends.functional import FunctionalRandLora
 from randlora_jax.front_ends.linen.beside import TokenOfCalls, laid_beside, without
+from randlora_jax.front_ends.linen.modules import modules_of
 from randlora_jax.front_ends.linen.running import LinenRunner
-from randlora_jax.front_ends.linen.types import DENSE, TYPES
+from randlora_jax.front_ends.linen.tracing import Trace
+from randlora_jax.front_ends.linen.types import TYPES
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.adapter_arrays import Leaves
-from randlora_jax.models.finding import FoundModule, find_layers
+from randlora_jax.models.finding import find_layers
 from randlora_jax.models.front_end import WrapRules, register_front_end
 from randlora_jax.models.layer import Layer, LayerRun
 from randlora_jax.models.layer_types import LayerTypes
-from randlora_jax.models.names import Path
 from randlora_jax.models.reaching import expected, refuse_unreached
 from randlora_jax.models.registry import AdapterRegistry, BaseModelInfo
+
+
+def types_with(rules: WrapRules) -> LayerTypes:
+    """A user's types of layers, and those that are known."""
+    return LayerTypes((rules.layer_types, TYPES))
 
 
 class InterceptedRandLora(FunctionalRandLora):
@@ -45,27 +50,15 @@ class InterceptedRandLora(FunctionalRandLora):
         module: nn.Module,
         store: CollectionStore,
         rules: WrapRules,
-        traced: Mapping[Path, nn.Module] | None,
+        trace: Trace | None,
         info: BaseModelInfo,
     ) -> None:
-        """Args: `traced`: the linen module at each path, where a trace of the model told."""
         self.module = module
         self._collections = store
-        self._types = LayerTypes((rules.layer_types, TYPES))
+        self._types = types_with(rules)
         self._seen = {}
         self._token = TokenOfCalls()
-        owned: dict[Path, dict[Path, jax.Array]] = {}
-        for (*parts, leaf), value in store.base_leaves().items():
-            owned.setdefault(tuple(parts), {})[(leaf,)] = value
-        modules = []
-        for path, arrays in owned.items():
-            if traced is not None:
-                known = self._types.find(traced[path]) if path in traced else None
-            else:  # a plain module is not traced: its type is taken until it is called
-                taken = ("kernel",) in arrays and arrays[("kernel",)].ndim == 2
-                stated = rules.layouts.find(path) or rules.layouts.find((*path, "kernel"))
-                known = DENSE if taken and not stated else None
-            modules.append(FoundModule(path, arrays, type=known))
+        modules = modules_of(store.base, store.base_leaves(), trace, rules.layouts)
         found = find_layers(modules, rules.layouts, rules.names)
         self._registry = AdapterRegistry.of(found, info, rules.names, rules.options, rules.optional)
 
@@ -130,6 +123,11 @@ class LinenRandLora(InterceptedRandLora):
     Adapter dropout is on exactly when a ``dropout`` rng is passed.
     """
 
+    takes_sample_inputs = True
+    _hint = (
+        "Pass sample_inputs=(...), what the model is called with, and its modules tell their types"
+    )
+
     def __init__(self, model: nn.Module, rules: WrapRules) -> None:
         if model.scope is None:
             raise ConfigError(
@@ -138,7 +136,10 @@ class LinenRandLora(InterceptedRandLora):
             )
         module, variables = model.unbind()
         store = LinenStore(module, unfreeze(variables))
-        self._begin(module, store, rules, None, BaseModelInfo())
+        trace = None
+        if rules.sample_inputs is not None:
+            trace = Trace(types_with(rules)).called(module, store.base, rules.sample_inputs)
+        self._begin(module, store, rules, trace, BaseModelInfo())
 
     @property
     def _base_name(self) -> str:

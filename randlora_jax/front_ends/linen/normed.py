@@ -14,7 +14,13 @@ from randlora_jax.front_ends.linen.beside import layers_in
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.names import Path
 
-_REASON = "a {} multiplies by another kernel than the one that is stored"
+NORMED = (nn.WeightNorm, nn.SpectralNorm)
+MAPPED = "nn.map_variables around it may make another kernel of the one that is stored"
+
+
+def reason(kind: str) -> str:
+    """Why a kernel in a module of the class of that name takes no adapter."""
+    return f"a {kind} multiplies by another kernel than the one that is stored"
 
 
 def normed_kernels(collections: Mapping[str, Any]) -> dict[Path, str]:
@@ -33,7 +39,7 @@ def normed_kernels(collections: Mapping[str, Any]) -> dict[Path, str]:
                 for outer in (owner[:-1], owner):  # the layer is beside that module, or in it
                     path = (*outer, *inner)
                     if path in params:
-                        found[path] = _REASON.format(kind)
+                        found[path] = reason(kind)
     return found
 
 
@@ -43,11 +49,10 @@ def refuse_normed(module: nn.Module) -> None:
     Raises:
       ConfigError: it does.
     """
-    if isinstance(module, nn.WeightNorm | nn.SpectralNorm):
+    if isinstance(module, NORMED):
         params = module.layer_instance.variables.get("params", {})
         if names := dict(layers_in(params, deep=True)):
-            reason = _REASON.format(type(module).__name__)
             raise ConfigError(
-                f"{listed(names)}: {reason}, so called and merged would differ; leave it out of "
-                "target_modules"
+                f"{listed(names)}: {reason(type(module).__name__)}, so called and merged would "
+                "differ; leave it out of target_modules"
             )

@@ -28,7 +28,7 @@ from randlora_jax.front_ends.call_input import Arguments, CallInput, input_of
 from randlora_jax.front_ends.linen.alone import alone
 from randlora_jax.front_ends.linen.beside import BESIDE, SHARES, Shares, at, joined, layers_in
 from randlora_jax.front_ends.linen.lifted import is_lifted, maps_around, method_of, run_with
-from randlora_jax.front_ends.linen.normed import refuse_normed
+from randlora_jax.front_ends.linen.normed import MAPPED, refuse_normed
 from randlora_jax.front_ends.linen.types import changes_state, modules_inside, type_of
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.layer import Layer, LayerRun, LayerType
@@ -124,9 +124,8 @@ class LinenRunner:
             return call(*args, **kwargs)
         if maps_around(met.module) > self._maps:
             raise ConfigError(
-                f"{listed(met.layers)} run inside nn.map_variables, which may make another kernel "
-                "of the one that is stored: called and merged would differ. Leave them out of "
-                "target_modules"
+                f"{listed(met.layers)}: {MAPPED}, so called and merged would differ; leave it out "
+                "of target_modules"
             )
         # a module that shares its scope with a layer (nn.share_scope) leaves it to that
         strange, told = met.parted()
@@ -162,7 +161,7 @@ class LinenRunner:
             return None
         method = method_of(context)
         if is_bridge:
-            inside = modules_inside(module)
+            inside = {slashed(path): part for path, part in modules_inside(module).items()}
             holders = {n: inside.get(slashed(path[:-1])) for n, (_, path) in layers.items()}
             known = {n: self.types.find(holder) for n, holder in holders.items()}
         else:

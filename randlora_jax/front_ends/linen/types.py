@@ -9,10 +9,11 @@ from flax import nnx
 from flax.core.scope import is_filter_empty
 
 from randlora_jax.core.kernel_layout import KernelLayout
+from randlora_jax.front_ends import nnx_types
 from randlora_jax.front_ends.call_input import Arguments
 from randlora_jax.models.layer import LayerType
 from randlora_jax.models.layer_types import LayerTypes, Table, of_axes, of_einsum
-from randlora_jax.models.names import slashed
+from randlora_jax.models.names import Path
 
 DENSE = LayerType(KernelLayout("io"))
 
@@ -29,6 +30,7 @@ def _einsum(module: nn.Einsum) -> LayerType | None:
 
 
 TYPES: Table = {
+    **nnx_types.TYPES,
     nn.Dense: DENSE,
     nn.DenseGeneral: _dense_general,
     nn.Einsum: _einsum,
@@ -75,11 +77,11 @@ def changes_state(module: nn.Module) -> bool:
     return any(module.is_mutable_collection(name) for name in held if name != "params")
 
 
-def modules_inside(bridge: nnx.bridge.ToLinen) -> dict[str, nnx.Module]:
+def modules_inside(bridge: nnx.bridge.ToLinen) -> dict[Path, nnx.Module]:
     """The nnx modules in a linen one, without their arrays, by their paths in it."""
 
     def made() -> nnx.Module:
         rngs = {} if bridge.skip_rng else {"rngs": nnx.Rngs(0)}
         return bridge.nnx_class(*bridge.args, **bridge.kwargs, **rngs)
 
-    return {slashed(path): found for path, found in nnx.iter_modules(nnx.eval_shape(made))}
+    return dict(nnx.iter_modules(nnx.eval_shape(made)))

@@ -7,12 +7,13 @@ from typing import Any
 from flax import nnx
 
 from randlora_jax.front_ends.nnx.call import CallContext, ModelToken, opened
-from randlora_jax.front_ends.nnx.modules import TYPES, modules_of
+from randlora_jax.front_ends.nnx.modules import modules_of
 from randlora_jax.front_ends.nnx.parts import reached_through
 from randlora_jax.front_ends.nnx.running import multiplies_in
 from randlora_jax.front_ends.nnx.store import NnxStore
 from randlora_jax.front_ends.nnx.variables import FrozenLoRAParam, SharedBasis, retype_loras
 from randlora_jax.front_ends.nnx.wrappable import make_wrappable
+from randlora_jax.front_ends.nnx_types import TYPES
 from randlora_jax.models import known_models
 from randlora_jax.models.adapter_arrays import Leaves
 from randlora_jax.models.finding import find_layers

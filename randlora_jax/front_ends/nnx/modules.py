@@ -5,31 +5,12 @@ from typing import Any
 
 from flax import nnx
 
-from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.front_ends.nnx.bridges import bridge_of
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
 from randlora_jax.front_ends.nnx.variables import SharedBasis
 from randlora_jax.models.finding import QUANTISED, FoundModule, StatedLayouts
-from randlora_jax.models.layer import LayerType
-from randlora_jax.models.layer_types import LayerTypes, Table, of_axes, of_einsum
+from randlora_jax.models.layer_types import LayerTypes
 from randlora_jax.models.names import Path, dotted
-
-
-def _linear_general(module: nnx.LinearGeneral) -> LayerType:
-    sides = len(module.in_features), len(module.out_features)
-    return of_axes(*sides, module.axis, len(module.batch_axis))
-
-
-def _einsum(module: nnx.Einsum) -> LayerType:
-    return of_einsum(module.einsum_str)
-
-
-TYPES: Table = {
-    nnx.Linear: LayerType(KernelLayout("io")),
-    nnx.LoRALinear: LayerType(KernelLayout("io")),  # its own product beside is one more term
-    nnx.LinearGeneral: _linear_general,
-    nnx.Einsum: _einsum,
-}
 
 # What has kernels and is no linear layer.
 _OTHER: Mapping[type, str] = {
