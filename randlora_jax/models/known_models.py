@@ -1,18 +1,12 @@
 """Model classes whose PyTorch twins are known, found by name: nothing of theirs is imported."""
 
+from dataclasses import replace
 from typing import Any
 
 from randlora_jax.models.known import bonsai, deepmind_gemma, easydel, maxtext, openpi, tunix
 from randlora_jax.models.known.entry import Entries
 from randlora_jax.models.known.entry import KnownModel as KnownModel
 
-_ENTRIES: Entries = {
-    **tunix.ENTRIES,
-    **bonsai.ENTRIES,
-    **deepmind_gemma.ENTRIES,
-    **maxtext.ENTRIES,
-    **easydel.ENTRIES,
-    **openpi.ENTRIES,
 }
 
 
@@ -21,5 +15,12 @@ def about(model: Any) -> KnownModel:
     for kind in type(model).__mro__:
         known = _ENTRIES.get(f"{kind.__module__}.{kind.__qualname__}")
         if known is not None:
-            return known(model) if callable(known) else known
+            return _with_ties(known(model) if callable(known) else known, model)
     return KnownModel()
+
+
+def _with_ties(known: KnownModel, model: Any) -> KnownModel:
+    """A twin whose logits are made with its embedding, where the model has no head of its own."""
+    if not known.info.has_output_head or hasattr(model, "lm_head"):
+        return known
+    return replace(known, info=replace(known.info, tied=(("model.embed_tokens", "lm_head"),)))

@@ -15,7 +15,7 @@ from randlora_jax.core.update import Update
 from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.interop import targets
 from randlora_jax.interop.config import ALL_LINEAR, RandLoraConfig
-from randlora_jax.interop.errors import ConfigError, TargetError, shown
+from randlora_jax.interop.errors import ConfigError, TargetError, listed, shown
 from randlora_jax.models.basis_source import KeptPairs
 from randlora_jax.models.finding import FoundLayers, LeftArray, refuse_idle
 from randlora_jax.models.layer import Layer
@@ -76,13 +76,18 @@ class AdapterSpec:
 
 @dataclass(frozen=True)
 class BaseModelInfo:
-    """What a base model says of itself; PEFT records it with an adapter."""
+    """What a base model says of itself; PEFT records some of it with an adapter.
+
+    tied: canonical names of modules that share a weight in PyTorch, in groups; the model has that
+      weight once, in the first of each.
+    """
 
     model_type: str | None = None
     name_or_path: str | None = None
     auto_mapping: Mapping[str, str] | None = None
     has_output_head: bool = False  # and names it as Hugging Face does
     has_torch_paths: bool = False  # its modules' paths are the PyTorch twin's
+    tied: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,8 +214,10 @@ class AdapterRegistry:
         """The canonical names that `config` adapts, with the layer that holds each.
 
         Raises:
+          ConfigError: it trains whole what shares its weight with other modules.
           TargetError: it selects none, or a part of what one array holds, or the model itself.
         """
+        self._refuse_tied(config)
         owners = self.owners()
         if "" in owners and (len(owners) == 1 or config.target_modules == ALL_LINEAR):
             raise TargetError(
@@ -241,6 +248,24 @@ class AdapterRegistry:
                     f"{len(layer.names)} layers; {left_out} would be left out. Adapt all or none"
                 )
         return {name: owners[name] for name in chosen}
+
+    def _refuse_tied(self, config: RandLoraConfig) -> None:
+        """Nothing, if all that `config` trains whole has weights of its own.
+
+        PEFT trains a copy of a module whole, apart from those that share its weight; here they are
+        one array, which stays one. So the two sides would compute different things.
+        """
+        whole = targets.saved_modules(config)
+        for group in self.info.tied:
+            taken = [name for name in group if targets.inside_saved(name, whole)]
+            if taken:
+                raise ConfigError(
+                    f"modules_to_save={shown(config.modules_to_save)} trains {listed(taken)} "
+                    f"whole, but {listed(group)} share one weight (they are tied; here it lies in "
+                    f"{group[0]!r}). PEFT trains a copy apart from the others, so its logits would "
+                    "not be ours: leave it out of modules_to_save, or, where only an output head "
+                    "shares it, take a model with config.tie_word_embeddings=False"
+                )
 
     def used_extents(self, spec: AdapterSpec, layers: Mapping[str, object]) -> Extents:
         """What an adapter's `layers`, by their names, slice of its pair."""

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +10,7 @@ from flax.core import unfreeze
 
 from randlora_jax.front_ends.collections import CollectionStore
 from randlora_jax.front_ends.linen.model import InterceptedRandLora, types_with
+from randlora_jax.front_ends.linen.tied import tied_modules
 from randlora_jax.front_ends.linen.tracing import Trace
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.front_end import WrapRules, register_front_end
@@ -59,7 +60,9 @@ class HuggingFaceRandLora(InterceptedRandLora):
         self.model = model
         init = functools.partial(model.init_weights, input_shape=model.input_shape)
         trace = Trace(types_with(rules)).initialised(init, model.key)
-        self._begin(model.module, HuggingFaceStore(model), rules, trace, _info(model))
+        store = HuggingFaceStore(model)
+        info = _info(model, store.base_leaves())
+        self._begin(model.module, store, rules, trace, info)
 
     @property
     def _base_name(self) -> str:
@@ -107,8 +110,12 @@ def _parameters(method: Callable[..., Any]) -> Mapping[str, Any]:
         return {}
 
 
-def _info(model: Any) -> BaseModelInfo:
-    """What PEFT records of a base model, from the names of a Hugging Face Flax class."""
+def _info(model: Any, paths: Iterable[Path]) -> BaseModelInfo:
+    """What PEFT records of a base model, from the names of a Hugging Face Flax class.
+
+    Args:
+      paths: of its params.
+    """
     name = type(model).__name__
     return BaseModelInfo(
         model_type=model.config.model_type,
@@ -119,4 +126,5 @@ def _info(model: Any) -> BaseModelInfo:
         },
         has_output_head=True,
         has_torch_paths=True,
+        tied=tied_modules(name, model.config, paths),
     )
