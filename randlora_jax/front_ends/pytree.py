@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from randlora_jax.front_ends.boxes import is_box
+from randlora_jax.front_ends.boxes import is_box, unboxed
 from randlora_jax.front_ends.collections import (
     PAIRS,
     CollectionStore,
@@ -24,7 +24,7 @@ from randlora_jax.front_ends.collections import (
     state_of,
 )
 from randlora_jax.front_ends.functional import FunctionalRandLora
-from randlora_jax.interop.errors import ConfigError, shown
+from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models import adapter_arrays
 from randlora_jax.models.finding import FoundModule, find_layers
 from randlora_jax.models.front_end import WrapRules, register_front_end
@@ -43,22 +43,22 @@ class PytreeStore(CollectionStore):
     def __init__(self, params: Tree) -> None:
         super().__init__({"params": params})
         self.tree = jax.tree.structure(self.base["params"])
-        leaves = jax.tree_util.tree_leaves_with_path(self.base["params"], is_leaf=is_box)
-        self.paths: list[Path] = [tuple(map(part_of, keys)) for keys, _ in leaves]
+        self.paths = list(_by_path(self.base["params"]))
 
     def leaves_of(self, params: Tree) -> dict[Path, jax.Array]:
         """The arrays of `params` by path.
 
         Raises:
-          ConfigError: `params` is no tree of this form.
+          ConfigError: `params` has not the paths of what was wrapped.
         """
-        leaves, tree = jax.tree.flatten(params)
-        if tree != self.tree:
+        leaves = _by_path(params)
+        strange = [dotted(path) for path in leaves.keys() ^ set(self.paths)]
+        if strange:
             raise ConfigError(
-                f"params: expected a pytree as it was wrapped, {shown(self.tree)}, found "
-                f"{shown(tree)}"
+                f"params: expected a pytree as it was wrapped; {listed(sorted(strange))} are in "
+                "only one of the two"
             )
-        return dict(zip(self.paths, leaves, strict=True))
+        return leaves
 
     def tree_of(self, leaves: Mapping[Path, jax.Array]) -> Tree:
         """The reverse of `leaves_of`."""
@@ -86,6 +86,11 @@ class PytreeStore(CollectionStore):
     def release(self) -> Tree:
         """The params."""
         return self.base["params"]
+
+
+def _by_path(params: Tree) -> dict[Path, jax.Array]:
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
+    return {tuple(map(part_of, keys)): unboxed(leaf) for keys, leaf in leaves}
 
 
 def _accepts(model: Any, rules: WrapRules) -> bool:

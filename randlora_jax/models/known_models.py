@@ -7,6 +7,13 @@ from randlora_jax.models.known import bonsai, deepmind_gemma, easydel, maxtext, 
 from randlora_jax.models.known.entry import Entries
 from randlora_jax.models.known.entry import KnownModel as KnownModel
 
+_ENTRIES: Entries = {
+    **tunix.ENTRIES,
+    **bonsai.ENTRIES,
+    **deepmind_gemma.ENTRIES,
+    **maxtext.ENTRIES,
+    **easydel.ENTRIES,
+    **openpi.ENTRIES,
 }
 
 

@@ -46,26 +46,25 @@ def shared_weights(model):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(("name", "family"), classes())
 def test_the_ties_are_pytorchs(name, family, tied):
+    if family == "gptj" and tied:
+        pytest.skip("Flax's GPT-J cannot run with a tied head")
     mend_clip()
-    config = FAMILIES[family].make()
-    if any(
-        hasattr(getattr(config, side, None), "model_type") for side in ("decoder", "text_config")
-    ):
+    config, options = FAMILIES[family].make(), {"_do_init": False}
+    parts = (getattr(config, side, None) for side in ("decoder", "text_config"))
+    if any(hasattr(part, "model_type") for part in parts):
         if not tied or family != "encoder-decoder":
             pytest.skip("the ties of a model of two are its decoder's")
         options = {}
     else:
-        config.tie_word_embeddings, options = tied, {"_do_init": False}
-    torch_model = getattr(hf, name)(config)
+        config.tie_word_embeddings = tied
     flax_name = f"Flax{name.replace('BertLMHeadModel', 'BertForCausalLM')}"
     flax = getattr(hf, flax_name)(config, **options)
     shapes = flax.params_shape_tree if options else flax.params
-    names = {name for group in shared_weights(torch_model) for name in group}
-    found = tied_modules(flax_name, config, flatten_dict(shapes))
+    found = {frozenset(group) for group in tied_modules(flax_name, config, flatten_dict(shapes))}
     if config.model_type in ("llama", "mistral"):  # Flax's have a head of their own all the same
         assert not found
     else:
-        assert {frozenset(group) for group in found} == shared_weights(torch_model), names
+        assert found == shared_weights(getattr(hf, name)(config))
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from randlora_jax.front_ends.linen.tied import tied_modules
 from randlora_jax.front_ends.linen.tracing import Trace
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.front_end import WrapRules, register_front_end
+from randlora_jax.models.names import Path
 from randlora_jax.models.registry import BaseModelInfo
 
 

@@ -1,0 +1,240 @@
+"""Variables that lack something, or hold what is not the model's, in linen and params pytrees."""
+
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import freeze
+
+from randlora_jax import ConfigError, RandLoraConfig, get_peft_model
+
+X = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+CONFIG = RandLoraConfig(
+    r=4, randlora_alpha=8, target_modules=["proj"], modules_to_save=["head"], init_weights=False
+)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="head")(nn.tanh(nn.Dense(6, name="proj")(x)))
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True, name="norm")(nn.Dense(6, name="proj")(x))
+        return nn.Dense(3, name="head")(x)
+
+
+def variables_of(module):
+    return module.init(jax.random.key(0), X)
+
+
+def linen(module=None):
+    module = module or Net()
+    return get_peft_model(module.bind(variables_of(module)), CONFIG, rngs=jax.random.key(1))
+
+
+def pytree():
+    params = variables_of(Net())["params"]
+    return get_peft_model(params, CONFIG, views={".*": "i o"}, rngs=jax.random.key(1))
+
+
+KINDS = {
+    "linen": (linen, lambda model, variables: model.apply(variables, X)),
+    "pytree": (
+        pytree,
+        lambda model, variables: Net().apply({"params": model.merged(variables)}, X),
+    ),
+}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def without(tree, *path):
+    """`tree` without what lies at `path`."""
+    first, *rest = path
+    if not rest:
+        return {key: value for key, value in tree.items() if key != first}
+    return {**tree, first: without(tree[first], *rest)}
+
+
+def replaced(tree, value, *path):
+    """`tree` with another value at `path`."""
+    first, *rest = path
+    inner = replaced(tree.get(first, {}), value, *rest) if rest else value
+    return {**tree, first: inner}
+
+
+@each_kind
+def test_whole_variables_run_without_a_word(kind):
+    make, run = KINDS[kind]
+    model = make()
+    trained, frozen = model.split()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = run(model, model.variables)
+        np.testing.assert_array_equal(run(model, {**frozen, "randlora": trained}), expected)
+        np.testing.assert_array_equal(run(model, freeze(model.variables)), expected)
+        model.variables = freeze(model.variables)
+        np.testing.assert_array_equal(run(model, model.variables), expected)
+
+
+@each_kind
+def test_without_trained_leaves_the_base_model_runs_and_that_is_said(kind):
+    make, run = KINDS[kind]
+    model = make()
+    frozen = model.split()[1]
+    base = Net().apply({"params": frozen["params"]}, X)
+    with pytest.warns(UserWarning, match=r"no collection 'randlora'.*without.*'default'") as caught:
+        found = run(model, frozen)
+    assert caught[0].filename == __file__
+    np.testing.assert_allclose(found, base, rtol=1e-6)
+    with pytest.warns(UserWarning, match="no collection 'randlora'"):
+        run(model, {"params": frozen["params"]})
+    with warnings.catch_warnings(), model.disable_adapter():
+        warnings.simplefilter("error")  # here it is meant
+        np.testing.assert_allclose(run(model, frozen), base, rtol=1e-6)
+        np.testing.assert_allclose(run(model, {"params": frozen["params"]}), base, rtol=1e-6)
+
+
+@each_kind
+def test_a_lost_frozen_adapter_is_said_too(kind):
+    make, run = KINDS[kind]
+    model = make()
+    model.set_adapter("default", inference_mode=True)
+    with pytest.warns(UserWarning, match="no collection 'randlora_frozen'"):
+        run(model, without(model.variables, "randlora_frozen"))
+
+
+TREE = ("randlora", "default", "proj")
+FAULTS = {
+    "no bases": (lambda v: without(v, "randlora_bases"), "'randlora_bases'.*no such collection"),
+    "empty bases": (lambda v: {**v, "randlora_bases": {}}, "'randlora_bases'.*found none"),
+    "no params": (lambda v: without(v, "params"), "'params' among them, found 'randlora"),
+    "params alone": (lambda v: v["params"], "'params' among them, found 'head', 'proj'"),
+    "trained alone": (lambda v: v["randlora"], "'params' among them, found 'default'"),
+    "None": (lambda v: None, "'params' among them, found None"),
+    "a list": (lambda v: {**v, "randlora": [1]}, "'randlora': expected a dict"),
+    "a leaf": (lambda v: {**v, "randlora": {"default": 1}}, "'randlora': expected a dict"),
+    "another adapter": (
+        lambda v: {**v, "randlora": {"other": v["randlora"]["default"]}},
+        "no adapter named 'other'.*has 'default'",
+    ),
+    "no adapter's tree": (lambda v: {**v, "randlora": {"default": {}}}, "expected .*found none"),
+    "no gamma": (
+        lambda v: without(v, *TREE, "randlora_gamma"),
+        "'proj.randlora_gamma'.*found none",
+    ),
+    "another leaf": (lambda v: replaced(v, X, *TREE, "more"), "'proj.more': expected none"),
+    "another layer": (
+        lambda v: replaced(v, v["randlora"]["default"]["proj"], "randlora", "default", "new"),
+        r"'new.randlora_\w+': expected none",
+    ),
+    "misshapen": (
+        lambda v: replaced(v, jnp.zeros((4, 3)), *TREE, "randlora_lambda"),
+        r"'proj.randlora_lambda': expected of shape \(4, 2\), found of shape \(4, 3\)",
+    ),
+    "misshapen whole": (
+        lambda v: replaced(v, jnp.zeros(4), "randlora", "default", "head", "bias"),
+        r"'head.bias': expected of shape \(3,\)",
+    ),
+    "narrow bases": (
+        lambda v: {**v, "randlora_bases": cut(v["randlora_bases"])},
+        "have shapes .* needs",
+    ),
+    "restored bases": (
+        lambda v: {**v, "randlora_bases": {k: p._asdict() for k, p in v["randlora_bases"].items()}},
+        "as a dict, not as the BasisPair",
+    ),
+}
+
+
+def cut(bases):
+    return {name: pair._replace(A=pair.A[:, :-1]) for name, pair in bases.items()}
+
+
+@each_kind
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named(kind, fault):
+    make, run = KINDS[kind]
+    model = make()
+    break_, said = FAULTS[fault]
+    broken = break_(model.variables)
+    with pytest.raises(ConfigError, match=said):
+        run(model, broken)
+    with pytest.raises(ConfigError, match=said):
+        jax.jit(lambda variables: run(model, variables))(broken)
+
+
+def test_a_fault_is_named_where_whole_leaves_have_no_place():
+    model = linen()
+    with pytest.raises(ConfigError, match=r"'params' lack 'head.bias'.*trains whole"):
+        model.apply(without(model.variables, "params", "head", "bias"), X)
+    other = pytree()
+    with pytest.raises(ConfigError, match="params: expected a pytree as it was wrapped"):
+        other.merged(without(other.variables, "params", "head", "bias"))
+
+
+@each_kind
+@pytest.mark.parametrize("lost", ["params", "randlora", "randlora_bases"])
+def test_what_is_assigned_is_whole(kind, lost):
+    make, run = KINDS[kind]
+    model = make()
+    expected = run(model, model.variables)
+    with pytest.raises(ConfigError, match=f"'{lost}'" if lost != "params" else "'params' among"):
+        model.variables = without(model.variables, lost)
+    with pytest.raises(ConfigError, match="no adapter named 'other'"):
+        model.variables = replaced(model.variables, {}, "randlora", "other")
+    with pytest.raises(ConfigError, match="expected of shape"):
+        model.variables = replaced(model.variables, jnp.zeros(3), *TREE, "randlora_gamma")
+    np.testing.assert_array_equal(run(model, model.variables), expected)
+
+
+def test_other_collections_of_the_base_are_not_lost_either():
+    model = linen(Normed())
+    with pytest.raises(ConfigError, match="lack the collections 'batch_stats'"):
+        model.variables = without(model.variables, "batch_stats")
+
+
+def test_merged_adapters_need_no_leaves():
+    model = linen()
+    expected = model(X)
+    before = model.variables
+    model.merge_adapter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_allclose(model.apply(model.variables, X), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(model.apply(before, X), expected, rtol=1e-5, atol=1e-5)
+        model.variables = model.variables
+    model.unmerge_adapter()
+    np.testing.assert_array_equal(model(X), expected)
+
+
+def test_an_unbound_or_empty_module_is_refused():
+    with pytest.raises(ConfigError, match=r"pass module.bind\(variables\)"):
+        get_peft_model(Net(), CONFIG)
+    for variables in ({}, variables_of(Net())["params"]):
+        with pytest.raises(ConfigError, match="expected 'params' among them"):
+            get_peft_model(Net().bind(variables), CONFIG)
+
+
+@pytest.mark.torch
+def test_a_hugging_face_model_takes_its_collections_alike():
+    from transformers import BertConfig, FlaxBertModel
+
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "vocab_size": 31}
+    base = FlaxBertModel(BertConfig(**sizes, intermediate_size=24, max_position_embeddings=16))
+    config = RandLoraConfig(r=4, target_modules=["query"])
+    model, ids = get_peft_model(base, config), np.arange(8)[None]
+    with pytest.warns(UserWarning, match="no collection 'randlora'"):
+        model(ids, params=model.split()[1])
+    with pytest.raises(ConfigError, match=r"'randlora_bases'.*no such collection"):
+        model(ids, params=without(model.params, "randlora_bases"))
+    with pytest.raises(ConfigError, match="'params' among them, found 'embeddings'"):
+        model(ids, params=base.params)
+    with pytest.raises(ConfigError, match="lack the collections 'randlora'"):
+        model.params = model.split()[1]
