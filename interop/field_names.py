@@ -55,7 +55,7 @@ def teaching_fields(config: type[Config]) -> type[Config]:
             raise ConfigError(f"{config.__name__}: {found}")
         made(self, **settings)
 
-    config.__init__ = __init__  # type: ignore[method-assign]
+    config.__init__ = __init__  # type: ignore[method-assign, assignment]
     return config
 
 

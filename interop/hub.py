@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
-from randlora_jax.interop.errors import AdapterFileError
+from randlora_jax.interop.errors import AdapterFileError, shown
 from randlora_jax.interop.peft_dir import WEIGHTS_NAME
 
 CARD_NAME = "README.md"
@@ -27,6 +27,10 @@ def local_directory(source: str | Path, revision: str | None = None) -> Path:
       AdapterFileError: there is no such directory, and the hub has no such repository or cannot be
         reached.
     """
+    if not isinstance(source, str | Path):
+        raise AdapterFileError(
+            f"expected a directory or the id of a hub repository, found {shown(source)}"
+        )
     folder = Path(source)
     if folder.is_dir():
         if revision is not None:

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from randlora_jax.interop.config import ALL_LINEAR, RandLoraConfig
 from randlora_jax.interop.default_targets import DEFAULT_TARGET_MODULES
-from randlora_jax.interop.errors import TargetError, listed, shown, warn
+from randlora_jax.interop.errors import TargetError, listed, nearest, shown, warn
 
 # What PEFT trains whole for a task, whatever modules_to_save says.
 _HEADS = {
@@ -149,7 +149,8 @@ def select(
     Raises:
       TargetError: nothing matches, or a target takes a module that cannot be adapted.
 
-    Warns where a listed target takes no layer, or one outside layers_to_transform.
+    Warns where a listed target takes no layer, or one outside layers_to_transform, and where
+    modules_to_save has a name that is no module's.
     """
     if not linear:
         raise TargetError("the model has no layer that can be adapted.")
@@ -174,6 +175,7 @@ def select(
         )
     if not isinstance(config.target_modules, str | None):
         _warn_of_surprises(resolved, linear, chosen)
+    _warn_of_idle_modules(config, {*linear, *impossible})
     return chosen
 
 
@@ -245,6 +247,18 @@ def _warn_of_surprises(config: RandLoraConfig, linear: Sequence[str], chosen: li
         warn(
             f"layers_to_transform={shown(config.layers_to_transform)} does not keep out "
             f"{listed(beyond)}, as in PEFT: a name given in full is always adapted."
+        )
+
+
+def _warn_of_idle_modules(config: RandLoraConfig, modules: Iterable[str]) -> None:
+    names = sorted(modules)
+    heads = _HEADS.get(config.task_type or "", ())  # of these, a model has one
+    wanted = [name for name in config.modules_to_save or () if name not in heads]
+    idle = [name for name in wanted if not any(matches_saved(n, [name]) for n in names)]
+    if idle:
+        warn(
+            f"modules_to_save: {listed(idle)} take no module, and train nothing. Near: "
+            f"{nearest(idle[0], names)}."
         )
 
 

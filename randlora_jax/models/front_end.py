@@ -77,7 +77,7 @@ class WrapRules:
         )
 
 
-def _all_text(value: Any, kind: type) -> bool:
+def _all_text(value: Any, kind: Any) -> bool:
     """Whether `value` is of `kind` and holds strings alone."""
     return isinstance(value, kind) and all(isinstance(item, str) for item in value)
 

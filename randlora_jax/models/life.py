@@ -5,6 +5,7 @@ PEFT's names and meaning; what becomes of arrays is `adapter_arrays`' matter.
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from randlora_jax.models.names import Path
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec
 
 
-def named(adapter_names: str | Iterable[str]) -> tuple[str, ...]:
+def named(adapter_names: Any) -> tuple[str, ...]:
     """The names in what a user passes for one or several."""
     one = isinstance(adapter_names, str) or not isinstance(adapter_names, Iterable)
     return (adapter_names,) if one else tuple(adapter_names)

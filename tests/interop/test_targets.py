@@ -395,3 +395,15 @@ def test_written_targets_are_short() -> None:
     assert write_targets(["q", "a.v"], ["b.q", "c.v"]) == r"a\.v|q"  # "q" would take "b.q" too
     with pytest.raises(TargetError, match="no layer is adapted"):
         write_targets([], modules)
+
+
+def test_a_name_in_modules_to_save_that_is_no_modules_is_said() -> None:
+    config = RandLoraConfig(target_modules=["q"], modules_to_save=["haed", "norm", "layers.0"])
+    with pytest.warns(UserWarning, match=r"modules_to_save: 'haed' take no module.*'head'"):
+        select(config, ["layers.0.q", "layers.1.q", "head"], ["norm"])
+    heads = RandLoraConfig(
+        target_modules=["q"], modules_to_save=["classifier", "score"], task_type="SEQ_CLS"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of PEFT's own heads a model has one
+        select(heads, ["q", "score"])

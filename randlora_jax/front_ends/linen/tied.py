@@ -43,11 +43,11 @@ def tied_modules(class_name: str, config: Any, paths: Iterable[Path]) -> Groups:
     decoder = getattr(config, "decoder", None)
     if hasattr(decoder, "model_type"):  # a model of two: its decoder makes the logits
         inner = [path[1:] for path in paths if path[0] == "decoder"]
-        groups = tied_modules("ForCausalLM", decoder, inner)
-        return tuple(tuple(f"decoder.{name}" for name in group) for group in groups)
+        of_decoder = tied_modules("ForCausalLM", decoder, inner)
+        return tuple(tuple(f"decoder.{name}" for name in group) for group in of_decoder)
 
     head = _head(class_name, config.model_type)
-    groups = []
+    groups: list[tuple[str, ...]] = []
     for path in (path[:-1] for path in paths if path[-2:-1] and path[-2] in _EMBEDDINGS):
         group = [dotted(path)]
         if path[-1] == "shared":

@@ -37,7 +37,7 @@ class NnxRandLora(RandLoraModel, nnx.Module):
     def __init__(self, model: nnx.Module, rules: WrapRules) -> None:
         known = known_models.about(model)
         walked = list(nnx.iter_modules(model))
-        make_wrappable(walked)
+        make_wrappable(model, walked)
         retype_loras(walked, nnx.LoRAParam, FrozenLoRAParam)
         refuse_idle_types(rules.layer_types, {type(module) for _, module in walked})
         rules = rules.beside(known)

@@ -1,6 +1,6 @@
 """What an nnx model must be before it can be wrapped."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,11 @@ from randlora_jax.models.front_end import ADAPTED_ALREADY
 from randlora_jax.models.names import Path, dotted
 
 
-def make_wrappable(modules: Iterable[tuple[Path, nnx.Module]]) -> None:
+def make_wrappable(model: nnx.Module, modules: Iterable[tuple[Path, nnx.Module]]) -> None:
     """Puts JAX's arrays where NumPy's are, as `nnx.update` leaves them.
 
     Args:
-      modules: all of a model's, with their paths.
+      modules: all of `model`, with their paths.
 
     Raises:
       ConfigError: an earlier wrap replaced layers of this model in place, or it has no arrays yet.
@@ -37,8 +37,8 @@ def make_wrappable(modules: Iterable[tuple[Path, nnx.Module]]) -> None:
             f"this model was wrapped already, and its layers {listed(adapted, 3)} were replaced in "
             f"place: go on with what get_peft_model gave back then. {ADAPTED_ALREADY}"
         )
-    for path, variable in _variables(modules):
-        value = variable.get_raw_value()
+    for path, node in nnx.iter_graph(model):
+        value = node.get_raw_value() if isinstance(node, nnx.Variable) else None
         if isinstance(value, jax.ShapeDtypeStruct):
             raise ConfigError(
                 f"{dotted(path)!r} is abstract, a ShapeDtypeStruct: the model has no arrays yet. "
@@ -46,14 +46,4 @@ def make_wrappable(modules: Iterable[tuple[Path, nnx.Module]]) -> None:
                 "get_peft_model(Model(rngs), config)) gives an abstract wrapped model"
             )
         if isinstance(value, np.ndarray):
-            variable.set_raw_value(jnp.asarray(value))
-
-
-def _variables(
-    modules: Iterable[tuple[Path, nnx.Module]],
-) -> Iterator[tuple[Path, nnx.Variable[jax.Array]]]:
-    """What each module holds itself, by its path."""
-    for path, module in modules:
-        for name, value in vars(module).items():
-            if isinstance(value, nnx.Variable):
-                yield (*path, name), value
+            node.set_raw_value(jnp.asarray(value))
