@@ -157,17 +157,15 @@ def _layers_of(module: FoundModule, stated: StatedLayouts, names: Names) -> list
     """
     arrays, layout = module.arrays, stated.find(module.path)
     if module.type is not None:
-        leaf = tuple(module.type.leaf.split("/"))
-        leaf = leaf if leaf in arrays else (*leaf, *QUANTISED)
-        if leaf in arrays:
+        kernel = tuple(module.type.leaf.split("/"))
+        kernel = kernel if kernel in arrays else (*kernel, *QUANTISED)
+        if kernel in arrays:
             axes = module.type.layout.axes
-            stacks = "s" * (len(arrays[leaf].shape) - len(axes))
-            layout = layout or stated.find((*module.path, *leaf)) or KernelLayout(stacks + axes)
-            return [_layer(module, leaf, layout, names, module.path)]
-    elif layout is not None:
-        leaf = _leaf_of(module, layout)
-        if leaf is not None:
-            return [_layer(module, leaf, layout, names, module.path)]
+            stacks = "s" * (len(arrays[kernel].shape) - len(axes))
+            layout = layout or stated.find((*module.path, *kernel)) or KernelLayout(stacks + axes)
+            return [_layer(module, kernel, layout, names, module.path)]
+    elif layout is not None and (meant := _leaf_of(module, layout)):
+        return [_layer(module, meant, layout, names, module.path)]
     found = []
     for leaf, array in arrays.items():
         path = (*module.path, *leaf)

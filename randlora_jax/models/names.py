@@ -93,9 +93,9 @@ class Names:
                     "different modules"
                 )
             return found
-        *outer, last = path if len(path) > 1 else (*path, None)
-        ends = () if last is None else (last,)
-        return tuple(dotted((*outer, *index, *ends)) for index in np.ndindex(*stack))
+        at = -1 if len(path) > 1 else len(path)
+        indices = np.ndindex(*stack)
+        return tuple(dotted((*path[:at], *index, *path[at:])) for index in indices)
 
     def first(self, path: Path) -> str:
         """A canonical name of the module at `path`: the first where it stacks several."""

@@ -31,8 +31,8 @@ def modules_of(
         of two axes is taken for a Dense's, until the module is called.
     """
     owned: dict[Path, Arrays] = {}
-    for (*path, leaf), array in leaves.items():
-        owned.setdefault(tuple(path), {})[(leaf,)] = array
+    for leaf, array in leaves.items():
+        owned.setdefault(leaf[:-1], {})[leaf[-1:]] = array
     normed = normed_kernels(collections)
     found = []
     for path, arrays in owned.items():
