@@ -333,3 +333,21 @@ def test_it_says_what_it_is():
     first, adapter = repr(wrapped()).splitlines()
     assert first.startswith("LinenRandLora of Net: ")
     assert "'default' (active, trained): r 3, alpha 6, 2 layers" in adapter
+
+
+@pytest.mark.parametrize("dtype, tile", [("int8", None), ("nf4", 4)])
+def test_a_layer_quantised_by_qwix_changes_by_x_delta(dtype, tile):
+    qwix = pytest.importorskip("qwix")
+    rule = qwix.QuantizationRule(module_path=".*", weight_qtype=dtype, tile_size=tile)
+    net = nn.Sequential([nn.Dense(6)])
+    quantised = qwix.quantize_model(net, qwix.PtqProvider([rule]))
+    shapes = jax.eval_shape(quantised.init, jax.random.key(0), X)["params"]
+    params = qwix.quantize_params(net.init(jax.random.key(0), X)["params"], shapes)
+    before = quantised.apply({"params": params}, X)
+    config = RandLoraConfig(r=3, target_modules="all-linear", init_weights=False)
+    bound = quantised.bind({"params": params})
+    model = get_peft_model(bound, config, rngs=jax.random.key(1))
+    expected = X @ model.delta_weights()["layers_0"].T
+    np.testing.assert_allclose(model(X) - before, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigError, match="float update cannot join"):
+        model.merge_adapter()

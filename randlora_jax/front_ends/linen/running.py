@@ -179,7 +179,7 @@ class LinenRunner:
         params = {key: value for key, value in own.items() if key != BESIDE}
         run, read = alone(module, params, leaf, taken)
         stated = getattr(module, "dtype", None)
-        dtype = jnp.result_type(taken.x, kernel.array) if stated is None else stated
+        dtype = kernel.promoted(taken.x) if stated is None else stated
         self.seen[name] = LayerRun(call, dtype)
         running = RunningLayer(name, comparable(run), read, kernel, call, dtype)
         shares = self._contributions(module, layer, kernel, own[BESIDE][SHARES][name])
