@@ -15,7 +15,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from randlora_jax.core.applying import Contribution, RunningLayer, adapted, comparable, dropout
