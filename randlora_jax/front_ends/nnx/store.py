@@ -78,7 +78,7 @@ class NnxStore(ArrayStore):
 
     def base_leaves(self) -> Mapping[Path, jax.Array]:
         """Every ``nnx.Param`` of the base model, and kernels of other types."""
-        return {path: leaf[...] for path, leaf in self._params.items()}
+        return {path: leaf.get_raw_value() for path, leaf in self._params.items()}
 
     def set_base_leaves(self, leaves: Mapping[Path, jax.Array]) -> None:
         """In place."""
@@ -155,11 +155,11 @@ class NnxStore(ArrayStore):
             for layer in wrapper.settings.layers:
                 if (key := slashed(layer.leaf)) in lams:
                     stacked = layer.layout.stack_first
-                    both = stacked(lams[key][...]), stacked(gammas[key][...])
+                    both = stacked(lams[key].get_raw_value()), stacked(gammas[key].get_raw_value())
                     state.layers[layer.name] = both
             whole = wrapper.trained_leaves.get(adapter_name, {})
             for leaf, value in whole.items():
-                state.saved[self._paths[slashed((*path, leaf))]] = value[...]
+                state.saved[self._paths[slashed((*path, leaf))]] = value.get_raw_value()
         return state
 
     def set_pairs(self, pairs: Mapping[str, BasisPair]) -> None:
