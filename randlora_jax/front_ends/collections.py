@@ -18,7 +18,7 @@ from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from randlora_jax.core.bases import BasisPair
-from randlora_jax.front_ends.boxes import boxed_as, unboxed
+from randlora_jax.front_ends.params import flat, unboxed, with_leaves
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.front_end import ADAPTED_ALREADY
 from randlora_jax.models.names import Path, dotted
@@ -45,13 +45,11 @@ class CollectionStore(ArrayStore):
 
     def base_leaves(self) -> Mapping[Path, jax.Array]:
         """Of the collection "params", out of their boxes."""
-        return {path: unboxed(leaf) for path, leaf in flatten_dict(self.base["params"]).items()}
+        return {path: unboxed(leaf) for path, leaf in flat(self.base["params"]).items()}
 
     def set_base_leaves(self, leaves: Mapping[Path, jax.Array]) -> None:
         """In a new tree: the one that the user handed in stays as it is."""
-        held = flatten_dict(self.base["params"])
-        boxed = {path: boxed_as(held[path], leaf) for path, leaf in leaves.items()}
-        self.base = {**self.base, "params": unflatten_dict({**held, **boxed})}
+        self.base = {**self.base, "params": with_leaves(self.base["params"], leaves)}
 
     def install(
         self, registry: AdapterRegistry, spec: AdapterSpec, state: AdapterState, rngs: Any

@@ -26,6 +26,7 @@ from randlora_jax.front_ends.collections import (
     base_collections,
     state_of,
 )
+from randlora_jax.front_ends.params import flat
 from randlora_jax.interop.errors import ConfigError, listed, shown, warn
 from randlora_jax.models.model import RandLoraModel
 from randlora_jax.models.names import Path, dotted
@@ -133,8 +134,7 @@ class FunctionalRandLora(RandLoraModel):
 
     def _params_of(self, variables: Mapping[str, Any]) -> Mapping[Path, Any]:
         """The base model's leaves in `variables` by path."""
-        leaves: Mapping[Path, Any] = flatten_dict(unfreeze(variables["params"]))
-        return leaves
+        return flat(variables["params"])
 
 
 def _check_kind(variables: Any) -> None:

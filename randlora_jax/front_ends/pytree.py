@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from randlora_jax.front_ends.boxes import is_box, unboxed
 from randlora_jax.front_ends.collections import (
     PAIRS,
     CollectionStore,
@@ -24,6 +23,7 @@ from randlora_jax.front_ends.collections import (
     state_of,
 )
 from randlora_jax.front_ends.functional import FunctionalRandLora
+from randlora_jax.front_ends.params import is_box, unboxed
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models import adapter_arrays
 from randlora_jax.models.finding import FoundModule, find_layers

@@ -39,7 +39,7 @@ def dotted(path: Path) -> str:
     return ".".join(map(str, path))
 
 
-def slashed(path: Path) -> str:
+def slashed(path: Sequence[Any]) -> str:
     """`path` as users' rules see it."""
     return "/".join(map(str, path))
 

@@ -9,8 +9,11 @@ import jax
 from flax.core.scope import LazyRng
 
 from randlora_jax.core.hoisting import Hoisted
-from randlora_jax.front_ends.boxes import unboxed
 from randlora_jax.front_ends.call_input import CallInput, with_input
+from randlora_jax.front_ends.params import with_leaves
+from randlora_jax.models.names import Path
+
+_KERNEL = "kernel"  # stands in its place
 
 
 @dataclass(frozen=True)
@@ -19,46 +22,39 @@ class RunAlone:
 
     Args:
       module: unbound.
-      leaf: the kernel's name in its params.
-      box: what the kernel lies in, without arrays; the kernel is the one at `at`.
+      leaf: where the kernel is among its params.
       place: where its input stands among the arguments.
-      values: of the arrays beside the kernel in its box, such as scales; the module's other
-        collections and params, its rngs, and the call's other arguments.
+      values: of its params without the kernel, its other collections and rngs, and the call's
+        other arguments.
     """
 
     module: nn.Module
-    leaf: str
-    box: Hoisted
-    at: int
+    leaf: Path
     place: int | str
     values: Hoisted
 
     def __call__(self, kernel: jax.Array, x: jax.Array, *read: jax.Array) -> jax.Array:
         """What the module returns."""
-        boxed, collections, rngs, args, kwargs = self.values.with_arrays([*read])
-        held = self.box.with_arrays([*boxed[: self.at], kernel, *boxed[self.at :]])
-        params = {**collections["params"], self.leaf: held}
+        params, others, rngs, args, kwargs = self.values.with_arrays([*read])
         args, kwargs = with_input((args, kwargs), self.place, x)
-        variables = {**collections, "params": params}
+        variables = {**others, "params": with_leaves(params, {self.leaf: kernel})}
         return cast(jax.Array, self.module.apply(variables, *args, rngs=rngs, **kwargs))
 
 
 def alone(
-    module: nn.Module, own: Mapping[str, Any], leaf: str, taken: CallInput
+    module: nn.Module, params: Mapping[str, Any], leaf: Path, taken: CallInput
 ) -> tuple[RunAlone, list[jax.Array]]:
     """A bound layer by itself, and every array that it reads besides its kernel and its input.
 
     Args:
-      own: its params and nothing beside them.
+      params: its own, and nothing beside them.
+      leaf: where its kernel is among them.
     """
-    box, boxed = Hoisted.of(own[leaf])
-    at = next(i for i, array in enumerate(boxed) if array is unboxed(own[leaf]))
-    del boxed[at]
-    rest = {**module.variables, "params": {k: v for k, v in own.items() if k != leaf}}
-    values, read = Hoisted.of((boxed, rest, _rngs_of(module), *taken.rest))
+    others = {name: held for name, held in module.variables.items() if name != "params"}
+    rest = with_leaves(params, {leaf: _KERNEL})
+    values, read = Hoisted.of((rest, others, _rngs_of(module), *taken.rest))
     # without its name, so that layers that are alike but for it are equal
-    unnamed = module.clone(parent=None, name=None)
-    return RunAlone(unnamed, leaf, box, at, taken.place, values), read
+    return RunAlone(module.clone(parent=None, name=None), leaf, taken.place, values), read
 
 
 def _rngs_of(module: nn.Module) -> dict[str, LazyRng]:

@@ -4,18 +4,16 @@ There, and only there, ``nn.scan``, ``nn.vmap`` and ``nn.remat`` slice and carry
 they do the kernels they belong to, and ``nn.jit`` sees that a call is another one.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol
 
 import jax
 from flax.core import unfreeze
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from randlora_jax.core.bases import BasisPair
-from randlora_jax.front_ends.boxes import boxed_as, unboxed
 from randlora_jax.front_ends.collections import adapter_trees, base_collections, state_of
+from randlora_jax.front_ends.params import flat, owner_of, unboxed, with_entries, with_leaves
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path
 from randlora_jax.models.registry import AdapterRegistry
@@ -74,33 +72,27 @@ def laid_beside(
     Args:
       applied: False leaves the adapters out.
     """
-    params = flatten_dict(unfreeze(variables["params"]))
+    params = unfreeze(variables["params"])
+    held = flat(params)
     laid: dict[Path, dict[str, dict[str, tuple[jax.Array, jax.Array]]]] = {}
     leaves: dict[str, Path] = {}
+    saved: dict[Path, jax.Array] = {}
     trees = adapter_trees(variables) if applied else {}
     for adapter_name, tree in trees.items():
         state = state_of(tree)
         for name, arrays in state.layers.items():
-            owner, leaves[name] = place_beside(layers[name].owner, layers[name].leaf)
-            lam, gamma = map(layers[name].layout.along_stack, arrays)
-            laid.setdefault(owner, {}).setdefault(name, {})[adapter_name] = (lam, gamma)
-        for path, leaf in state.saved.items():
-            held = params[path]
-            params[path] = boxed_as(held, leaf.astype(unboxed(held).dtype))
-    for owner, shares in laid.items():
-        mine = tuple((name, leaves[name]) for name in sorted(shares))
-        params[(*owner, BESIDE)] = {SHARES: shares, TOLD: Told(mine, token)}
-    return {**base_collections(variables), "params": unflatten_dict(params)}
-
-
-def place_beside(owner: Path, leaf: Path) -> tuple[Path, Path]:
-    """Where to lay what belongs beside an array of `owner`, and where the array is from there.
-
-    As near as it goes: not among numbered arrays, where a name has no place.
-    """
-    while not isinstance(leaf[0], str):
-        owner, leaf = owner[:-1], (owner[-1], *leaf)
-    return owner, leaf
+            layer = layers[name]
+            place = owner_of(params, layer.kernel_path)[: len(layer.owner)]
+            leaves[name] = layer.kernel_path[len(place) :]
+            lam, gamma = map(layer.layout.along_stack, arrays)
+            laid.setdefault(place, {}).setdefault(name, {})[adapter_name] = (lam, gamma)
+        saved |= {path: x.astype(unboxed(held[path]).dtype) for path, x in state.saved.items()}
+    entries = {}
+    for place, shares in laid.items():
+        told = Told(tuple((name, leaves[name]) for name in sorted(shares)), token)
+        entries[(*place, BESIDE)] = {SHARES: shares, TOLD: told}
+    whole = with_entries(with_leaves(params, saved), entries)
+    return {**base_collections(variables), "params": whole}
 
 
 def layers_in(params: Mapping[str, Any], *, deep: bool) -> Iterator[tuple[str, Path]]:
@@ -120,8 +112,8 @@ def layers_in(params: Mapping[str, Any], *, deep: bool) -> Iterator[tuple[str, P
 class Join(Protocol):
     """Makes what takes the place of a layer's kernel."""
 
-    def __call__(self, name: str, held: Any, beside: Shares) -> Any:
-        """Args: `held`: the kernel as it lies there; `beside`: what adapters laid beside it."""
+    def __call__(self, name: str, kernel: jax.Array, beside: Shares) -> jax.Array:
+        """Args: `beside`: what adapters laid beside it."""
 
 
 def joined(params: Mapping[str, Any], names: Collection[str], join: Join) -> dict[str, Any]:
@@ -133,30 +125,18 @@ def joined(params: Mapping[str, Any], names: Collection[str], join: Join) -> dic
     if BESIDE not in found:
         return found
     beside = found.pop(BESIDE)
-    shares, told, left = beside[SHARES], beside[TOLD], []
-    for name, leaf in told.leaves:
-        if name in names:
-            found = _replaced(found, leaf, partial(join, name, beside=shares[name]))
-        else:
-            left.append((name, leaf))
+    shares, told = beside[SHARES], beside[TOLD]
+    left = tuple((name, leaf) for name, leaf in told.leaves if name not in names)
+    held = flat(found)
+    kernels = {
+        leaf: join(name, unboxed(held[leaf]), shares[name])
+        for name, leaf in told.leaves
+        if name in names
+    }
     if left:
         rest = {name: shares[name] for name, _ in left}
-        found[BESIDE] = {SHARES: rest, TOLD: replace(told, leaves=tuple(left))}
-    return found
-
-
-def at(tree: Any, path: Path) -> Any:
-    """What is at `path` of a tree."""
-    for part in path:
-        tree = tree[part]
-    return tree
-
-
-def _replaced(tree: Any, path: Path, change: Callable[[Any], Any]) -> Any:
-    """`tree` with `change` of what is at `path`."""
-    if not path:
-        return change(tree)
-    return {**tree, path[0]: _replaced(tree[path[0]], path[1:], change)}
+        found[BESIDE] = {SHARES: rest, TOLD: replace(told, leaves=left)}
+    return with_leaves(found, kernels) if kernels else found
 
 
 def without(params: Mapping[str, Any]) -> dict[str, Any]:

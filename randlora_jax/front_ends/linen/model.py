@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 from flax.core import unfreeze
+from flax.errors import ScopeParamShapeError
 
 from randlora_jax.front_ends.collections import (
     PAIRS,
@@ -28,6 +29,7 @@ from randlora_jax.models.finding import find_layers
 from randlora_jax.models.front_end import WrapRules, register_front_end
 from randlora_jax.models.layer import Layer, LayerRun
 from randlora_jax.models.layer_types import LayerTypes
+from randlora_jax.models.names import slashed
 from randlora_jax.models.reaching import expected, refuse_unreached
 from randlora_jax.models.registry import AdapterRegistry, BaseModelInfo
 
@@ -89,8 +91,19 @@ class InterceptedRandLora(FunctionalRandLora):
         token = self._token.of(registry, pairs)
         applied = bool(registry.active)
         whole = laid_beside(variables, registry.layers, token, applied=applied)
-        with LinenRunner(registry, self._types, pairs, self._seen).running():
-            yield whole
+        try:
+            with LinenRunner(registry, self._types, pairs, self._seen).running():
+                yield whole
+        except ScopeParamShapeError as error:
+            for layer in registry.layers.values():
+                *outer, last = layer.owner or ("",)
+                if f'"{last}" in "/{slashed(outer)}"' in str(error):
+                    raise ConfigError(
+                        f"layer {layer.name!r} is one of several arrays that are one param of a "
+                        "module, which only a run tells: pass sample_inputs=(...), what the model "
+                        "is called with"
+                    ) from error
+            raise
 
     def _refuse_unreached(self, variables: Mapping[str, Any]) -> None:
         """Nothing, if some call has reached every layer that the adapters in `variables` adapt."""

@@ -10,7 +10,8 @@ from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.front_ends.linen.normed import normed_kernels
 from randlora_jax.front_ends.linen.tracing import Axes, Trace, TracedModule
 from randlora_jax.front_ends.linen.types import DENSE
-from randlora_jax.models.finding import FoundModule, StatedLayouts
+from randlora_jax.front_ends.params import owner_of
+from randlora_jax.models.finding import QUANTISED, FoundModule, StatedLayouts
 from randlora_jax.models.layer import LayerType
 from randlora_jax.models.names import Path
 
@@ -31,33 +32,39 @@ def modules_of(
         of two axes is taken for a Dense's, until the module is called.
     """
     owned: dict[Path, Arrays] = {}
-    for leaf, array in leaves.items():
-        owned.setdefault(leaf[:-1], {})[leaf[-1:]] = array
+    holders: dict[Path, TracedModule] = {}
+    for path, array in leaves.items():
+        traced = trace.holder_of(path) if trace else None
+        if traced is None:
+            owner = owner_of(collections["params"], path)
+        else:
+            owner, holders[owner] = traced
+        owned.setdefault(owner, {})[path[len(owner) :]] = array
     normed = normed_kernels(collections)
     found = []
     for path, arrays in owned.items():
-        holder = trace.holder_of(path) if trace else None
         why = {leaf: normed[(*path, *leaf)] for leaf in arrays if (*path, *leaf) in normed}
         for outer, reason in trace.normed.items() if trace else ():
             if path[: len(outer)] == outer:
                 why = dict.fromkeys(arrays, reason)
-        if holder is None:
+        if (holder := holders.get(path)) is None:
             taken = _taken(path, arrays, stated)
             found.append(FoundModule(path, arrays, type=taken, refusals=why))
             continue
         known = holder.type and _as_held(holder.type, holder, arrays)
+        inside = holder.within
         found.append(
-            FoundModule(path, arrays, holder.kind, known, holder.other, why, inside=holder.path)
+            FoundModule(path, arrays, holder.kind, known, holder.other, why, inside=inside)
         )
     return found
 
 
 def _taken(path: Path, arrays: Arrays, stated: StatedLayouts) -> LayerType | None:
     """What a module that has not run is taken for."""
-    leaf = ("kernel",)
-    if leaf not in arrays or arrays[leaf].ndim != 2:
-        return None
-    return None if stated.find(path) or stated.find((*path, *leaf)) else DENSE
+    for leaf in (("kernel",), ("kernel", *QUANTISED)):
+        if leaf in arrays and arrays[leaf].ndim == 2:
+            return None if stated.find(path) or stated.find((*path, *leaf)) else DENSE
+    return None
 
 
 def _as_held(known: LayerType, holder: TracedModule, arrays: Arrays) -> LayerType:

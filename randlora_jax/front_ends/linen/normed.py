@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-from flax.traverse_util import flatten_dict
 
 from randlora_jax.front_ends.linen.beside import layers_in
+from randlora_jax.front_ends.params import flat
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.names import Path
 
@@ -28,12 +28,12 @@ def normed_kernels(collections: Mapping[str, Any]) -> dict[Path, str]:
 
     It names them by the kernel's path from the layer's parent: "dense/kernel/scale".
     """
-    params = flatten_dict(collections.get("params", {}))
+    params = flat(collections.get("params", {}))
     found: dict[Path, str] = {}
     for name, collection in collections.items():
         kind = "WeightNorm" if name == "params" else "SpectralNorm"
         last = "scale" if name == "params" else "sigma"
-        for *owner, key in flatten_dict(collection):
+        for *owner, key in flat(collection):
             *inner, end = str(key).split("/")
             if inner and end == last:
                 for outer in (owner[:-1], owner):  # the layer is beside that module, or in it

@@ -22,13 +22,13 @@ from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.contraction import Contraction
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.ways import Way, possible_ways, require_a_way
-from randlora_jax.front_ends.boxes import boxed_as, unboxed
 from randlora_jax.front_ends.call_input import Arguments, CallInput, input_of
 from randlora_jax.front_ends.linen.alone import alone
-from randlora_jax.front_ends.linen.beside import BESIDE, SHARES, Shares, at, joined, layers_in
+from randlora_jax.front_ends.linen.beside import BESIDE, SHARES, Shares, joined, layers_in
 from randlora_jax.front_ends.linen.lifted import is_lifted, maps_around, method_of, run_with
 from randlora_jax.front_ends.linen.normed import MAPPED, refuse_normed
 from randlora_jax.front_ends.linen.types import changes_state, modules_inside, type_of
+from randlora_jax.front_ends.params import flat, unboxed
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.layer import Layer, LayerRun, LayerType
 from randlora_jax.models.layer_types import LayerTypes
@@ -71,7 +71,7 @@ class _Met:
 
     def input_alone(self) -> CallInput | str:
         """The input of a layer that can run alone; or why this one cannot."""
-        ((name, (_, path)), *more) = self.layers.items()
+        ((name, _), *more) = self.layers.items()
         known = self.known[name]
         if self.name != "__call__":
             return f"it runs by its method {self.name!r}"
@@ -79,7 +79,7 @@ class _Met:
             return "its module has several adapted kernels"
         if known is None or known.call is None:
             return "the layer is not known to be a sum over axes of its input"
-        if len(path) > 1 or len(list(layers_in(self.own, deep=True))) > 1:
+        if len(list(layers_in(self.own, deep=True))) > 1:
             return "layers inside it are adapted, too"
         if changes_state(self.module):
             return "it may change its collections in this call"
@@ -133,7 +133,7 @@ class LinenRunner:
         out = self._run(told) if told.layers else call(*args, **kwargs)
         for layer, path in strange.layers.values():
             if layer.name not in self._ran:
-                self._kernel(strange, layer, at(met.own, path))
+                self._kernel(strange, layer, unboxed(flat(met.own)[path]))
         return out
 
     def _run(self, met: _Met) -> Any:
@@ -171,17 +171,16 @@ class LinenRunner:
 
     def _run_alone(self, met: _Met, taken: CallInput) -> jax.Array:
         """The output of a layer that is a sum over axes of its input."""
-        ((name, (layer, (leaf,))),) = met.layers.items()
-        own, module = met.own, met.module
-        held = own[leaf]
-        kernel, call = self._kernel(met, layer, held)
-        params = {key: value for key, value in own.items() if key != BESIDE}
-        run, read = alone(module, params, leaf, taken)
+        ((name, (layer, path)),) = met.layers.items()
+        module = met.module
+        params = {key: value for key, value in met.own.items() if key != BESIDE}
+        kernel, call = self._kernel(met, layer, unboxed(flat(params)[path]))
+        run, read = alone(module, params, path, taken)
         stated = getattr(module, "dtype", None)
         dtype = kernel.promoted(taken.x) if stated is None else stated
         self.seen[name] = LayerRun(call, dtype)
         running = RunningLayer(name, comparable(run), read, kernel, call, dtype)
-        shares = self._contributions(module, layer, kernel, own[BESIDE][SHARES][name])
+        shares = self._contributions(module, layer, kernel, met.own[BESIDE][SHARES][name])
         return adapted(running, taken.x, shares, self.registry.options)
 
     def _run_in_kernels(self, met: _Met, not_beside: str) -> Any:
@@ -192,17 +191,17 @@ class LinenRunner:
             which it cannot beside the module.
         """
 
-        def join(name: str, held: Any, beside: Shares) -> Any:
+        def join(name: str, kernel: jax.Array, beside: Shares) -> jax.Array:
             layer, _ = met.layers[name]
-            kernel, _ = self._kernel(met, layer, held)
-            shares = self._contributions(met.module, layer, kernel, beside)
+            held, _ = self._kernel(met, layer, kernel)
+            shares = self._contributions(met.module, layer, held, beside)
             drops = any(share.drop for share in shares)
-            dtype = kernel.array.dtype
-            possible = possible_ways(kernel, None, dtype, self.registry.options, drops=drops)
+            options = self.registry.options
+            possible = possible_ways(held, None, kernel.dtype, options, drops=drops)
             beside_not = dict.fromkeys((Way.FORMED, Way.FACTORED), not_beside)
             require_a_way(name, replace(possible, against={**possible.against, **beside_not}))
-            self.seen[name] = LayerRun(None, dtype)
-            return boxed_as(held, kernel.taking([share.update for share in shares]))
+            self.seen[name] = LayerRun(None, kernel.dtype)
+            return held.taking([share.update for share in shares])
 
         def method(*args: Any, **kwargs: Any) -> Any:
             self._maps += 1
@@ -215,9 +214,11 @@ class LinenRunner:
             met.module, method, met.arguments, lambda params: joined(params, met.layers, join)
         )
 
-    def _kernel(self, met: _Met, layer: Layer, held: Any) -> tuple[Kernel, Contraction | None]:
+    def _kernel(
+        self, met: _Met, layer: Layer, array: jax.Array
+    ) -> tuple[Kernel, Contraction | None]:
         """The kernel of a layer as it is in this call, and what the layer computes."""
-        array, name = unboxed(held), layer.name
+        name = layer.name
         layout, call = layer.running(array.shape, met.known[name], met.kinds[name])
         return Kernel.traced(array, layout, layer.sharding), call
 

@@ -12,21 +12,20 @@ import flax.linen as nn
 import jax
 from flax import nnx, struct
 from flax.core import DenyList, meta
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.errors import ScopeParamShapeError
 
 from randlora_jax.core.hoisting import Hoisted
-from randlora_jax.front_ends.boxes import unboxed
 from randlora_jax.front_ends.linen.beside import (
     BESIDE,
     TOLD,
     CallToken,
     Told,
-    place_beside,
     without,
 )
 from randlora_jax.front_ends.linen.lifted import is_lifted, maps_around, method_of, run_with
 from randlora_jax.front_ends.linen.normed import MAPPED, NORMED, reason
 from randlora_jax.front_ends.linen.types import OTHER, modules_inside, type_of
+from randlora_jax.front_ends.params import flat, owner_of, unboxed, with_entries
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.layer import LayerType
 from randlora_jax.models.layer_types import LayerTypes
@@ -43,7 +42,8 @@ class TracedModule:
     """A module that ran.
 
     Args:
-      path: of the linen module that was called: it, or the one that it is a part of.
+      within: path of the linen module that it is a part of, or is.
+      is_part: it is an nnx module in that one.
       kind: the name of its class.
       type: what is known of its class as a layer.
       other: what it is known to be instead.
@@ -51,7 +51,8 @@ class TracedModule:
       own: names of the params that it made itself; the others are its submodules'.
     """
 
-    path: Path
+    within: Path
+    is_part: bool
     kind: str
     type: LayerType | None
     other: str | None
@@ -88,18 +89,12 @@ class Trace:
         Raises:
           ConfigError: it cannot be called with `sample`.
         """
-        call = {**variables, "params": _marked(variables["params"])}, sample.args, sample.kwargs
-        values, arrays = Hoisted.of(call, (jax.Array, jax.ShapeDtypeStruct))
-
-        def run(arrays: list[jax.Array], key: jax.Array) -> None:
-            variables, args, kwargs = values.with_arrays(arrays)
-            all_else = {"rngs": {"params": key}, "mutable": DenyList(("params",))}
-            module.apply(variables, *args, method=sample.method, **all_else, **kwargs)
-
-        self._marked = True
         try:
-            with nn.intercept_methods(self._intercept):
-                jax.eval_shape(run, arrays, jax.random.key(0))
+            try:
+                self._call(module, variables, sample, marked=True)
+            except ScopeParamShapeError:  # of a mark among arrays that are one param of a module
+                self._call(module, variables, sample, marked=False)
+                self._call(module, variables, sample, marked=True)
         except Exception as error:
             raise ConfigError(
                 f"sample_inputs: {type(module).__name__} cannot be called with them: "
@@ -107,15 +102,43 @@ class Trace:
             ) from error
         return self
 
-    def holder_of(self, path: Path) -> TracedModule | None:
-        """The module whose own the params at `path` are; None where none ran that has them."""
-        if (found := self.modules.get(slashed(path))) is not None:
-            return found
+    def _call(
+        self, module: nn.Module, variables: Mapping[str, Any], sample: SampleInputs, *, marked: bool
+    ) -> None:
+        params = self._with_marks(variables["params"]) if marked else variables["params"]
+        call = {**variables, "params": params}, sample.args, sample.kwargs
+        values, arrays = Hoisted.of(call, (jax.Array, jax.ShapeDtypeStruct))
+
+        def run(arrays: list[jax.Array], key: jax.Array) -> None:
+            variables, args, kwargs = values.with_arrays(arrays)
+            all_else = {"rngs": {"params": key}, "mutable": DenyList(("params",))}
+            module.apply(variables, *args, method=sample.method, **all_else, **kwargs)
+
+        self._marked = marked
+        with nn.intercept_methods(self._intercept):
+            jax.eval_shape(run, arrays, jax.random.key(0))
+
+    def holder_of(self, path: Path) -> tuple[Path, TracedModule] | None:
+        """The module that holds the array at `path` itself, and its path; None where none ran."""
         for i in range(len(path) - 1, -1, -1):
-            outer = self.modules.get(slashed(path[:i]))
-            if outer is not None:
-                return outer if path[i] in outer.own else None
+            found = self.modules.get(slashed(path[:i]))
+            if found is not None:
+                holds = i == len(path) - 1 or path[i] in found.own or found.is_part
+                return (path[:i], found) if holds else None
         return None
+
+    def _with_marks(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """`params` with a mark beside each array, and a token: what ``nn.jit`` traced is no run."""
+        marks: dict[Path, dict[str, _Axes]] = {}
+        for path, held in flat(params).items():
+            known, array = self.holder_of(path), unboxed(held)
+            most = len(known[1].within) if known else len(path)
+            place = owner_of(params, path)[:most]
+            mark = _Axes(array, tuple(range(array.ndim)))
+            marks.setdefault(place, {})[slashed(path[len(place) :])] = mark
+        told = Told((), CallToken())
+        beside = {(*place, BESIDE): {_MARKS: mine, TOLD: told} for place, mine in marks.items()}
+        return with_entries(params, beside)
 
     def _intercept(
         self,
@@ -127,14 +150,16 @@ class Trace:
         module = context.module
         if module.scope is None or context.method_name == "setup" or is_lifted(context):
             return call(*args, **kwargs)
-        if isinstance(module, NORMED):
-            self.normed[module.layer_instance.path] = reason(type(module).__name__)
         marks = dict(_marks_in(module.variables.get("params", {})))
         if marks or not self._marked:  # else it is a model of its own, applied within this one
             self._note(module, method_of(context), (args, kwargs), marks)
-        if marks and isinstance(
-            module, (nnx.bridge.ToLinen, *NORMED)
-        ):  # they use whatever is there
+        read: nn.Module | None = None  # whose params it takes as they are
+        if isinstance(module, nnx.bridge.ToLinen):
+            read = module
+        elif isinstance(module, NORMED):
+            read = module.layer_instance
+            self.normed[read.path] = reason(type(module).__name__)
+        if read is not None and any(_marks_in(read.variables.get("params", {}))):
             return run_with(module, method_of(context), (args, kwargs), without)
         out = call(*args, **kwargs)
         if (noted := self.modules.get(slashed(module.path))) is not None:
@@ -153,7 +178,8 @@ class Trace:
         """Takes down a module that is about to run, or the nnx modules in it."""
         if maps_around(module):
             self.normed[module.path] = MAPPED
-        if isinstance(module, nnx.bridge.ToLinen):
+        is_bridge = isinstance(module, nnx.bridge.ToLinen)
+        if is_bridge:
             inside = modules_inside(module).items()
             found = {path: (part, self.types.find(part)) for path, part in inside}
         else:
@@ -169,7 +195,7 @@ class Trace:
                     if p[: len(inner)] == inner
                 }
                 self.modules[key] = TracedModule(
-                    module.path, type(part).__name__, known, next(kinds, None), axes
+                    module.path, is_bridge, type(part).__name__, known, next(kinds, None), axes
                 )
 
 
@@ -192,20 +218,6 @@ class _Axes(struct.PyTreeNode, meta.AxisMetadata):
         left = list(self.left)
         del left[index]
         return self.replace(left=tuple(left))
-
-
-def _marked(params: Mapping[str, Any]) -> dict[str, Any]:
-    """`params` with a mark beside each array, and a token: what ``nn.jit`` has traced is no run."""
-    flat = flatten_dict(params)
-    marks: dict[Path, dict[str, _Axes]] = {}
-    for (*owner, leaf), held in flat.items():
-        array = unboxed(held)
-        place, within = place_beside(tuple(owner), (leaf,))
-        mark = _Axes(array, tuple(range(array.ndim)))
-        marks.setdefault(place, {})[slashed(within)] = mark
-    told = Told((), CallToken())
-    beside = {(*place, BESIDE): {_MARKS: mine, TOLD: told} for place, mine in marks.items()}
-    return unflatten_dict({**flat, **beside})
 
 
 def _marks_in(params: Mapping[str, Any]) -> Iterator[tuple[Path, Axes]]:
