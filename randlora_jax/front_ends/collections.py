@@ -121,7 +121,7 @@ def base_arrays(collections: Mapping[str, Any]) -> dict[str, Any]:
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(dict(collections))]
     parts = [tuple(map(part_of, path)) for path in paths]
     held = [name for name in (TRAINED, FROZEN, PAIRS) if name in collections]
-    held += [dotted(path) for path in parts if {LAMBDA, GAMMA} & set(path)]
+    held += [dotted(path) for path in parts if {LAMBDA, GAMMA, TRAINED} & set(path[1:])]
     if held:
         raise ConfigError(
             f"these are the variables of a model that is wrapped already: they hold "

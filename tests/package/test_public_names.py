@@ -24,6 +24,7 @@ PUBLIC = {
         "RandLoraConfig",
         "RandLoraError",
         "RandLoraModel",
+        "SampleInputs",
         "TargetError",
         "get_peft_model",
         "register_front_end",
@@ -59,7 +60,7 @@ def test_help_lists_them():
     assert f"VERSION\n    {randlora_jax.__version__}" in page
     for name in PUBLIC["randlora_jax"]:
         own = getattr(randlora_jax, name).__name__  # AdapterParam is flax's own type
-        assert f"    class {own}(" in page or f"    {own}(" in page, page
+        assert f"class {own}(" in page or f"    {own}(" in page, name
 
 
 def test_a_type_checker_sees_the_same_names():

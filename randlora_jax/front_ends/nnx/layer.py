@@ -151,15 +151,16 @@ class RandLoraLayer(nnx.Module):
             return getattr(base, method)(*args, **kwargs)
         context = reached(self.settings.model, [layer.name for layer, _ in applied])
         (layer, specs), *more = applied
-        state = nnx.to_flat_state(nnx.state(base))
-        kernel, call = self._kernel(layer, dict(state))
-        inner = any(isinstance(leaf, AdapterParam | FrozenAdapterParam) for _, leaf in state)
+        graph, split = nnx.split(base)
+        state = dict(nnx.to_flat_state(split))
+        kernel, call = self._kernel(layer, state)
+        inner = any(isinstance(x, AdapterParam | FrozenAdapterParam) for x in state.values())
         alone = method == "__call__" and call is not None and not more and not inner
         taken = input_of(base.__call__, args, kwargs) if alone else None
         if taken is None:
-            kernels = self._kernels(dict(state), context)
+            kernels = self._kernels(state, context)
             return run_in_kernels(base, method, (args, kwargs), kernels)
-        run, _, read = as_function(base, layer.leaf, taken)
+        run, read = as_function(graph, state, layer.leaf, taken)
         dtype = multiplies_in(self.base_layer, kernel.promoted(taken.x))
         running = RunningLayer(layer.name, run, read, kernel, call, dtype)
         shares = self._shares(layer, specs, kernel.layout, context)

@@ -55,14 +55,18 @@ class _RunLayer:
 
 
 def as_function(
-    layer: nnx.Module, leaf: Path, taken: CallInput
-) -> tuple[Run, jax.Array, Sequence[jax.Array]]:
-    """A layer as a function of its kernel and its input; its kernel, and all else that it reads."""
-    graph, state = nnx.split(layer)
-    flat = dict(nnx.to_flat_state(state))
-    rest = {path: value for path, value in flat.items() if path != leaf}
-    values, (kernel, *read) = Hoisted.of((flat[leaf], rest, *taken.rest))
-    return comparable(_RunLayer(graph, leaf, taken.place, values)), kernel, read
+    graph: nnx.GraphDef[nnx.Module], state: Mapping[Path, Any], leaf: Path, taken: CallInput
+) -> tuple[Run, Sequence[jax.Array]]:
+    """A layer as a function of its kernel and its input; and all else that it reads.
+
+    Args:
+      graph: of the layer.
+      state: of the layer, by path.
+      leaf: where its kernel is.
+    """
+    rest = {path: value for path, value in state.items() if path != leaf}
+    values, (_, *read) = Hoisted.of((state[leaf], rest, *taken.rest))
+    return comparable(_RunLayer(graph, leaf, taken.place, values)), read
 
 
 class AdaptedKernel(NamedTuple):
