@@ -52,14 +52,26 @@ def with_leaves(params: Any, leaves: Mapping[Path, Any]) -> Any:
 
 
 def owner_of(params: Any, path: Path) -> Path:
-    """The path of the innermost dict of named things around an array: at most, a module's."""
+    """The path of the innermost dict around the array at `path`."""
     owner: Path = ()
     for part in path[:-1]:
         params = params[part]
-        if not isinstance(params, Mapping) or not all(isinstance(key, str) for key in params):
+        if not isinstance(params, Mapping):
             break
         owner = (*owner, part)
     return owner
+
+
+def place_beside(params: Any, path: Path, most: int) -> Path:
+    """The path of the innermost dict around an array that has room for one more name.
+
+    Args:
+      most: of how many parts.
+    """
+    place = owner_of(params, path)[:most]
+    while not isinstance(path[len(place)], str):  # JAX sorts the keys of a dict: numbers or names
+        place = place[:-1]
+    return place
 
 
 def with_entries(params: Mapping[Any, Any], entries: Mapping[Path, Any]) -> dict[Any, Any]:

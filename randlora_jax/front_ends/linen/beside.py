@@ -13,7 +13,7 @@ from flax.core import unfreeze
 
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.front_ends.collections import adapter_trees, base_collections, state_of
-from randlora_jax.front_ends.params import flat, owner_of, unboxed, with_entries, with_leaves
+from randlora_jax.front_ends.params import flat, place_beside, unboxed, with_entries, with_leaves
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path
 from randlora_jax.models.registry import AdapterRegistry
@@ -82,7 +82,7 @@ def laid_beside(
         state = state_of(tree)
         for name, arrays in state.layers.items():
             layer = layers[name]
-            place = owner_of(params, layer.kernel_path)[: len(layer.owner)]
+            place = place_beside(params, layer.kernel_path, len(layer.owner))
             leaves[name] = layer.kernel_path[len(place) :]
             lam, gamma = map(layer.layout.along_stack, arrays)
             laid.setdefault(place, {}).setdefault(name, {})[adapter_name] = (lam, gamma)

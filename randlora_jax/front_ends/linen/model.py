@@ -24,11 +24,12 @@ from randlora_jax.front_ends.linen.running import LinenRunner
 from randlora_jax.front_ends.linen.tracing import Trace
 from randlora_jax.front_ends.linen.types import TYPES
 from randlora_jax.interop.errors import ConfigError
+from randlora_jax.models import known_models
 from randlora_jax.models.adapter_arrays import Leaves
 from randlora_jax.models.finding import find_layers
 from randlora_jax.models.front_end import WrapRules, register_front_end
 from randlora_jax.models.layer import Layer, LayerRun
-from randlora_jax.models.layer_types import LayerTypes
+from randlora_jax.models.layer_types import LayerTypes, refuse_idle_types
 from randlora_jax.models.names import slashed
 from randlora_jax.models.reaching import expected, refuse_unreached
 from randlora_jax.models.registry import AdapterRegistry, BaseModelInfo
@@ -137,9 +138,7 @@ class LinenRandLora(InterceptedRandLora):
     """
 
     takes_sample_inputs = True
-    _hint = (
-        "Pass sample_inputs=(...), what the model is called with, and its modules tell their types"
-    )
+    _hint = "Pass sample_inputs=(...), what the model is called with: then its modules tell all. "
 
     def __init__(self, model: nn.Module, rules: WrapRules) -> None:
         if model.scope is None:
@@ -149,10 +148,14 @@ class LinenRandLora(InterceptedRandLora):
             )
         module, variables = model.unbind()
         store = LinenStore(module, unfreeze(variables))
+        known = known_models.about(module)
+        whole = rules.beside(known)
         trace = None
         if rules.sample_inputs is not None:
-            trace = Trace(types_with(rules)).called(module, store.base, rules.sample_inputs)
-        self._begin(module, store, rules, trace, BaseModelInfo())
+            trace = Trace(types_with(whole)).called(module, store.base, rules.sample_inputs)
+            if rules.sample_inputs.method is None:
+                refuse_idle_types(rules.layer_types, trace.kinds)
+        self._begin(module, store, whole, trace, known.info)
 
     @property
     def _base_name(self) -> str:

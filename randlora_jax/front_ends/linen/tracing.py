@@ -25,7 +25,7 @@ from randlora_jax.front_ends.linen.beside import (
 from randlora_jax.front_ends.linen.lifted import is_lifted, maps_around, method_of, run_with
 from randlora_jax.front_ends.linen.normed import MAPPED, NORMED, reason
 from randlora_jax.front_ends.linen.types import OTHER, modules_inside, type_of
-from randlora_jax.front_ends.params import flat, owner_of, unboxed, with_entries
+from randlora_jax.front_ends.params import flat, place_beside, unboxed, with_entries
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.layer import LayerType
 from randlora_jax.models.layer_types import LayerTypes
@@ -68,11 +68,13 @@ class Trace:
       types: of layers.
       modules: by path (``/`` between its parts).
       normed: why no kernel under a path takes an adapter.
+      kinds: classes of modules.
     """
 
     types: LayerTypes
     modules: dict[str, TracedModule] = field(default_factory=dict)
     normed: dict[Path, str] = field(default_factory=dict)
+    kinds: set[type] = field(default_factory=set)
     _marked: bool = field(default=False, init=False)
 
     def initialised(self, init: Callable[..., Any], key: jax.Array) -> "Trace":
@@ -133,7 +135,7 @@ class Trace:
         for path, held in flat(params).items():
             known, array = self.holder_of(path), unboxed(held)
             most = len(known[1].within) if known else len(path)
-            place = owner_of(params, path)[:most]
+            place = place_beside(params, path, most)
             mark = _Axes(array, tuple(range(array.ndim)))
             marks.setdefault(place, {})[slashed(path[len(place) :])] = mark
         told = Told((), CallToken())
@@ -185,6 +187,7 @@ class Trace:
         else:
             found = {(): (module, type_of(self.types, module, method, arguments))}
         for inner, (part, known) in found.items():
+            self.kinds.add(type(part))
             key = slashed((*module.path, *inner))
             before = self.modules.get(key)
             if before is None or before.type is None:  # else it shares a layer's scope
