@@ -123,9 +123,12 @@ class Layer:
             )
         if known is None:
             return layout, None
-        if not layout.splits(known.layout):
+        theirs = known.layout
+        if len(theirs.axes) > len(layout.axes):  # with the axes that scans took away
+            theirs = theirs.within(self.shape, shape)
+        if not layout.splits(theirs):
             raise ConfigError(
                 f"layer {self.name!r} was taken for {layout.axes!r}, but a {kind} holds its kernel "
-                f"as {known.layout.axes!r}; state views={{...}} accordingly"
+                f"as {theirs.axes!r}; state views={{...}} accordingly"
             )
         return layout, known.call

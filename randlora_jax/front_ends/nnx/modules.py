@@ -1,16 +1,21 @@
 """The modules of an nnx model, and which of their arrays may be kernels."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 from flax import nnx
 
+from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.front_ends.nnx.bridges import bridge_of
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
 from randlora_jax.front_ends.nnx.variables import SharedBasis
+from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.finding import QUANTISED, FoundModule, StatedLayouts
+from randlora_jax.models.layer import LayerType
 from randlora_jax.models.layer_types import LayerTypes
-from randlora_jax.models.names import Path, dotted
+from randlora_jax.models.names import Path, dotted, slashed
 
 # What has kernels and is no linear layer.
 _OTHER: Mapping[type, str] = {
@@ -54,17 +59,62 @@ def modules_of(
             found += bridge.modules(path, module, stated)
             continue
         arrays = {leaf: variable.get_raw_value() for leaf, variable in held[path].items()}
+        known = types.find(module)
+        if known and not stated.find(path):
+            known = _as_held(path, known, module, arrays)
         found.append(
             FoundModule(
                 path,
                 arrays,
                 type(module).__name__,
-                types.find(module),
+                known,
                 next((what for kind, what in _OTHER.items() if isinstance(module, kind)), None),
                 _refusals(path, held[path], owners, normed),
             )
         )
     return found
+
+
+def _as_held(
+    path: Path, known: LayerType, module: nnx.Module, arrays: Mapping[Path, Any]
+) -> LayerType:
+    """A type of layer with the axes along which ``nnx.vmap`` stacked this one's kernel.
+
+    Raises:
+      ConfigError: its extents do not tell.
+    """
+    array, axes = arrays.get((known.leaf,)), known.layout.axes
+    extents = _extents(module)
+    if array is None or extents is None or array.ndim <= len(axes):
+        return known
+    everywhere = range(array.ndim)
+    fitting = [
+        stack
+        for stack in combinations(everywhere, array.ndim - len(axes))
+        if [array.shape[i] for i in everywhere if i not in stack] == extents
+    ]
+    if not fitting or fitting[0] == tuple(range(len(fitting[0]))):
+        return known  # the first axes, as is usual
+    if len(fitting) > 1:
+        raise ConfigError(
+            f"layer {dotted(path)!r}: its kernel {array.shape} stacks several of {tuple(extents)}, "
+            f"and which axis stacks them cannot be told: state it, views={{{slashed(path)!r}: ...}}"
+        )
+    letters = iter(axes)
+    return replace(
+        known,
+        layout=KernelLayout("".join("s" if i in fitting[0] else next(letters) for i in everywhere)),
+    )
+
+
+def _extents(module: nnx.Module) -> list[int] | None:
+    """Of the kernel of one layer, as flax's types tell it."""
+    if isinstance(module, nnx.LinearGeneral):
+        sizes = *module.batch_axis.values(), *module.in_features, *module.out_features
+        return list(sizes)
+    if isinstance(module, nnx.Linear):
+        return [module.in_features, module.out_features]
+    return list(module.kernel_shape) if isinstance(module, nnx.Einsum) else None
 
 
 def _is_held(path: Path, module: nnx.Module) -> bool:
