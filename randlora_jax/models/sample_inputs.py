@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from randlora_jax.interop.errors import ConfigError, shown
+from randlora_jax.interop.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class SampleInputs:
         if isinstance(stated, Mapping):
             return cls((), stated)
         raise ConfigError(
-            f"sample_inputs={shown(stated)}: expected a tuple of what the model is called with, "
-            "such as (x,), a dict of keyword arguments, or SampleInputs(args, kwargs, method)"
+            "sample_inputs: expected a tuple of what the model is called with, such as (x,), a "
+            "dict of keyword arguments, or SampleInputs(args, kwargs, method), found a "
+            f"{type(stated).__name__}"
         )

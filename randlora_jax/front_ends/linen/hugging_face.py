@@ -46,7 +46,9 @@ class HuggingFaceStore(CollectionStore):
 
 @register_front_end(
     "a Hugging Face Flax model",
-    accepts=lambda model, rules: isinstance(getattr(model, "module", None), nn.Module),
+    accepts=lambda model, rules: (
+        not isinstance(model, nn.Module) and isinstance(getattr(model, "module", None), nn.Module)
+    ),
 )
 class HuggingFaceRandLora(InterceptedRandLora):
     """A Hugging Face Flax model with adapters: call it, or ``.generate``, as the model itself.

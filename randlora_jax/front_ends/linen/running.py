@@ -103,7 +103,6 @@ class LinenRunner:
     pairs: Mapping[str, BasisPair]
     seen: dict[str, LayerRun]
     _maps: int = field(default=0, init=False)  # our own nn.map_variables that are running
-    _ran: set[str] = field(default_factory=set, init=False)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -126,19 +125,26 @@ class LinenRunner:
                 f"{listed(met.layers)}: {MAPPED}, so called and merged would differ; leave it out "
                 "of target_modules"
             )
-        # a module that shares its scope with a layer (nn.share_scope) leaves it to that
         strange, told = met.parted()
-        if not strange.layers:
-            return self._run(met)
+        if isinstance(met.module, nnx.bridge.ToLinen):
+            self._refuse_strange(strange)
         out = self._run(told) if told.layers else call(*args, **kwargs)
-        for layer, path in strange.layers.values():
-            if layer.name not in self._ran:
-                self._kernel(strange, layer, unboxed(flat(met.own)[path]))
+        # a module that shares its scope with a layer (nn.share_scope) leaves it to that
+        self._refuse_strange(strange)
         return out
+
+    def _refuse_strange(self, met: _Met) -> None:
+        """Nothing, if the layers that are met have run elsewhere.
+
+        Raises:
+          ConfigError: one has not, and nothing is known of its class.
+        """
+        for name, (layer, path) in met.layers.items():
+            if name not in self.seen:
+                self._kernel(met, layer, unboxed(flat(met.own)[path]))
 
     def _run(self, met: _Met) -> Any:
         """What the method returns, with the adapters joined in."""
-        self._ran |= met.layers.keys()
         taken = met.input_alone()
         if isinstance(taken, CallInput):
             return self._run_alone(met, taken)

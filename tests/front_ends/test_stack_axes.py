@@ -1,0 +1,77 @@
+"""Kernels that scans and vmaps stack along any axis: each layer runs with its own W + delta."""
+
+import flax.linen as nn
+import pytest
+from linen_nets import X, assert_runs_as_merged, close, wrapped
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.tanh(nn.Dense(8, name="dense")(x)), None
+
+
+def stacked(target, axis, length=3):
+    along = {"variable_axes": {"params": axis}, "split_rngs": {"params": True}}
+    return nn.scan(target, length=length, **along)
+
+
+class Layers(nn.Module):
+    axis: int
+
+    @nn.compact
+    def __call__(self, x):
+        return stacked(nn.remat(Block), self.axis)(name="layers")(x, None)[0]
+
+
+class Outer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return stacked(Block, 1)(name="inner")(x, None)[0], None
+
+
+class Nested(nn.Module):
+    """Three layers along axis 1 in two along axis 0: (2, 8, 3, 8)."""
+
+    @nn.compact
+    def __call__(self, x):
+        return stacked(Outer, 0, 2)(name="outer")(x, None)[0]
+
+
+class Experts(nn.Module):
+    """Experts that see one input, stacked along an axis counted from the end."""
+
+    axis: int
+
+    @nn.compact
+    def __call__(self, x):
+        along = {"variable_axes": {"params": self.axis}, "split_rngs": {"params": True}}
+        experts = nn.vmap(nn.DenseGeneral, in_axes=None, axis_size=3, **along)
+        return experts((2, 4), use_bias=False, name="experts")(x)
+
+
+KINDS = {
+    **{f"scan along {a}": (Layers(a), {"layers/dense": v}) for a, v in (
+        (0, "s i o"), (1, "i s o"), (-1, "i o s"), (-2, "i s o"),
+    )},
+    "scan in scan": (Nested(), {"outer/inner/dense": "s i s o"}),
+    **{f"vmap along {a}": (Experts(a), {"experts": v}) for a, v in (
+        (1, "i s o o"), (-1, "i o o s"), (-3, "i s o o"), (-4, "s i o o"),
+    )},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_of_a_stack_runs_with_its_own_delta(kind):
+    net, views = KINDS[kind]
+    assert_runs_as_merged(wrapped(net, X, views=views), X)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_tells_along_which_axes_layers_are_stacked(kind):
+    net, views = KINDS[kind]
+    told, stated = wrapped(net, X, sample_inputs=(X,)), wrapped(net, X, views=views)
+    deltas, expected = told.delta_weights(), stated.delta_weights()
+    assert deltas.keys() == expected.keys()
+    close(deltas, expected)
+    assert_runs_as_merged(told, X)
