@@ -11,6 +11,13 @@ from randlora_jax.core.hoisting import Hoisted
 Params = Mapping[str, Any]
 
 
+_SCOPED = (nn.Module, nn.Variable)  # they belong to a scope, which is lifted with them
+
+
+class HandsOutModules(Exception):
+    """A method returned modules, which would not live outside of a transformation."""
+
+
 def is_lifted(context: nn.module.InterceptorContext) -> bool:
     """Whether flax will call the method again, on what a transformation leaves of the variables.
 
@@ -40,14 +47,18 @@ def run_with(
     """What `method` of `module` returns where its params are `change` of them.
 
     Where it is traced it is rematerialised, so that no changed params wait for the backward pass.
+
+    Raises:
+      HandsOutModules: it returns modules.
     """
-    # modules and variables among the arguments belong to scopes, which are lifted with them
-    values, passed = Hoisted.of(arguments, (jax.Array, nn.Module, nn.Variable))
+    values, passed = Hoisted.of(arguments, (jax.Array, *_SCOPED))
     aside: list[Hoisted] = []  # what of the output is no array
 
     def body(module: nn.Module, *passed: Any) -> list[jax.Array]:
         args, kwargs = values.with_arrays([*passed])
         rest, arrays = Hoisted.of(method(module, *args, **kwargs))
+        if any(isinstance(other[1], _SCOPED) for other in rest.others if other):
+            raise HandsOutModules
         aside.append(rest)
         return arrays
 

@@ -25,7 +25,13 @@ from randlora_jax.core.ways import Way, possible_ways, require_a_way
 from randlora_jax.front_ends.call_input import Arguments, CallInput, input_of
 from randlora_jax.front_ends.linen.alone import alone
 from randlora_jax.front_ends.linen.beside import BESIDE, SHARES, Shares, joined, layers_in
-from randlora_jax.front_ends.linen.lifted import is_lifted, maps_around, method_of, run_with
+from randlora_jax.front_ends.linen.lifted import (
+    HandsOutModules,
+    is_lifted,
+    maps_around,
+    method_of,
+    run_with,
+)
 from randlora_jax.front_ends.linen.normed import MAPPED, refuse_normed
 from randlora_jax.front_ends.linen.types import changes_state, modules_inside, type_of
 from randlora_jax.front_ends.params import flat, unboxed
@@ -128,7 +134,13 @@ class LinenRunner:
         strange, told = met.parted()
         if isinstance(met.module, nnx.bridge.ToLinen):
             self._refuse_strange(strange)
-        out = self._run(told) if told.layers else call(*args, **kwargs)
+        seen = dict(self.seen)
+        try:
+            out = self._run(told) if told.layers else call(*args, **kwargs)
+        except HandsOutModules:  # a method that gets a part, for others to call
+            self.seen.clear()
+            self.seen.update(seen)
+            out = call(*args, **kwargs)
         # a module that shares its scope with a layer (nn.share_scope) leaves it to that
         self._refuse_strange(strange)
         return out
