@@ -1,5 +1,6 @@
 """Linen modules inside an nnx model (``nnx.bridge.ToNNX``): their layers run as linen's do."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,8 +9,9 @@ from typing import Any
 import flax.linen as nn
 from flax import nnx
 
+from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.front_ends.collections import GAMMA, LAMBDA, TRAINED
-from randlora_jax.front_ends.linen.beside import CallToken, laid_beside, without
+from randlora_jax.front_ends.linen.beside import TokenOfCalls, laid_beside, without
 from randlora_jax.front_ends.linen.running import LinenRunner
 from randlora_jax.front_ends.linen.types import DENSE, TYPES
 from randlora_jax.front_ends.nnx.bridges import Bridge, register_bridge
@@ -19,7 +21,7 @@ from randlora_jax.models.finding import FoundLayers, FoundModule, StatedLayouts
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.layer_types import LayerTypes
 from randlora_jax.models.names import Names, Path, slashed
-from randlora_jax.models.registry import AdapterRegistry, BaseModelInfo
+from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, BaseModelInfo
 
 _MODULE = "to_nnx__module"  # where ToNNX keeps its linen module
 
@@ -41,19 +43,13 @@ class RandLoraToNNX(RandLoraLayer):
         """Within, the linen module that `base` applies is one that joins the adapters in."""
         held = vars(base)  # past nnx's checks: it is put back before anything sees it
         module = held[_MODULE]
-        held[_MODULE] = _Joined(module, self._registry(), self._trees(), context)
+        layers = tuple(layer for layer, _ in self.applied())
+        registry, calls = _by_itself(layers, self.settings.specs, self.settings.options)
+        held[_MODULE] = _Joined(module, registry, calls, self._trees(), context)
         try:
             yield
         finally:
             held[_MODULE] = module
-
-    def _registry(self) -> AdapterRegistry:
-        """Of the linen module by itself."""
-        layers = (_inside(layer) for layer, _ in self.applied())
-        found = FoundLayers({layer.name: layer for layer in layers}, ())
-        registry = AdapterRegistry.of(found, BaseModelInfo(), Names({}), self.settings.options)
-        specs = {spec.name: spec for spec in self.settings.specs}
-        return replace(registry, specs=specs, active=tuple(specs))
 
     def _trees(self) -> dict[str, dict[str, Any]]:
         """Lambda and gamma as linen's collections hold them."""
@@ -76,15 +72,18 @@ class _Joined:
         self,
         module: nn.Module,
         registry: AdapterRegistry,
+        calls: TokenOfCalls,
         trees: dict[str, dict[str, Any]],
         context: CallContext,
     ) -> None:
-        self.module, self.registry, self.trees, self.context = module, registry, trees, context
+        self.module, self.registry, self.calls = module, registry, calls
+        self.trees, self.context = trees, context
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the module's own."""
+        token = self.calls.of(self.registry, self.context.pairs)
         whole = laid_beside(
-            {**variables, TRAINED: self.trees}, self.registry.layers, CallToken(), applied=True
+            {**variables, TRAINED: self.trees}, self.registry.layers, token, applied=True
         )
         runner = LinenRunner(self.registry, LayerTypes((TYPES,)), self.context.pairs, {})
         with runner.running():
@@ -93,6 +92,18 @@ class _Joined:
             output, updates = result
             return output, {**updates, "params": without(updates["params"])}
         return result
+
+
+@functools.lru_cache
+def _by_itself(
+    layers: tuple[Layer, ...], specs: tuple[AdapterSpec, ...], options: ExecutionOptions
+) -> tuple[AdapterRegistry, TokenOfCalls]:
+    """What a linen module knows by itself; equal modules share it, and what they compiled."""
+    inside = map(_inside, layers)
+    found = FoundLayers({layer.name: layer for layer in inside}, ())
+    registry = AdapterRegistry.of(found, BaseModelInfo(), Names({}), options)
+    by_name = {spec.name: spec for spec in specs}
+    return replace(registry, specs=by_name, active=tuple(by_name)), TokenOfCalls()
 
 
 def _inside(layer: Layer) -> Layer:

@@ -36,10 +36,17 @@ class StatedLayouts:
             except ConfigError as error:
                 raise ConfigError(f"views: {rule!r}: {error}") from None
 
-    def find(self, path: Path) -> KernelLayout | None:
-        """The first stated layout whose expression matches a whole path."""
-        found = (axes for rule, axes in self.rules.items() if re.fullmatch(rule, slashed(path)))
-        return next((KernelLayout(axes) for axes in found), None)
+    def find(self, path: Path, *, unless: Path | None = None) -> KernelLayout | None:
+        """The first stated layout whose expression matches a whole path.
+
+        Args:
+          unless: another path, which the expression must not match.
+        """
+        for rule, axes in self.rules.items():
+            other = unless is not None and re.fullmatch(rule, slashed(unless))
+            if re.fullmatch(rule, slashed(path)) and not other:
+                return KernelLayout(axes)
+        return None
 
 
 @dataclass(frozen=True)
@@ -151,32 +158,40 @@ def refuse_idle(argument: str, rules: Iterable[str], paths: Iterable[Path]) -> N
 
 
 def _layers_of(module: FoundModule, stated: StatedLayouts, names: Names) -> list[Layer]:
-    """The layers whose kernels a module holds: by its type, or by rules on it or on its arrays.
+    """The layers whose kernels a module holds: by its type, or by rules on it or on its arrays."""
+    whole = _whole_layer(module, stated)
+    found = [_layer(module, *whole, names, module.path)] if whole else []
+    for leaf, array in module.arrays.items():
+        path = (*module.path, *leaf)
+        # a rule on the whole module is not about what lies beside its kernel
+        layout = stated.find(path, unless=module.path if whole else None)
+        if (whole and leaf == whole[0]) or layout is None or len(layout.axes) != len(array.shape):
+            continue
+        # such an array's module is the layer, also to PyTorch
+        is_whole = not whole and module.path and leaf[0] in KERNEL_LEAVES
+        found.append(_layer(module, leaf, layout, names, module.path if is_whole else path))
+    if not found:
+        _refuse_misfits(module, stated)
+    return found
+
+
+def _whole_layer(module: FoundModule, stated: StatedLayouts) -> tuple[Path, KernelLayout] | None:
+    """The kernel and its layout of a module that is one layer, by its type or by a rule on it.
 
     A type's layout lacks the axes along which scans and vmaps stack layers: they come first.
     """
     arrays, layout = module.arrays, stated.find(module.path)
-    if module.type is not None:
-        kernel = tuple(module.type.leaf.split("/"))
-        kernel = kernel if kernel in arrays else (*kernel, *QUANTISED)
-        if kernel in arrays:
-            axes = module.type.layout.axes
-            stacks = "s" * (len(arrays[kernel].shape) - len(axes))
-            layout = layout or stated.find((*module.path, *kernel)) or KernelLayout(stacks + axes)
-            return [_layer(module, kernel, layout, names, module.path)]
-    elif layout is not None and (meant := _leaf_of(module, layout)):
-        return [_layer(module, meant, layout, names, module.path)]
-    found = []
-    for leaf, array in arrays.items():
-        path = (*module.path, *leaf)
-        layout = stated.find(path)
-        if layout is not None and len(layout.axes) == len(array.shape):
-            # its module is the layer, also to PyTorch
-            is_whole = leaf[0] in KERNEL_LEAVES and module.path
-            found.append(_layer(module, leaf, layout, names, module.path if is_whole else path))
-    if not found:
-        _refuse_misfits(module, stated)
-    return found
+    if module.type is None:
+        meant = _leaf_of(module, layout) if layout else None
+        return (meant, layout) if meant and layout else None
+    kernel = tuple(module.type.leaf.split("/"))
+    kernel = kernel if kernel in arrays else (*kernel, *QUANTISED)
+    if kernel not in arrays:
+        return None
+    axes = module.type.layout.axes
+    stacks = "s" * (len(arrays[kernel].shape) - len(axes))
+    layout = layout or stated.find((*module.path, *kernel)) or KernelLayout(stacks + axes)
+    return kernel, layout
 
 
 def _layer(

@@ -160,6 +160,17 @@ class Rooted(nnx.Module):
         return x @ self.w[...]
 
 
+class Beside(nnx.Linear):
+    """A known layer with another kernel beside its own."""
+
+    def __init__(self):
+        super().__init__(8, 8, rngs=nnx.Rngs(0))
+        self.more = drawn(1, 8, 8)
+
+    def __call__(self, x):
+        return super().__call__(x) + jnp.tanh(x @ self.more[...])
+
+
 MLP = {"mlp/(gate|up)": "i o", "mlp/down": "i o"}
 NETS = {
     "three kernels": (lambda: Holding(Gated()), MLP, 3),
@@ -176,6 +187,7 @@ NETS = {
         {"layer_types": {Outer: LayerType(KernelLayout("i o"), call=None)}},
         2,
     ),
+    "a kernel beside a layer's": (lambda: Holding(Beside()), {"mlp/more": "i o"}, 2),
     "the model's own kernel": (Rooted, {"w": "i o"}, 1),
 }
 
