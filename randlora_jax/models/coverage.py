@@ -104,7 +104,7 @@ def warn_of_left(registry: AdapterRegistry, hint: str = "") -> None:
         alike.setdefault((owner, array.kind, len(array.shape)), []).append(array)
     views = {_rule(owner, arrays): _guess(arrays[0]) for (owner, _, _), arrays in alike.items()}
     kinds = sorted({kind for _, kind, _ in alike if kind})
-    ways = ["views={" + ", ".join(f"r{rule!r}: {axes!r}" for rule, axes in views.items()) + "}"]
+    ways = ["views={" + ", ".join(f"r'{rule}': {axes!r}" for rule, axes in views.items()) + "}"]
     if kinds:
         ways.append("layer_types={" + ", ".join(f"{kind}: LayerType(...)" for kind in kinds) + "}")
     shown = [f"{slashed(array.path)} {array.shape}" for array in left]

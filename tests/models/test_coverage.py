@@ -1,0 +1,107 @@
+"""What adapters leave out is said; what they take, and why not the rest, can be looked at."""
+
+import warnings
+
+import flax.linen as nn
+import jax
+import pytest
+from flax import nnx
+
+from randlora_jax import RandLoraConfig, get_peft_model
+
+ALL = RandLoraConfig(r=4, target_modules="all-linear")
+X = jax.random.normal(jax.random.key(0), (5, 8))
+
+
+class Own(nnx.Module):
+    def __init__(self, rngs):
+        self.w_in = nnx.Param(rngs.normal((8, 16)))
+        self.w_out = nnx.Param(rngs.normal((16, 8)))
+        self.scale = nnx.Param(rngs.normal((8,)))
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.own, self.dense = Own(rngs), nnx.Linear(8, 8, rngs=rngs)
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
+
+
+class Net(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embed, self.conv = nnx.Embed(7, 8, rngs=rngs), nnx.Conv(8, 8, 3, rngs=rngs)
+        self.blocks = nnx.List([Block(rngs), Block(rngs)])
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+
+def test_what_all_linear_leaves_out_is_said_once_with_the_line_to_paste():
+    with pytest.warns(UserWarning, match="leaves out 4 arrays that look like kernels") as caught:
+        get_peft_model(Net(), ALL)
+    (text,) = [str(w.message) for w in caught if "kernels" in str(w.message)]
+    assert "blocks/0/own/w_in (8, 16)" in text and "Own: LayerType(...)" in text
+    line = text[text.index("views=") + len("views=") :]
+    views = eval(line[: line.index("}") + 1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = get_peft_model(Net(), ALL, views=views)
+    assert model.coverage().numbers()["left out"] == 7 * 8 + 3 * 8 * 8  # embedding, convolution
+
+
+def test_a_list_of_targets_is_the_users_choice():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(Net(), RandLoraConfig(r=4, target_modules=["dense"]))
+
+
+def test_coverage_is_data_and_a_table():
+    config = RandLoraConfig(r=4, target_modules=["dense"], modules_to_save=["head"])
+    model = get_peft_model(Net(), config)
+    found = {array.path: array for array in model.coverage()}
+    assert found["blocks/1/dense/kernel"][1:] == ((8, 8), "adapted", "by 'default'")
+    assert found["head/kernel"][2:] == ("trained whole", "by 'default'")
+    assert found["embed/embedding"][2:] == ("left out", "it is an embedding")
+    assert found["conv/kernel"].why == "it is a convolution"
+    assert found["blocks/0/own/w_in"].why == "what a Own computes with it is unknown"
+    assert model.coverage().numbers() == {
+        "adapted": 128,
+        "trained whole": 27,
+        "left out": 56 + 192 + 512,
+    }
+    table = str(model.coverage())
+    assert "blocks/*/dense/kernel (2)" in table and table.endswith("760 numbers left out")
+    model.add_adapter("second", RandLoraConfig(r=4, target_modules=["head"]))
+    model.set_adapter("second")
+    found = {array.path: array for array in model.coverage()}
+    assert found["head/kernel"].taken == "trained whole"  # by the first
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.MultiHeadDotProductAttention(num_heads=2)(x, x))
+
+
+def test_a_linen_model_says_how_its_layers_could_tell_their_types():
+    net = Attention()
+    bound = net.bind(net.init(jax.random.key(0), X[None]))
+    with pytest.warns(UserWarning, match=r"query/kernel \(8, 2, 4\).*sample_inputs="):
+        get_peft_model(bound, ALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = get_peft_model(bound, ALL, sample_inputs=(X[None],))
+    assert len(model.targeted_module_names) == 5
+
+
+def test_names_that_are_the_jax_models_own_are_said_when_saved(tmp_path):
+    config = RandLoraConfig(r=4, target_modules=["dense", "lm_head"])
+    model = get_peft_model(Net(), config, names={"head": "lm_head"})
+    with pytest.warns(UserWarning, match=r"2 adapted layers .* 'blocks.0.dense'.*names="):
+        model.save_pretrained(tmp_path / "own")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path / "same", names={"blocks.*": r"\g<0>"})
+        rule = {r"blocks/(\d)/dense": r"model.layers.\1.up"}
+        model.save_pretrained(tmp_path / "theirs", names=rule)
+    text = (tmp_path / "theirs" / "adapter_config.json").read_text()
+    assert "lm_head" in text and '"up"' in text
+    model.load_adapter(tmp_path / "same", "again")
