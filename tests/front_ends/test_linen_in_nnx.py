@@ -119,5 +119,5 @@ def test_several_adapters_and_what_is_trained_whole(tmp_path):
     merged = model(X)
     model.unmerge_adapter()
     close(model(X), merged)
-    with pytest.raises(ConfigError, match="'tower.dense' was called outside"):
+    with pytest.raises(ConfigError, match=r"'tower\.dense' was called outside"):
         model.model.tower(X, mutable=["batch_stats"])
