@@ -1,6 +1,7 @@
 """Physical Intelligence's openpi."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,8 @@ from small_models.entry import CodeBase, Entry, normal
 def pi0():
     from openpi.models import gemma, model, pi0, pi0_config, siglip
 
-    plain = model.preprocess_observation
-    model.preprocess_observation = lambda rng, observed, train=False: plain(
-        rng, observed, train=train, image_resolution=(28, 28)
-    )
-    model.IMAGE_RESOLUTION = (28, 28)
+    small = functools.partial(model.preprocess_observation, image_resolution=(28, 28))
+    model.preprocess_observation, model.IMAGE_RESOLUTION = small, (28, 28)
     siglip.decode_variant = lambda variant: {
         "width": 24,
         "depth": 2,

@@ -97,7 +97,13 @@ def gemma2():
 
 def gemma3(tokens=None, vision=None, **more):
     m = _package("gemma3.model")
-    config = m.ModelConfig(**SIZES, num_embed=61, sliding_window_size=64, vision_config=vision)
+    config = m.ModelConfig(
+        **SIZES,
+        num_embed=61,
+        sliding_window_size=64,
+        vision_config=vision,
+        param_dtype=jnp.float32,
+    )
     return _entry(m.Gemma3(config, rngs=nnx.Rngs(0)), tokens, **more)
 
 

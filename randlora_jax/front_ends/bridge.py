@@ -112,7 +112,7 @@ def _inside(layer: Layer) -> Layer:
     return replace(layer, path=path, owner=tuple(owner), leaf=(leaf,))
 
 
-def _modules(path: Path, module: nnx.bridge.ToNNX, stated: StatedLayouts) -> list[FoundModule]:
+def _modules(path: Path, module: nnx.Module, stated: StatedLayouts) -> list[FoundModule]:
     """What is in a ToNNX: nobody tells the types of linen modules before they run."""
     owned: dict[Path, dict[Path, Any]] = {}
 
@@ -134,4 +134,9 @@ def _modules(path: Path, module: nnx.bridge.ToNNX, stated: StatedLayouts) -> lis
     return found
 
 
-register_bridge(Bridge(nnx.bridge.ToNNX, _modules, RandLoraToNNX))
+def _is_to_nnx(module: Any) -> bool:
+    """Whether a module is an ``nnx.bridge.ToNNX``, or of a copy of that class, as MaxText has."""
+    return isinstance(module, nnx.Module) and _MODULE in vars(module)
+
+
+register_bridge(Bridge(_is_to_nnx, _modules, RandLoraToNNX))

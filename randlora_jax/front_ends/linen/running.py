@@ -15,7 +15,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax import nnx
 
 from randlora_jax.core.applying import Contribution, RunningLayer, adapted, comparable, dropout
 from randlora_jax.core.bases import BasisPair
@@ -33,7 +32,7 @@ from randlora_jax.front_ends.linen.lifted import (
     run_with,
 )
 from randlora_jax.front_ends.linen.normed import MAPPED, refuse_normed
-from randlora_jax.front_ends.linen.types import changes_state, modules_inside, type_of
+from randlora_jax.front_ends.linen.types import changes_state, is_bridge, modules_inside, type_of
 from randlora_jax.front_ends.params import flat, unboxed
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.layer import Layer, LayerRun, LayerType
@@ -169,15 +168,15 @@ class LinenRunner:
             return None
         refuse_normed(module)
         own = module.variables.get("params", {})
-        is_bridge = isinstance(module, nnx.bridge.ToLinen)
+        bridges = is_bridge(module)
         layers = {
             name: (self.registry.layers[name], path)
-            for name, path in layers_in(own, deep=is_bridge)
+            for name, path in layers_in(own, deep=bridges)
         }
         if not layers:
             return None
         method = method_of(context)
-        if is_bridge:
+        if bridges:
             inside = {slashed(path): part for path, part in modules_inside(module).items()}
             holders = {n: inside.get(slashed(path[:-1])) for n, (_, path) in layers.items()}
             known = {n: self.types.find(holder) for n, holder in holders.items()}

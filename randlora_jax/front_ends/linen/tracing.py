@@ -10,7 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax import nnx, struct
+from flax import struct
 from flax.core import DenyList, meta
 from flax.errors import ScopeParamShapeError
 
@@ -24,7 +24,7 @@ from randlora_jax.front_ends.linen.beside import (
 )
 from randlora_jax.front_ends.linen.lifted import is_lifted, maps_around, method_of, run_with
 from randlora_jax.front_ends.linen.normed import MAPPED, NORMED, reason
-from randlora_jax.front_ends.linen.types import OTHER, modules_inside, type_of
+from randlora_jax.front_ends.linen.types import OTHER, is_bridge, modules_inside, type_of
 from randlora_jax.front_ends.params import flat, place_beside, unboxed, with_entries
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.layer import LayerType
@@ -156,7 +156,7 @@ class Trace:
         if marks or not self._marked:  # else it is a model of its own, applied within this one
             self._note(module, method_of(context), (args, kwargs), marks)
         read: nn.Module | None = None  # whose params it takes as they are
-        if isinstance(module, nnx.bridge.ToLinen):
+        if is_bridge(module):
             read = module
         elif isinstance(module, NORMED):
             read = module.layer_instance
@@ -180,8 +180,8 @@ class Trace:
         """Takes down a module that is about to run, or the nnx modules in it."""
         if maps_around(module):
             self.normed[module.path] = MAPPED
-        is_bridge = isinstance(module, nnx.bridge.ToLinen)
-        if is_bridge:
+        bridges = is_bridge(module)
+        if bridges:
             inside = modules_inside(module).items()
             found = {path: (part, self.types.find(part)) for path, part in inside}
         else:
@@ -198,7 +198,7 @@ class Trace:
                     if p[: len(inner)] == inner
                 }
                 self.modules[key] = TracedModule(
-                    module.path, is_bridge, type(part).__name__, known, next(kinds, None), axes
+                    module.path, bridges, type(part).__name__, known, next(kinds, None), axes
                 )
 
 

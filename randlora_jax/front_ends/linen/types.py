@@ -1,5 +1,6 @@
 """The types of linen layers that are known."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -77,7 +78,16 @@ def changes_state(module: nn.Module) -> bool:
     return any(module.is_mutable_collection(name) for name in held if name != "params")
 
 
-def modules_inside(bridge: nnx.bridge.ToLinen) -> dict[Path, nnx.Module]:
+def is_bridge(module: nn.Module) -> bool:
+    """Whether a linen module runs an nnx one: an ``nnx.bridge.ToLinen``, or a copy of that class.
+
+    MaxText has one of its own.
+    """
+    made_of = {"nnx_class", "args", "kwargs", "skip_rng"}
+    return made_of <= {field.name for field in dataclasses.fields(module)}
+
+
+def modules_inside(bridge: Any) -> dict[Path, nnx.Module]:
     """The nnx modules in a linen one, without their arrays, by their paths in it."""
 
     def made() -> nnx.Module:

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from flax import nnx
-
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
 from randlora_jax.models.finding import FoundModule, StatedLayouts
 from randlora_jax.models.names import Path
@@ -14,12 +12,12 @@ class Bridge(NamedTuple):
     """How a type of module is dealt with that holds a model of another framework.
 
     Args:
-      kind: the type.
+      accepts: whether a module is of it.
       modules: (its path, the module, what users state) -> what is inside, with whole paths.
       wrapper: runs the module with its adapters.
     """
 
-    kind: type[nnx.Module]
+    accepts: Callable[[Any], bool]
     modules: Callable[[Path, Any, StatedLayouts], list[FoundModule]]
     wrapper: type[RandLoraLayer]
 
@@ -34,4 +32,4 @@ def register_bridge(bridge: Bridge) -> None:
 
 def bridge_of(module: Any) -> Bridge | None:
     """The one for a module; None where it is of nnx itself."""
-    return next((bridge for bridge in _bridges if isinstance(module, bridge.kind)), None)
+    return next((bridge for bridge in _bridges if bridge.accepts(module)), None)

@@ -12,8 +12,11 @@ from flax import nnx
 AdapterParam = nnx.LoRAParam
 
 
-class FrozenAdapterParam(nnx.Variable[jax.Array]):
-    """A leaf of an adapter that is applied or kept, but not trained."""
+class FrozenAdapterParam(nnx.Param[jax.Array]):
+    """A leaf of an adapter that is applied or kept, but not trained.
+
+    A Param, since code that scans over layers may slice these along another axis than all else.
+    """
 
 
 class FrozenLoRAParam(nnx.Param[jax.Array]):

@@ -63,7 +63,7 @@ def _names(scanned: bool) -> Rules:
 
 
 def _transformer(model: Any) -> KnownModel:
-    # its linen form is an nnx.bridge.ToLinen, which keeps the arguments of the nnx class
+    # its linen form is a bridge, which keeps the arguments of the nnx class
     config = model.config if hasattr(model, "config") else model.kwargs["config"]
     kind = getattr(config.decoder_block, "value", config.decoder_block)
     layouts = _layouts(config)
