@@ -142,7 +142,9 @@ def kernel_gradients(entry, target):
     module, variables = entry.model.unbind()
 
     def loss(params):
-        call = lambda *args, **kwargs: module.apply({**variables, "params": params}, *args, **kwargs)
+        call = lambda *args, **kwargs: module.apply(
+            {**variables, "params": params}, *args, **kwargs
+        )
         return ((entry.call(call, *inputs) - target) ** 2).mean()
 
     unboxed = lambda tree: jax.tree.map(
@@ -259,7 +261,9 @@ def row(base, model, found) -> str:
             f"{found['merged']:.1e}",
             "equal" if found["round trip"] else "DIFFERS",
         ]
-    return f"| {base.name} {base.version} | {model} | {base.framework} | " + " | ".join(cells) + " |"
+    return (
+        f"| {base.name} {base.version} | {model} | {base.framework} | " + " | ".join(cells) + " |"
+    )
 
 
 def main() -> None:

@@ -62,9 +62,7 @@ def _entry(*, as_nnx, **changes):
     else:
         module = models.transformer_as_linen(**given)
         model = bound(module, *inputs.values(), enable_dropout=False)
-    call = lambda model, *inputs: model(
-        *inputs, enable_dropout=False, model_mode=MODEL_MODE_TRAIN
-    )
+    call = lambda model, *inputs: model(*inputs, enable_dropout=False, model_mode=MODEL_MODE_TRAIN)
     return Entry(model, inputs, call)
 
 

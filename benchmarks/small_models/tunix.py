@@ -33,7 +33,9 @@ def _entry(model, tokens=None, **more):
     inputs = {
         "tokens": tokens,
         "positions": jnp.broadcast_to(jnp.arange(length), tokens.shape),
-        "mask": jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (rows, length, length)),
+        "mask": jnp.broadcast_to(
+            jnp.tril(jnp.ones((length, length), bool)), (rows, length, length)
+        ),
     }
 
     def call(model, tokens, positions, mask, **more):

@@ -131,7 +131,7 @@ class LinenRunner:
                 "of target_modules"
             )
         strange, told = met.parted()
-        if isinstance(met.module, nnx.bridge.ToLinen):
+        if is_bridge(met.module):
             self._refuse_strange(strange)
         seen = dict(self.seen)
         try:
@@ -170,8 +170,7 @@ class LinenRunner:
         own = module.variables.get("params", {})
         bridges = is_bridge(module)
         layers = {
-            name: (self.registry.layers[name], path)
-            for name, path in layers_in(own, deep=bridges)
+            name: (self.registry.layers[name], path) for name, path in layers_in(own, deep=bridges)
         }
         if not layers:
             return None
