@@ -48,7 +48,7 @@ BASES = {
     "flax": "flax_examples.BASE",
     "maxdiffusion": "maxdiffusion.BASE",
 }
-CONFIG = RandLoraConfig(r=2, randlora_alpha=4, target_modules="all-linear")
+SETTINGS = {"r": 2, "randlora_alpha": 4, "target_modules": "all-linear"}
 NAME = "default"
 
 
@@ -76,7 +76,7 @@ class Wrapped:
 
     def trained(self):
         if self.is_nnx:
-            return nnx.state(self.model, AdapterParam)
+            return jax.tree.map(lambda x: x, nnx.state(self.model, AdapterParam))  # a copy
         return self.model.split()[0]
 
     def put(self, trained):
@@ -166,7 +166,7 @@ def without_gradient(wrapped, gradients, own):
             if all(largest(x[index]) > 0 for x in arrays):
                 continue
             kernels = kernels or own()
-            kernel = layer.layout.stack_first(kernels[tuple(map(str, layer.kernel_path))])
+            kernel = layer.layout.to_matrix(kernels[tuple(map(str, layer.kernel_path))])
             if largest(kernel[index]) > 0:
                 lost.append(f"{name}{list(index)}")
     return lost
@@ -192,7 +192,9 @@ def check(make) -> dict:
     alone = entry.call(entry.model, *entry.inputs.values())
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        wrapped = Wrapped(entry, get_peft_model(entry.model, CONFIG, **entry.stated))
+        settings, stated = entry.stated()
+        config = RandLoraConfig(**{**SETTINGS, **settings})
+        wrapped = Wrapped(entry, get_peft_model(entry.model, config, **stated))
     found = {
         "said": entry.said,
         "warned": [str(w.message) for w in said if "adapter" in str(w.message)],
@@ -218,7 +220,7 @@ def check(make) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         wrapped.model.save_pretrained(folder)
         fresh = make()
-        again = RandLoraModel.from_pretrained(fresh.model, folder, **fresh.stated)
+        again = RandLoraModel.from_pretrained(fresh.model, folder, **fresh.stated()[1])
         found["round trip"] = bool((Wrapped(fresh, again).output() == output).all())
     wrapped.model.merge_adapter()
     found["merged"] = largest(wrapped.output() - output) / largest(output)

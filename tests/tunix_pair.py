@@ -120,6 +120,33 @@ def qwen3(folder):
     return transformers.Qwen3ForCausalLM, config, load
 
 
+def qwen3_moe(folder):
+    """A mixture: three arrays for all experts, in PyTorch three layers for each."""
+    from tunix.models.qwen3 import model, params
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    config = with_rope(
+        transformers.Qwen3MoeConfig,
+        ROPE,
+        **experts,
+        moe_intermediate_size=52,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+    )
+
+    def load():
+        ours = model.ModelConfig(
+            **sizes(config),
+            **experts,
+            vocab_size=61,
+            rope_theta=int(ROPE),
+            norm_eps=config.rms_norm_eps,
+        )
+        return params.create_model_from_safe_tensors(str(folder), ours, dtype=jnp.float32)
+
+    return transformers.Qwen3MoeForCausalLM, config, load
+
+
 def gemma1(folder):
     from tunix.models.gemma import model, params_safetensors
 
@@ -199,7 +226,10 @@ def gemma3(folder):
     return transformers.Gemma3ForCausalLM, config, load
 
 
-MODELS = {f.__name__: f for f in (llama3, qwen2, qwen3, gemma1, gemma2, gemma2_fused, gemma3)}
+MODELS = {
+    f.__name__: f
+    for f in (llama3, qwen2, qwen3, qwen3_moe, gemma1, gemma2, gemma2_fused, gemma3)
+}
 IDS = np.random.default_rng(0).integers(3, 61, (3, 9))
 
 

@@ -172,7 +172,8 @@ def mamba2():
         tie_word_embeddings=False,
     )
     call = lambda model, tokens: model(tokens)["logits"]
-    return Entry(m.Mamba2ForCausalLM(config, rngs=nnx.Rngs(0)), {"tokens": ids()}, call)
+    said = "target_modules=['in_proj', 'lm_head']"  # PEFT refuses out_proj in this family
+    return Entry(m.Mamba2ForCausalLM(config, rngs=nnx.Rngs(0)), {"tokens": ids()}, call, said)
 
 
 def whisper():

@@ -1,5 +1,6 @@
 """What the driver needs to know of one model of a code base."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from randlora_jax import RandLoraConfig, SampleInputs
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ class Entry:
       model: an nnx module, or a linen module bound to its variables.
       inputs: by name, in the order in which they are passed.
       call: (the model, *inputs) -> an array that depends on every layer.
-      said: what a user says by hand when wrapping, as arguments of `get_peft_model`; it may
-        mention the inputs.
+      said: what a user says by hand when wrapping, as arguments of `get_peft_model` or of the
+        config; it may mention the inputs.
     """
 
     model: Any
@@ -50,10 +53,12 @@ class Entry:
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", noisy(self.model))
 
-    @property
-    def stated(self) -> dict[str, Any]:
-        """`said`, as arguments."""
-        return eval(f"dict({self.said})", {**self.inputs, "jnp": jnp})
+    def stated(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """`said`: arguments of the config, and of `get_peft_model`."""
+        whole = eval(f"dict({self.said})", {**self.inputs, "SampleInputs": SampleInputs})
+        fields = {field.name for field in dataclasses.fields(RandLoraConfig)}
+        config = {name: value for name, value in whole.items() if name in fields}
+        return config, {name: value for name, value in whole.items() if name not in fields}
 
 
 def ids(rows: int = 3, columns: int = 8) -> jax.Array:
