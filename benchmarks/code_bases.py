@@ -19,6 +19,7 @@ Of each model, in float32 on a CPU, with "all-linear" and r 2:
 """
 
 import argparse
+import functools
 import importlib
 import json
 import subprocess
@@ -72,14 +73,17 @@ class Wrapped:
         self.inputs = tuple(entry.inputs.values())
 
     def output(self):
+        """What the model returns."""
         return self.entry.call(self.model, *self.inputs)
 
     def trained(self):
+        """A copy of the trained leaves."""
         if self.is_nnx:
-            return jax.tree.map(lambda x: x, nnx.state(self.model, AdapterParam))  # a copy
+            return jax.tree.map(lambda x: x, nnx.state(self.model, AdapterParam))
         return self.model.split()[0]
 
     def put(self, trained):
+        """Puts trained leaves in place."""
         if self.is_nnx:
             nnx.update(self.model, trained)
         else:
@@ -105,10 +109,15 @@ class Wrapped:
 
             def output(trained, frozen):
                 whole = {**frozen, "randlora": trained}
-                call = lambda *args, **kwargs: self.model.apply(whole, *args, **kwargs)
+
+                def call(*args, **kwargs):
+                    return self.model.apply(whole, *args, **kwargs)
+
                 return self.entry.call(call, *self.inputs)
 
-        loss = lambda trained, frozen: ((output(trained, frozen) - target) ** 2).mean()
+        def loss(trained, frozen):
+            return ((output(trained, frozen) - target) ** 2).mean()
+
         compiled = jax.jit(jax.value_and_grad(loss))
         return lambda trained: compiled(trained, frozen)
 
@@ -142,24 +151,28 @@ def kernel_gradients(entry, target):
     module, variables = entry.model.unbind()
 
     def loss(params):
-        call = lambda *args, **kwargs: module.apply(
-            {**variables, "params": params}, *args, **kwargs
-        )
+        def call(*args, **kwargs):
+            return module.apply({**variables, "params": params}, *args, **kwargs)
+
         return ((entry.call(call, *inputs) - target) ** 2).mean()
 
-    unboxed = lambda tree: jax.tree.map(
-        lambda x: getattr(x, "value", x), tree, is_leaf=lambda x: isinstance(x, meta.AxisMetadata)
-    )
+    def unboxed(tree):
+        return jax.tree.map(
+            lambda x: getattr(x, "value", x),
+            tree,
+            is_leaf=lambda x: isinstance(x, meta.AxisMetadata),
+        )
+
     return flatten_dict(unboxed(jax.jit(jax.grad(loss))(variables["params"])))
 
 
 def without_gradient(wrapped, gradients, own):
-    """(layer, index of its stack) whose lambda or gamma has none though its kernel has one.
+    """Matrices whose lambda or gamma has none: where the kernel has, and where it has none either.
 
     Args:
       own: makes the gradients of the base model's kernels, where it comes to that.
     """
-    lost, kernels = [], None
+    lost, still, kernels = [], [], None
     for name, arrays in wrapped.by_layer(gradients).items():
         layer = wrapped.model._registry.layers[name]
         for index in np.ndindex(*layer.stack):
@@ -167,9 +180,8 @@ def without_gradient(wrapped, gradients, own):
                 continue
             kernels = kernels or own()
             kernel = layer.layout.to_matrix(kernels[tuple(map(str, layer.kernel_path))])
-            if largest(kernel[index]) > 0:
-                lost.append(f"{name}{list(index)}")
-    return lost
+            (lost if largest(kernel[index]) > 0 else still).append(f"{name}{list(index)}")
+    return lost, still
 
 
 def five_steps(wrapped, gradients):
@@ -214,7 +226,8 @@ def check(make) -> dict:
     found["losses"] = losses
     wrapped.put(shaken(wrapped.trained()))
     _, slopes = gradients(wrapped.trained())
-    found["lost"] = without_gradient(wrapped, slopes, lambda: kernel_gradients(make(), target))
+    own = functools.partial(kernel_gradients, make(), target)
+    found["lost"], found["still"] = without_gradient(wrapped, slopes, own)
     output = wrapped.output()
     found["moves"] = largest(output - alone) / largest(alone)
     with tempfile.TemporaryDirectory() as folder:
@@ -248,17 +261,24 @@ def one(name) -> None:
     print("\n" + json.dumps(found))
 
 
+def _gradients(lost, still) -> str:
+    """How a row says which matrices have gradients."""
+    if lost:
+        return f"NONE in {lost[:3]}"
+    return f"all but {len(still)}, which have none alone either" if still else "all"
+
+
 def row(base, model, found) -> str:
     """A line of the table."""
     if "error" in found:
-        cells = ["", "", "", "", "", "", found["error"].splitlines()[-1][:200]]
+        cells = ["", "", "", "", "", "", " ".join(found["error"].split())[:200]]
     else:
         losses = found["losses"]
         cells = [
             f"`{found['said']}`" if found["said"] else "nothing",
             f"{found['matrices']}",
             "equal" if found["bits"] else "DIFFER",
-            "all" if not found["lost"] else f"NONE in {found['lost'][:3]}",
+            _gradients(found["lost"], found["still"]),
             f"{losses[0]:.3g} to {losses[-1]:.3g}",
             f"{found['merged']:.1e}",
             "equal" if found["round trip"] else "DIFFERS",
@@ -269,6 +289,7 @@ def row(base, model, found) -> str:
 
 
 def main() -> None:
+    """Runs what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--from", dest="folder", type=Path, required=True)
     parser.add_argument("--one", help=argparse.SUPPRESS)

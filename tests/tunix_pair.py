@@ -53,6 +53,7 @@ WIDTHS = {
 }
 ROPE = 1e6  # fixed in tunix's Llama 3 and Qwen 3
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TOWER = ["out_proj", "fc1", "fc2"]
 
 
 def sizes(config) -> dict:
@@ -226,23 +227,80 @@ def gemma3(folder):
     return transformers.Gemma3ForCausalLM, config, load
 
 
+def gemma3_vision(folder):
+    """Images among the tokens."""
+    from tunix.models.gemma3 import model, params_safetensors, vision
+
+    text = {**WIDTHS, "query_pre_attn_scalar": 12, "sliding_window": 64}
+    seen = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    seen |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    config = transformers.Gemma3Config(
+        text_config={**text, "layer_types": ["sliding_attention"] * 2},
+        vision_config={**seen, "vision_use_head": False},
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE,
+        attn_implementation="eager",
+    )
+
+    def load():
+        tower = vision.SigLIPConfig(
+            num_mm_tokens_per_image_prepool=16,
+            num_mm_tokens_per_image=4,
+            image_height=16,
+            image_width=16,
+            patch_size=(4, 4),
+            width=24,
+            depth=2,
+            mlp_dim=40,
+            num_heads=2,
+            soft_token_placeholder=IMAGE,
+        )
+        ours = model.ModelConfig(
+            **sizes(config.text_config), num_embed=61, sliding_window_size=64, vision_config=tower
+        )
+        held = load_file(folder / "model.safetensors")
+        (place,) = (name for name in held if "position_embedding" in name)
+        with tempfile.TemporaryDirectory() as checkpoint:
+            # tunix's loader looks for one more axis there than PyTorch has
+            save_file({**held, place: held[place][None]}, Path(checkpoint) / "model.safetensors")
+            return params_safetensors.create_model_from_safe_tensors(
+                checkpoint, ours, dtype=jnp.float32
+            )
+
+    return transformers.Gemma3ForConditionalGeneration, config, load
+
+
 MODELS = {
     f.__name__: f
-    for f in (llama3, qwen2, qwen3, qwen3_moe, gemma1, gemma2, gemma2_fused, gemma3)
+    for f in (llama3, qwen2, qwen3, qwen3_moe, gemma1, gemma2, gemma2_fused, gemma3, gemma3_vision)
 }
-IDS = np.random.default_rng(0).integers(3, 61, (3, 9))
+IDS = np.random.default_rng(0).integers(3, 60, (3, 9))
+IMAGE = 60  # the token that stands for a part of an image
+IMAGES = np.random.default_rng(1).standard_normal((3, 16, 16, 3)).astype(np.float32)
+SEEN = (np.arange(9) >= 1) & (np.arange(9) < 5)  # where the image stands
+SEEING_IDS = np.where(SEEN, IMAGE, IDS)
 
 
 def torch_logits(model) -> np.ndarray:
+    inputs = {"input_ids": torch.tensor(IDS)}
+    if hasattr(model.config, "vision_config"):
+        inputs = {
+            "input_ids": torch.tensor(SEEING_IDS),
+            "pixel_values": torch.tensor(IMAGES).permute(0, 3, 1, 2),
+            "token_type_ids": torch.tensor(np.broadcast_to(SEEN, IDS.shape).astype(int)),
+        }
     with torch.no_grad():
-        return model(torch.tensor(IDS)).logits.float().numpy()
+        return model(**inputs).logits.float().numpy()
 
 
 def jax_logits(model) -> jax.Array:
     length = IDS.shape[1]
+    ids, mask, more = IDS, jnp.tril(jnp.ones((length, length), bool)), {}
+    if getattr(model.config, "vision_config", None) is not None:
+        ids, mask, more = SEEING_IDS, mask | jnp.outer(SEEN, SEEN), {"images": IMAGES[:, None]}
     positions = jnp.broadcast_to(jnp.arange(length), IDS.shape)
-    mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (len(IDS), length, length))
-    return model(jnp.asarray(IDS), positions, None, mask)[0].astype(jnp.float32)
+    mask = jnp.broadcast_to(mask, (len(IDS), length, length))
+    return model(jnp.asarray(ids), positions, None, mask, **more)[0].astype(jnp.float32)
 
 
 def load_torch(kind, folder):
@@ -298,6 +356,8 @@ def main(name: str, folder: Path) -> dict:
     allowed = max(1e-5, 2 * found["unadapted"])
 
     settings = {"r": 5, "randlora_alpha": 20, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    if name == "gemma3_vision":
+        settings |= {"target_modules": [*TARGETS, *TOWER], "task_type": None}
     ours = get_peft_model(
         plain, RandLoraConfig(**settings, base_model_name_or_path=str(folder / "base"))
     )
@@ -305,9 +365,12 @@ def main(name: str, folder: Path) -> dict:
     losses = train(ours, 8)
     found |= {"first_loss": losses[0], "last_loss": losses[-1]}
     ours.save_pretrained(folder / "ours")
-    opened = peft.AutoPeftModelForCausalLM.from_pretrained(
-        folder / "ours", dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    opened = peft.PeftModel.from_pretrained(load_torch(kind, folder / "base"), folder / "ours")
+    if kind.__name__.endswith("CausalLM"):
+        opened = peft.AutoPeftModelForCausalLM.from_pretrained(
+            folder / "ours", dtype=torch.float32, attn_implementation="eager"
+        )
+    opened.eval()
     expected = torch_logits(opened)
     found["ours_moves"] = float(np.std(expected - base) / np.std(base))
     found["ours_in_peft"] = largest(jax_logits(ours), expected) / scale

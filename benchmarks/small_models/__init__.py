@@ -1,1 +1,1 @@
-"""Models of other people's code bases, made tiny: one file each, which imports theirs when asked."""
+"""Models of other people's code bases, made tiny: a file each, which imports theirs when asked."""

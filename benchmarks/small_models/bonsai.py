@@ -5,6 +5,7 @@ import importlib
 
 import jax.numpy as jnp
 from flax import nnx
+
 from small_models.entry import CodeBase, Entry, ids, normal
 
 
@@ -103,7 +104,10 @@ def vit():
         num_layers=2,
         num_labels=5,
     )
-    call = lambda model, images: model(images, rngs=None)
+
+    def call(model, images):
+        return model(images, rngs=None)
+
     model = m.ViTClassificationModel(config, rngs=nnx.Rngs(0))
     return Entry(model, {"images": normal(2, 16, 16, 3)}, call)
 
@@ -120,7 +124,10 @@ def dinov3():
         use_gated_mlp=True,
         hidden_act="silu",
     )
-    call = lambda model, images: model(images)["last_hidden_state"]
+
+    def call(model, images):
+        return model(images)["last_hidden_state"]
+
     model = m.Dinov3ViTModel(config, rngs=nnx.Rngs(0))
     return Entry(model, {"images": normal(2, 3, 16, 16)}, call)
 
@@ -154,7 +161,10 @@ def vjepa2():
         num_pooler_layers=1,
         num_labels=5,
     )
-    call = lambda model, video: model(video)["logits"]
+
+    def call(model, video):
+        return model(video)["logits"]
+
     model = m.VJEPA2ForVideoClassification(config, rngs=nnx.Rngs(0))
     said = "optional=['vjepa2/predictor/.*']"  # a classifier does not predict
     return Entry(model, {"video": normal(2, 4, 32, 32, 3)}, call, said)
@@ -171,7 +181,10 @@ def mamba2():
         num_hidden_layers=2,
         tie_word_embeddings=False,
     )
-    call = lambda model, tokens: model(tokens)["logits"]
+
+    def call(model, tokens):
+        return model(tokens)["logits"]
+
     said = "target_modules=['in_proj', 'lm_head']"  # PEFT refuses out_proj in this family
     return Entry(m.Mamba2ForCausalLM(config, rngs=nnx.Rngs(0)), {"tokens": ids()}, call, said)
 

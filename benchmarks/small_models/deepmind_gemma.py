@@ -1,6 +1,7 @@
 """DeepMind's gemma."""
 
 import jax.numpy as jnp
+
 from small_models.entry import CodeBase, Entry, bound, ids
 
 

@@ -6,6 +6,7 @@ import sys
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
 from small_models.entry import CodeBase, Entry, bound, ids, normal
 
 SIZES = {
@@ -30,7 +31,10 @@ def wmt():
     m = _models("wmt")
     config = m.TransformerConfig(**SIZES, output_vocab_size=61, deterministic=True)
     module, x = m.Transformer(config), ids()
-    call = lambda model, x: model(x, x)
+
+    def call(model, x):
+        return model(x, x)
+
     return Entry(bound(module, x, x), {"x": x}, call, said="sample_inputs=(x, x)")
 
 
@@ -70,7 +74,10 @@ def sst2():
 
 def vae():
     module, x = _models("vae").model(8), jax.nn.sigmoid(normal(3, 784))
-    call = lambda model, x: model(x, jax.random.key(1))[0]
+
+    def call(model, x):
+        return model(x, jax.random.key(1))[0]
+
     return Entry(bound(module, x, jax.random.key(1)), {"x": x}, call)
 
 

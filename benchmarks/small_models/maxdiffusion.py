@@ -1,6 +1,7 @@
 """maxdiffusion."""
 
 import jax.numpy as jnp
+
 from small_models.entry import CodeBase, Entry, bound, normal
 
 
@@ -24,7 +25,10 @@ def unet():
         "steps": jnp.asarray([3, 7]),
         "text": normal(2, 5, 24),
     }
-    call = lambda model, *inputs: model(*inputs).sample
+
+    def call(model, *inputs):
+        return model(*inputs).sample
+
     return Entry(bound(module, *inputs.values()), inputs, call)
 
 

@@ -2,10 +2,9 @@
 
 import sys
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+
 from small_models.entry import CodeBase, Entry, bound, ids
 
 SETTINGS = {
@@ -62,7 +61,10 @@ def _entry(*, as_nnx, **changes):
     else:
         module = models.transformer_as_linen(**given)
         model = bound(module, *inputs.values(), enable_dropout=False)
-    call = lambda model, *inputs: model(*inputs, enable_dropout=False, model_mode=MODEL_MODE_TRAIN)
+
+    def call(model, *inputs):
+        return model(*inputs, enable_dropout=False, model_mode=MODEL_MODE_TRAIN)
+
     return Entry(model, inputs, call)
 
 

@@ -1,8 +1,8 @@
 """Octo."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+
 from small_models.entry import CodeBase, Entry, bound
 
 

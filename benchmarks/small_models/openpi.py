@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from small_models.entry import CodeBase, Entry, normal
 
 
@@ -41,7 +42,10 @@ def pi0():
         state=normal(2, 6),
     )
     inputs = {"observed": observed, "actions": normal(*config.fake_act(2).shape)}
-    call = lambda model, *inputs: model.compute_loss(jax.random.key(1), *inputs)
+
+    def call(model, *inputs):
+        return model.compute_loss(jax.random.key(1), *inputs)
+
     return Entry(config.create(jax.random.key(0)), inputs, call)
 
 

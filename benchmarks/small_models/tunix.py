@@ -6,6 +6,7 @@ import types
 
 import jax.numpy as jnp
 from flax import nnx
+
 from small_models.entry import CodeBase, Entry, ids, normal
 
 SIZES = {
@@ -43,7 +44,10 @@ def _entry(model, tokens=None, **more):
 
     if not more:
         return Entry(model, inputs, call)
-    images = lambda model, t, p, mask, images: call(model, t, p, mask, images=images)
+
+    def images(model, t, p, mask, images):
+        return call(model, t, p, mask, images=images)
+
     return Entry(model, inputs | more, images)
 
 

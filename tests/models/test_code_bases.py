@@ -45,14 +45,20 @@ def gradients(model, inputs):
     if isinstance(model, nnx.Module):
         trained = jax.tree.map(random, nnx.state(model, AdapterParam))
         graph, _, frozen = nnx.split(model, AdapterParam, ...)
-        loss = lambda t, frozen: (nnx.merge(graph, t, frozen)(*inputs) ** 2).mean()
+
+        def loss(t, frozen):
+            return (nnx.merge(graph, t, frozen)(*inputs) ** 2).mean()
+
         nnx.update(model, jax.jit(jax.grad(loss))(trained, frozen))
         found = model._store.state("default").layers
         nnx.update(model, trained)
         return found, model(*inputs)
     trained, frozen = model.split()
     trained = jax.tree.map(random, trained)
-    loss = lambda trained: (model.apply({**frozen, "randlora": trained}, *inputs) ** 2).mean()
+
+    def loss(trained):
+        return (model.apply({**frozen, "randlora": trained}, *inputs) ** 2).mean()
+
     model.variables = {**frozen, "randlora": jax.jit(jax.grad(loss))(trained)}
     found = model._store.state("default").layers
     model.variables = {**frozen, "randlora": trained}
@@ -245,7 +251,9 @@ class MaxTextMixture(nnx.Module):
         self.wo = drawn(rngs, 3, 12, 8)
 
     def __call__(self, x):
-        each = lambda equation, x, kernel: jnp.einsum(equation, x, kernel[...])
+        def each(equation, x, kernel):
+            return jnp.einsum(equation, x, kernel[...])
+
         hidden = nnx.silu(each("btd,edf->btef", x, self.wi_0)) * each("btd,edf->btef", x, self.wi_1)
         out = each("btef,efd->bted", hidden, self.wo)
         return jnp.einsum("bte,bted->btd", jax.nn.softmax(self.gate(x)), out)
@@ -605,7 +613,10 @@ class Lm1b(nn.Module):
 
 def test_lm1b(tmp_path):
     names = [*(f"{HEAD}.{part}" for part in ("query", "key", "value", "out")), "Dense_0"]
-    make = lambda: bound(Lm1b(), X)
+
+    def make():
+        return bound(Lm1b(), X)
+
     model = check(make, (X,), names, tmp_path, sample_inputs=(X,))
     held = model.variables["params"]["Dense_0"]["kernel"]
     assert held.names == ("embed", "kv")
