@@ -99,26 +99,25 @@ class Wrapped:
 
     def loss_and_gradients(self, target):
         """(trained) -> (the loss, its gradients), compiled."""
+
+        def loss(call):
+            return ((self.entry.call(call, *self.inputs) - target) ** 2).mean()
+
         if self.is_nnx:
-            graph, _, frozen = nnx.split(self.model, AdapterParam, ...)
+            state = nnx.DiffState(0, AdapterParam)
+            compiled = nnx.jit(nnx.value_and_grad(loss, argnums=state))
 
-            def output(trained, frozen):
-                return self.entry.call(nnx.merge(graph, trained, frozen), *self.inputs)
-        else:
-            _, frozen = self.model.split()
+            def of_trained(trained):
+                self.put(trained)
+                return compiled(self.model)
 
-            def output(trained, frozen):
-                whole = {**frozen, "randlora": trained}
+            return of_trained
 
-                def call(*args, **kwargs):
-                    return self.model.apply(whole, *args, **kwargs)
+        def of_collections(trained, frozen):
+            return loss(functools.partial(self.model.apply, {**frozen, "randlora": trained}))
 
-                return self.entry.call(call, *self.inputs)
-
-        def loss(trained, frozen):
-            return ((output(trained, frozen) - target) ** 2).mean()
-
-        compiled = jax.jit(jax.value_and_grad(loss))
+        _, frozen = self.model.split()
+        compiled = jax.jit(jax.value_and_grad(of_collections))
         return lambda trained: compiled(trained, frozen)
 
 
@@ -133,22 +132,21 @@ def shaken(trained):
     return jax.tree.map(shake, trained)
 
 
-def kernel_gradients(entry, target):
-    """The gradient of the base model's own parameters, by path."""
+def kernel_gradients(entry, model, target):
+    """The gradient of a base model's own parameters, by path."""
     inputs = tuple(entry.inputs.values())
-    if isinstance(entry.model, nnx.Module):
-        graph, params, rest = nnx.split(entry.model, nnx.Param, ...)
+    if isinstance(model, nnx.Module):
 
-        def loss(params):
-            output = entry.call(nnx.merge(graph, params, rest), *inputs)
-            return ((output - target) ** 2).mean()
+        def loss(model):
+            return ((entry.call(model, *inputs) - target) ** 2).mean()
 
-        flat = nnx.to_flat_state(jax.jit(jax.grad(loss))(params))
+        grads = nnx.jit(nnx.grad(loss, argnums=nnx.DiffState(0, nnx.Param)))(model)
+        flat = nnx.to_flat_state(grads)
         return {tuple(map(str, path)): leaf.get_raw_value() for path, leaf in flat}
     from flax.core import meta
     from flax.traverse_util import flatten_dict
 
-    module, variables = entry.model.unbind()
+    module, variables = model.unbind()
 
     def loss(params):
         def call(*args, **kwargs):
@@ -170,7 +168,7 @@ def without_gradient(wrapped, gradients, own):
     """Matrices whose lambda or gamma has none: where the kernel has, and where it has none either.
 
     Args:
-      own: makes the gradients of the base model's kernels, where it comes to that.
+      own: makes the gradients of the merged model's kernels, where it comes to that.
     """
     lost, still, kernels = [], [], None
     for name, arrays in wrapped.by_layer(gradients).items():
@@ -226,8 +224,6 @@ def check(make) -> dict:
     found["losses"] = losses
     wrapped.put(shaken(wrapped.trained()))
     _, slopes = gradients(wrapped.trained())
-    own = functools.partial(kernel_gradients, make(), target)
-    found["lost"], found["still"] = without_gradient(wrapped, slopes, own)
     output = wrapped.output()
     found["moves"] = largest(output - alone) / largest(alone)
     with tempfile.TemporaryDirectory() as folder:
@@ -235,6 +231,8 @@ def check(make) -> dict:
         fresh = make()
         again = RandLoraModel.from_pretrained(fresh.model, folder, **fresh.stated()[1])
         found["round trip"] = bool((Wrapped(fresh, again).output() == output).all())
+    own = functools.partial(kernel_gradients, entry, again.merge_and_unload(), target)
+    found["lost"], found["still"] = without_gradient(wrapped, slopes, own)
     wrapped.model.merge_adapter()
     found["merged"] = largest(wrapped.output() - output) / largest(output)
     return found

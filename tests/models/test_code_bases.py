@@ -20,6 +20,14 @@ IDS = jnp.asarray(np.random.default_rng(0).integers(0, 9, (2, 5)))
 X = jax.random.normal(jax.random.key(1), (2, 5, 8))
 
 
+@pytest.fixture(autouse=True)
+def quickly_compiled():
+    """Nothing here runs long enough to be worth optimising."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def known_as(name: str):
     """Gives a class the full name of one that is known."""
 

@@ -17,7 +17,7 @@ MODELS = [
     "gemma2_fused",
     *(
         pytest.param(name, marks=pytest.mark.long)
-        for name in ("llama3", "qwen2", "qwen3_moe", "gemma1", "gemma2", "gemma3")
+        for name in ("llama3", "qwen2", "qwen3_moe", "gemma1", "gemma2", "gemma3", "gemma3_vision")
     ),
 ]
 
