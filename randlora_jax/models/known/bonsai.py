@@ -83,19 +83,19 @@ ENTRIES: Entries = {
         _MAMBA_2, info=twin("Mamba2ForCausalLM", "mamba2")
     ),
     "bonsai.models.umt5.modeling.UMT5Model": KnownModel(
-        info=twin("UMT5ForConditionalGeneration", "umt5")
+        info=twin("UMT5ForConditionalGeneration", "umt5", same_paths=True)
     ),
     "bonsai.models.umt5.modeling.UMT5EncoderModel": KnownModel(
-        info=twin("UMT5EncoderModel", "umt5", head=False)
+        info=twin("UMT5EncoderModel", "umt5", head=False, same_paths=True)
     ),
     "bonsai.models.vit.modeling.ViTClassificationModel": KnownModel(
         _VIT, info=twin("ViTForImageClassification", "vit", head=False)
     ),
     "bonsai.models.dinov3.modeling.Dinov3ViTModel": KnownModel(
-        info=twin("DINOv3ViTModel", "dinov3_vit", head=False)
+        info=twin("DINOv3ViTModel", "dinov3_vit", head=False, same_paths=True)
     ),
     "bonsai.models.vjepa2.modeling.VJEPA2ForVideoClassification": KnownModel(
-        info=twin("VJEPA2ForVideoClassification", "vjepa2", head=False)
+        info=twin("VJEPA2ForVideoClassification", "vjepa2", head=False, same_paths=True)
     ),
     "bonsai.models.whisper.modeling.Whisper": KnownModel(
         _WHISPER, info=twin("WhisperForConditionalGeneration", "whisper")

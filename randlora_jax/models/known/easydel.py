@@ -31,7 +31,9 @@ _NAMES = {
 def _module(model: Any) -> KnownModel:
     name: str = type(model).__name__
     head = name.endswith(("ForCausalLM", "ForConditionalGeneration"))
-    return KnownModel(_NAMES, {}, _TYPES, twin(name, model.config.model_type, head=head))
+    return KnownModel(
+        _NAMES, {}, _TYPES, twin(name, model.config.model_type, head=head, same_paths=True)
+    )
 
 
 ENTRIES: Entries = {"easydel.infra.base_module.EasyDeLBaseModule": _module}

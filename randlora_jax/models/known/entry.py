@@ -27,12 +27,20 @@ class KnownModel:
 Entries = Mapping[str, KnownModel | Callable[[Any], KnownModel]]
 
 
-def twin(torch_class: str, package: str, model_type: str = "", head: bool = True) -> BaseModelInfo:
+def twin(
+    torch_class: str,
+    package: str,
+    model_type: str = "",
+    *,
+    head: bool = True,
+    same_paths: bool = False,
+) -> BaseModelInfo:
     """Of the class `torch_class` in ``transformers.models.<package>``.
 
     Args:
       model_type: PEFT's word for the family, where it is not the package's name.
       head: it has an output embedding, which "all-linear" leaves out.
+      same_paths: where no rule names a module, its path is the twin's.
     """
     return BaseModelInfo(
         model_type=model_type or package,
@@ -41,4 +49,5 @@ def twin(torch_class: str, package: str, model_type: str = "", head: bool = True
             "parent_library": f"transformers.models.{package}.modeling_{package}",
         },
         has_output_head=head,
+        has_torch_paths=same_paths,
     )
