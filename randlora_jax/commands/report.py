@@ -65,10 +65,11 @@ def refuse_to_overwrite(directory: Path, names: list[str], *, force: bool) -> No
     """Stop before any work is done where it would end in overwriting.
 
     Raises:
-      Misuse: `directory` is a file, or has one of `names` and `force` is not set.
+      Misuse: `directory` is a file or lies in one, or has one of `names` and `force` is not set.
     """
-    if directory.exists() and not directory.is_dir():
-        raise Misuse(f"{directory}: expected a directory, found a file; name another")
+    for place in (directory, *directory.parents):
+        if place.exists() and not place.is_dir():
+            raise Misuse(f"{directory}: expected a directory, but {place} is a file; name another")
     there = [name for name in names if (directory / name).exists()]
     if there and not force:
         raise Misuse(f"{directory / there[0]} exists; allow with --force that it is replaced")

@@ -111,7 +111,7 @@ def base_arrays(collections: Mapping[str, Any]) -> dict[str, Any]:
     """A base model's own collections, with JAX's arrays for NumPy's.
 
     Raises:
-      ConfigError: there are no params, adapters are among them, or they are abstract.
+      ConfigError: there are no params, or adapters are among them.
     """
     if "params" not in collections:
         raise ConfigError(
@@ -131,13 +131,18 @@ def base_arrays(collections: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_arrays(tree: Tree) -> Tree:
-    """`tree` with JAX's arrays for NumPy's, as checkpoints give them back.
+    """`tree` with JAX's arrays for NumPy's, as checkpoints give them back."""
+    of_numpy = np.ndarray | np.generic
+    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, of_numpy) else x, tree)
+
+
+def refuse_abstract(collections: Tree) -> None:
+    """Nothing, if every leaf is an array.
 
     Raises:
-      ConfigError: a leaf is abstract.
+      ConfigError: one is abstract.
     """
-
-    def array(path: tuple[Any, ...], leaf: Any) -> Any:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(collections):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise ConfigError(
                 f"{dotted(tuple(map(part_of, path)))!r} is abstract, a ShapeDtypeStruct: the model "
@@ -145,9 +150,6 @@ def as_arrays(tree: Tree) -> Tree:
                 "jax.eval_shape(lambda params: get_peft_model(..., config).variables, params) "
                 "gives the shapes of a wrapped model"
             )
-        return jnp.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf
-
-    return jax.tree_util.tree_map_with_path(array, tree)
 
 
 def part_of(key: Any) -> str:

@@ -24,6 +24,7 @@ from randlora_jax.front_ends.collections import (
     as_arrays,
     base_arrays,
     base_collections,
+    refuse_abstract,
     state_of,
 )
 from randlora_jax.front_ends.params import flat
@@ -68,6 +69,7 @@ class FunctionalRandLora(RandLoraModel):
                 f"the variables lack the collections {listed(lost)}, which would be lost: {_WHOLE}"
             )
         self._check_adapters(variables)
+        refuse_abstract(variables)
         self._collections.trees |= as_arrays(unfreeze(variables.get(TRAINED, {})))
         self._collections.base = base_arrays(unfreeze(base_collections(variables)))
 
@@ -78,6 +80,10 @@ class FunctionalRandLora(RandLoraModel):
         """
         frozen = self.variables
         return frozen.pop(TRAINED), frozen
+
+    def _check_new(self, adapter_name: str, rngs: Any) -> None:
+        super()._check_new(adapter_name, rngs)
+        refuse_abstract(self._collections.base)
 
     def _tree(self, adapter_name: str) -> dict[str, Any]:
         """An adapter's leaves; those whose delta is merged into the kernels left out."""

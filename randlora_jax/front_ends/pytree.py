@@ -20,6 +20,7 @@ from randlora_jax.front_ends.collections import (
     Tree,
     adapter_trees,
     part_of,
+    refuse_abstract,
     state_of,
 )
 from randlora_jax.front_ends.functional import FunctionalRandLora
@@ -110,6 +111,7 @@ class PytreeRandLora(FunctionalRandLora):
                 "apply='factored' needs to see a layer's input, and a params pytree has none; "
                 "use 'auto' or 'merged'"
             )
+        refuse_abstract(params)
         self._collections = store = PytreeStore(params)
         owned: dict[Path, dict[Path, jax.Array]] = {}
         for path, leaf in store.base_leaves().items():

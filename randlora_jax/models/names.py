@@ -70,7 +70,8 @@ class Names:
     def of(self, path: Path, stack: tuple[int, ...] = ()) -> tuple[str, ...]:
         """Canonical names of the module at `path`: one for each matrix of its stack.
 
-        Where no rule names them, a stack's indices come before the last part of its path.
+        Where no rule names them, a stack's indices come before the last part of its path, or after
+        it, if that is an index itself.
 
         Raises:
           TargetError: a rule gives what cannot be a name, or names more or fewer matrices than the
@@ -93,7 +94,7 @@ class Names:
                     "different modules"
                 )
             return found
-        at = -1 if len(path) > 1 else len(path)
+        at = -1 if len(path) > 1 and not str(path[-1]).isdigit() else len(path)
         indices = np.ndindex(*stack)
         return tuple(dotted((*path[:at], *index, *path[at:])) for index in indices)
 

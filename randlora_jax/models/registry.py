@@ -226,13 +226,19 @@ class AdapterRegistry:
                 'in PyTorch, get_peft_model(..., names={"": "proj"})'
             )
         heads = [name for name in owners if targets.is_output_head(name)]
-        chosen = targets.select(
+        stacks = {  # may be named as one, too, where no rule says what PyTorch has
+            layer.name: layer.names
+            for layer in self.layers.values()
+            if layer.stack and not layer.has_stated_names and layer.name not in owners
+        }
+        named = targets.select(
             config,
-            list(owners),
-            [m for m in self.modules if m not in owners],
+            [*owners, *stacks],
+            [m for m in self.modules if m not in owners and m not in stacks],
             model_type=self.info.model_type,
             output_embedding=heads[0] if heads and self.info.has_output_head else None,
         )
+        chosen = dict.fromkeys(part for name in named for part in stacks.get(name, (name,)))
         for name in chosen:
             if owners[name].refusal:
                 raise TargetError(

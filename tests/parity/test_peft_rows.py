@@ -236,7 +236,7 @@ def trained_names(model):
 
 def names(adapter, *layers):
     parts = ("randlora_lambda", "randlora_gamma")
-    return {(layer, part, adapter) for layer in layers for part in parts}
+    return {(layer, part, adapter, "kernel") for layer in layers for part in parts}
 
 
 @pytest.mark.parametrize("second", [["lin2"], ["lin1", "lin2"]])
