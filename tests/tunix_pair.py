@@ -274,11 +274,11 @@ MODELS = {
     f.__name__: f
     for f in (llama3, qwen2, qwen3, qwen3_moe, gemma1, gemma2, gemma2_fused, gemma3, gemma3_vision)
 }
-IDS = np.random.default_rng(0).integers(3, 60, (3, 9))
+IDS = np.random.default_rng(0).integers(3, 61, (3, 9))
 IMAGE = 60  # the token that stands for a part of an image
 IMAGES = np.random.default_rng(1).standard_normal((3, 16, 16, 3)).astype(np.float32)
 SEEN = (np.arange(9) >= 1) & (np.arange(9) < 5)  # where the image stands
-SEEING_IDS = np.where(SEEN, IMAGE, IDS)
+SEEING_IDS = np.where(SEEN, IMAGE, np.minimum(IDS, IMAGE - 1))
 
 
 def torch_logits(model) -> np.ndarray:

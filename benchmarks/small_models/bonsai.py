@@ -13,9 +13,8 @@ def _package(name):
     return importlib.import_module(f"bonsai.models.{name}.modeling")
 
 
-def qwen3():
-    m = _package("qwen3")
-    config = m.ModelConfig(
+def qwen3_config():
+    return _package("qwen3").ModelConfig(
         num_layers=2,
         vocab_size=61,
         emb_dim=36,
@@ -29,6 +28,10 @@ def qwen3():
         norm_eps=1e-6,
         tie_word_embeddings=False,
     )
+
+
+def qwen3():
+    m, config = _package("qwen3"), qwen3_config()
 
     def call(model, tokens):
         cache = m.init_cache(config, 3, 8, 0, jnp.float32)
@@ -89,9 +92,8 @@ def gemma3():
     return Entry(m.Gemma3Model(config, rngs=nnx.Rngs(0)), inputs, call)
 
 
-def vit():
-    m = _package("vit")
-    config = m.ModelConfig(
+def vit_config():
+    return _package("vit").ModelConfig(
         image_size=(16, 16),
         patch_size=(4, 4),
         num_channels=3,
@@ -104,6 +106,10 @@ def vit():
         num_layers=2,
         num_labels=5,
     )
+
+
+def vit():
+    m, config = _package("vit"), vit_config()
 
     def call(model, images):
         return model(images, rngs=None)
