@@ -39,7 +39,7 @@ QWEN_MOE = {"decoder_block": "qwen3_moe", "use_qk_norm": True, **MIXTURE}
 PURE = {"enable_nnx": False, "pure_nnx_decoder": False, "pure_nnx": False}
 
 
-def _entry(*, as_nnx, **changes):
+def entry(*, as_nnx, **changes):
     from jax.sharding import Mesh
     from maxtext.common.common_types import DECODING_ACTIVE_SEQUENCE_INDICATOR, MODEL_MODE_TRAIN
     from maxtext.configs import pyconfig
@@ -85,7 +85,7 @@ BASE = CodeBase(
     "nnx, linen",
     ("maxtext/src",),
     {
-        f"{decoder}, {kind}": lambda a=a, b=b: _entry(**a, **b)
+        f"{decoder}, {kind}": lambda a=a, b=b: entry(**a, **b)
         for kind, a in KINDS.items()
         for decoder, b in DECODERS.items()
     },

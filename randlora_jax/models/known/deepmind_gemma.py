@@ -28,7 +28,8 @@ _NAMES: Rules = {
     "embedder": "model.embed_tokens",
     "final_norm": "model.norm",
 }
-_GEMMA_1 = {**_NAMES, r"layer_(\d+)/pre_ffw_norm": r"model.layers.\1.post_attention_layernorm"}
+# The first rule that matches counts.
+_GEMMA_1 = {r"layer_(\d+)/pre_ffw_norm": r"model.layers.\1.post_attention_layernorm", **_NAMES}
 
 _LAYOUTS = {
     r"layer_\d+/attn/q_einsum": "o i o",

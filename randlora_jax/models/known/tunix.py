@@ -40,7 +40,8 @@ def _names(decoder: str = "model.") -> Rules:
     }
 
 
-_GEMMA_1 = {**_names(), r"layers/(\d+)/pre_ffw_norm": r"model.layers.\1.post_attention_layernorm"}
+# The first rule that matches counts.
+_GEMMA_1 = {r"layers/(\d+)/pre_ffw_norm": r"model.layers.\1.post_attention_layernorm", **_names()}
 _MIXTURE = {
     **_names(),
     r"layers/(\d+)/mlp/router": r"model.layers.\1.mlp.gate",
