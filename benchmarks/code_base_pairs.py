@@ -210,13 +210,19 @@ def base_arrays(model) -> dict[tuple, jax.Array]:
     return flatten_dict(meta.unbox(model.unbind()[1]["params"]))
 
 
+def torch_arrays(value, path, registry) -> dict[str, np.ndarray]:
+    """Ours at `path` by PyTorch key."""
+    if path[-1] == "scale" and value.ndim == 2:  # MaxText's scanned norms: (features, layers)
+        names = registry.names.of(path[:-1], value.shape[1:])
+        return {f"{name}.weight": x for name, x in zip(names, np.asarray(value).T, strict=True)}
+    return to_peft_layout(value, path, registry.layer_of(path), registry.names)
+
+
 def fill(twin, arrays, registry) -> None:
     """Puts our parameters into the twin, every one of its, under the names that are known."""
     state = {}
     for path, value in arrays.items():
-        for key, array in to_peft_layout(
-            value, path, registry.layer_of(path), registry.names
-        ).items():
+        for key, array in torch_arrays(value, path, registry).items():
             state[key] = torch.tensor(array)
     differing = set(state) ^ {name for name, _ in twin.named_parameters()}
     if differing:
