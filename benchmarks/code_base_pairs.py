@@ -62,6 +62,7 @@ class Pair:
       config: of the twin.
       inputs: (ours, by name) -> the twin's.
       load: the code base's own loader, a folder -> a model; None where it has none.
+      output: of the twin, that is compared.
     """
 
     entry: Entry
@@ -71,13 +72,13 @@ class Pair:
         default=lambda ours: {"input_ids": ours["tokens"]}
     )
     load: Callable[[str], nnx.Module] | None = None
+    output: str = "logits"
 
 
-def _bonsai_loader(package, function, config):
+def _bonsai_loader(package, function, config, **said):
     def load(folder):
-        return getattr(importlib.import_module(f"bonsai.models.{package}.params"), function)(
-            folder, config
-        )
+        params = importlib.import_module(f"bonsai.models.{package}.params")
+        return getattr(params, function)(folder, config, **said)
 
     return load
 
@@ -125,6 +126,43 @@ def bonsai_vit(**changes):
     return Pair(bonsai.vit(), "ViTForImageClassification", config, inputs, load)
 
 
+def bonsai_dinov3():
+    config = transformers.DINOv3ViTConfig(
+        **VISION, use_gated_mlp=True, hidden_act="silu", num_register_tokens=4
+    )
+    entry = bonsai.dinov3()
+    load = _bonsai_loader("dinov3", "create_model_from_safe_tensors", entry.model.config)
+
+    def inputs(ours):
+        return {"pixel_values": ours["images"]}
+
+    return Pair(entry, "DINOv3ViTModel", config, inputs, load, "last_hidden_state")
+
+
+def bonsai_vjepa2():
+    config = transformers.VJEPA2Config(
+        hidden_size=24,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        pred_hidden_size=24,
+        pred_num_attention_heads=2,
+        pred_num_hidden_layers=2,
+        crop_size=32,
+        frames_per_clip=4,
+        num_pooler_layers=1,
+        num_labels=5,
+    )
+    entry = bonsai.vjepa2()
+    load = _bonsai_loader(
+        "vjepa2", "create_model_from_safe_tensors", entry.model.config, classifier=True
+    )
+
+    def inputs(ours):
+        return {"pixel_values_videos": ours["video"].transpose(0, 1, 4, 2, 3)}
+
+    return Pair(entry, "VJEPA2ForVideoClassification", config, inputs, load)
+
+
 def gemma():
     config = transformers.GemmaConfig(**{**TEXT, "num_key_value_heads": 4})
     return Pair(deepmind_gemma.gemma(), "GemmaForCausalLM", config)
@@ -170,8 +208,16 @@ MAXTEXT = {
 }
 
 
-def maxtext_qwen3(**changes):
-    entry = maxtext.entry(as_nnx=True, **maxtext.QWEN, **changes)
+def maxtext_qwen2(**changes):
+    # three layers: as many as there are key heads, and a bias does not tell which axis is which
+    said = {"decoder_block": "qwen2", "attention_bias": True, "base_num_decoder_layers": 3}
+    sizes = {name: size for name, size in MAXTEXT.items() if name != "head_dim"}
+    config = transformers.Qwen2Config(**{**sizes, "num_hidden_layers": 3})
+    return Pair(maxtext.entry(as_nnx=True, **said, **changes), "Qwen2ForCausalLM", config)
+
+
+def maxtext_qwen3(kind="nnx", **changes):
+    entry = maxtext.entry(**maxtext.KINDS[kind], **maxtext.QWEN, **changes)
     return Pair(entry, "Qwen3ForCausalLM", transformers.Qwen3Config(**MAXTEXT))
 
 
@@ -192,11 +238,17 @@ PAIRS: dict[str, Callable[[], Pair]] = {
     "bonsai, Gemma 3 with vision": bonsai_gemma3,
     "bonsai, ViT": bonsai_vit,
     "bonsai, ViT; the twin's gelu by tanh": lambda: bonsai_vit(hidden_act="gelu_pytorch_tanh"),
+    "bonsai, DINOv3": bonsai_dinov3,
+    "bonsai, V-JEPA 2": bonsai_vjepa2,
     "DeepMind gemma, Gemma": gemma,
     "DeepMind gemma, Gemma 2": gemma2,
     "DeepMind gemma, Gemma 3": gemma3,
+    "MaxText, Qwen 2, scanned": maxtext_qwen2,
+    "MaxText, Qwen 2, not scanned": lambda: maxtext_qwen2(scan_layers=False),
     "MaxText, Qwen 3, scanned": maxtext_qwen3,
     "MaxText, Qwen 3, not scanned": lambda: maxtext_qwen3(scan_layers=False),
+    "MaxText, Qwen 3, scanned, nnx in linen": lambda: maxtext_qwen3("nnx in linen"),
+    "MaxText, Qwen 3, scanned, linen": lambda: maxtext_qwen3("linen"),
     "MaxText, Qwen 3, experts, scanned": maxtext_experts,
     "MaxText, Qwen 3, experts, not scanned": lambda: maxtext_experts(scan_layers=False),
 }
@@ -256,7 +308,9 @@ def made(pair, folder) -> tuple[torch.nn.Module, Wrapped]:
         twin.save_pretrained(folder)
         model = pair.load(folder)
     arrays = base_arrays(model)
-    wrapped = Wrapped(pair.entry, get_peft_model(model, RandLoraConfig(**SETTINGS)))
+    config, said = pair.entry.stated()
+    config = RandLoraConfig(**{**SETTINGS, **config})
+    wrapped = Wrapped(pair.entry, get_peft_model(model, config, **said))
     if not pair.load:
         fill(twin, arrays, wrapped.model._registry)
     return twin, wrapped
@@ -273,7 +327,7 @@ def compared(pair) -> tuple[float, float, float]:
 
     def logits(model):
         with torch.no_grad():
-            return model(**inputs).logits.numpy()
+            return model(**inputs)[pair.output].numpy()
 
     with tempfile.TemporaryDirectory() as folder:
         twin, wrapped = made(pair, f"{folder}/base")
