@@ -9,13 +9,9 @@ largest difference of the outputs, as a share of the largest, without an adapter
 """
 
 import argparse
-import importlib
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -26,232 +22,13 @@ from code_bases import BASES, Wrapped, code_base
 from flax import nnx
 from flax.core import meta
 from flax.traverse_util import flatten_dict
-from small_models import bonsai, deepmind_gemma, maxtext
-from small_models.entry import Entry
+from small_models import bonsai_pairs, language_pairs
 
 from randlora_jax import RandLoraConfig, get_peft_model
 from randlora_jax.models.peft_layout import to_peft_layout
 
 SETTINGS = {"r": 3, "randlora_alpha": 6, "target_modules": "all-linear"}
-TEXT = {
-    "vocab_size": 61,
-    "hidden_size": 36,
-    "intermediate_size": 52,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-}
-VISION = {
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 4,
-}
-LOCAL_AND_GLOBAL = ["sliding_attention", "full_attention"]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A small model and its twin.
-
-    Args:
-      torch_class: of the twin, in transformers.
-      config: of the twin.
-      inputs: (ours, by name) -> the twin's.
-      load: the code base's own loader, a folder -> a model; None where it has none.
-      output: of the twin, that is compared.
-    """
-
-    entry: Entry
-    torch_class: str
-    config: transformers.PretrainedConfig
-    inputs: Callable[[dict[str, Any]], dict[str, Any]] = field(
-        default=lambda ours: {"input_ids": ours["tokens"]}
-    )
-    load: Callable[[str], nnx.Module] | None = None
-    output: str = "logits"
-
-
-def _bonsai_loader(package, function, config, **said):
-    def load(folder):
-        params = importlib.import_module(f"bonsai.models.{package}.params")
-        return getattr(params, function)(folder, config, **said)
-
-    return load
-
-
-def bonsai_qwen3():
-    config = transformers.Qwen3Config(**TEXT, rope_theta=1e6, tie_word_embeddings=False)
-    load = _bonsai_loader("qwen3", "create_model_from_safe_tensors", bonsai.qwen3_config())
-    return Pair(bonsai.qwen3(), "Qwen3ForCausalLM", config, load=load)
-
-
-def bonsai_gemma3():
-    text = {
-        **TEXT,
-        "layer_types": LOCAL_AND_GLOBAL,
-        "sliding_window": 64,
-        "query_pre_attn_scalar": 12,
-        "rope_theta": 1e6,
-        "rope_local_base_freq": 1e4,
-        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-    }
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config={**VISION, "vision_use_head": False}, mm_tokens_per_image=4, image_token_index=60
-    )
-
-    def inputs(ours):
-        seen = ours["kinds"] == 1
-        return {
-            "input_ids": np.where(seen, 60, ours["tokens"]),
-            "token_type_ids": ours["kinds"],
-            "pixel_values": ours["images"].transpose(0, 3, 1, 2),
-        }
-
-    entry = bonsai.gemma3()
-    load = _bonsai_loader("gemma3", "create_gemma3_from_pretrained", entry.model.config)
-    return Pair(entry, "Gemma3ForConditionalGeneration", config, inputs, load)
-
-
-def bonsai_vit(**changes):
-    config = transformers.ViTConfig(**VISION, num_labels=5, **changes)
-    load = _bonsai_loader("vit", "create_vit_from_pretrained", bonsai.vit_config())
-
-    def inputs(ours):
-        return {"pixel_values": ours["images"].transpose(0, 3, 1, 2)}
-
-    return Pair(bonsai.vit(), "ViTForImageClassification", config, inputs, load)
-
-
-def bonsai_dinov3():
-    config = transformers.DINOv3ViTConfig(
-        **VISION, use_gated_mlp=True, hidden_act="silu", num_register_tokens=4
-    )
-    entry = bonsai.dinov3()
-    load = _bonsai_loader("dinov3", "create_model_from_safe_tensors", entry.model.config)
-
-    def inputs(ours):
-        return {"pixel_values": ours["images"]}
-
-    return Pair(entry, "DINOv3ViTModel", config, inputs, load, "last_hidden_state")
-
-
-def bonsai_vjepa2():
-    config = transformers.VJEPA2Config(
-        hidden_size=24,
-        num_attention_heads=2,
-        num_hidden_layers=2,
-        pred_hidden_size=24,
-        pred_num_attention_heads=2,
-        pred_num_hidden_layers=2,
-        crop_size=32,
-        frames_per_clip=4,
-        num_pooler_layers=1,
-        num_labels=5,
-    )
-    entry = bonsai.vjepa2()
-    load = _bonsai_loader(
-        "vjepa2", "create_model_from_safe_tensors", entry.model.config, classifier=True
-    )
-
-    def inputs(ours):
-        return {"pixel_values_videos": ours["video"].transpose(0, 1, 4, 2, 3)}
-
-    return Pair(entry, "VJEPA2ForVideoClassification", config, inputs, load)
-
-
-def gemma():
-    config = transformers.GemmaConfig(**{**TEXT, "num_key_value_heads": 4})
-    return Pair(deepmind_gemma.gemma(), "GemmaForCausalLM", config)
-
-
-def gemma2():
-    config = transformers.Gemma2Config(
-        **TEXT,
-        layer_types=LOCAL_AND_GLOBAL,
-        sliding_window=64,
-        query_pre_attn_scalar=12,
-        final_logit_softcapping=30.0,
-        attn_logit_softcapping=50.0,
-    )
-    return Pair(deepmind_gemma.gemma2(), "Gemma2ForCausalLM", config)
-
-
-def gemma3():
-    config = transformers.Gemma3TextConfig(
-        **TEXT,
-        layer_types=LOCAL_AND_GLOBAL,
-        sliding_window=64,
-        query_pre_attn_scalar=12,
-        rope_theta=1e6,
-        rope_local_base_freq=1e4,
-        rope_scaling={"rope_type": "linear", "factor": 8.0},
-    )
-    entry = deepmind_gemma.gemma3(global_base_frequency=1_000_000, global_scale_factor=8.0)
-    return Pair(entry, "Gemma3ForCausalLM", config)
-
-
-MAXTEXT = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e4,
-    "tie_word_embeddings": False,
-}
-
-
-def maxtext_qwen2(**changes):
-    # three layers: as many as there are key heads, and a bias does not tell which axis is which
-    said = {"decoder_block": "qwen2", "attention_bias": True, "base_num_decoder_layers": 3}
-    sizes = {name: size for name, size in MAXTEXT.items() if name != "head_dim"}
-    config = transformers.Qwen2Config(**{**sizes, "num_hidden_layers": 3})
-    return Pair(maxtext.entry(as_nnx=True, **said, **changes), "Qwen2ForCausalLM", config)
-
-
-def maxtext_qwen3(kind="nnx", **changes):
-    entry = maxtext.entry(**maxtext.KINDS[kind], **maxtext.QWEN, **changes)
-    return Pair(entry, "Qwen3ForCausalLM", transformers.Qwen3Config(**MAXTEXT))
-
-
-def maxtext_experts(**changes):
-    config = transformers.Qwen3MoeConfig(
-        **MAXTEXT,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=48,
-        norm_topk_prob=True,
-    )
-    entry = maxtext.entry(as_nnx=True, **maxtext.QWEN_MOE, norm_topk_prob=True, **changes)
-    return Pair(entry, "Qwen3MoeForCausalLM", config)
-
-
-PAIRS: dict[str, Callable[[], Pair]] = {
-    "bonsai, Qwen 3": bonsai_qwen3,
-    "bonsai, Gemma 3 with vision": bonsai_gemma3,
-    "bonsai, ViT": bonsai_vit,
-    "bonsai, ViT; the twin's gelu by tanh": lambda: bonsai_vit(hidden_act="gelu_pytorch_tanh"),
-    "bonsai, DINOv3": bonsai_dinov3,
-    "bonsai, V-JEPA 2": bonsai_vjepa2,
-    "DeepMind gemma, Gemma": gemma,
-    "DeepMind gemma, Gemma 2": gemma2,
-    "DeepMind gemma, Gemma 3": gemma3,
-    "MaxText, Qwen 2, scanned": maxtext_qwen2,
-    "MaxText, Qwen 2, not scanned": lambda: maxtext_qwen2(scan_layers=False),
-    "MaxText, Qwen 3, scanned": maxtext_qwen3,
-    "MaxText, Qwen 3, not scanned": lambda: maxtext_qwen3(scan_layers=False),
-    "MaxText, Qwen 3, scanned, nnx in linen": lambda: maxtext_qwen3("nnx in linen"),
-    "MaxText, Qwen 3, scanned, linen": lambda: maxtext_qwen3("linen"),
-    "MaxText, Qwen 3, experts, scanned": maxtext_experts,
-    "MaxText, Qwen 3, experts, not scanned": lambda: maxtext_experts(scan_layers=False),
-}
+PAIRS = {**bonsai_pairs.PAIRS, **language_pairs.PAIRS}
 
 
 def base_arrays(model) -> dict[tuple, jax.Array]:
@@ -286,9 +63,7 @@ def fill(twin, arrays, registry) -> None:
 def shaken(trained):
     """Random lambda and gamma."""
     draws = np.random.default_rng(5)
-    return jax.tree.map(
-        lambda x: x + 0.1 * draws.standard_normal(x.shape).astype(x.dtype), trained
-    )
+    return jax.tree.map(lambda x: x + 0.1 * draws.standard_normal(x.shape).astype(x.dtype), trained)
 
 
 def far(ours, theirs) -> float:
@@ -349,7 +124,9 @@ def main() -> None:
     sys.path[:0] = [
         str(args.folder.resolve() / path) for key in BASES for path in code_base(key).paths
     ]
-    print("| model | twin | unadapted | ours in PEFT | the adapter moves it by |\n" + "|---" * 5 + "|")
+    print(
+        "| model | twin | unadapted | ours in PEFT | the adapter moves it by |\n" + "|---" * 5 + "|"
+    )
     for name in args.names or PAIRS:
         torch.manual_seed(0)
         pair = PAIRS[name]()

@@ -1,0 +1,41 @@
+"""Names that known models' tables give to modules that are not linear layers."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from randlora_jax.models import known_models
+from randlora_jax.models.names import Names
+
+GEMMA = {
+    "google-tunix": ("tunix.models.gemma.model.Gemma", ("layers", 1)),
+    "DeepMind gemma": ("gemma.gm.nn._transformer.Transformer", ("layer_1",)),
+}
+# In PyTorch the norm before the feed-forward layer is called by what it comes after in Gemma 1,
+# and so is the norm behind attention in Gemma 2.
+NORMS = {
+    1: {
+        "pre_attention_norm": "input_layernorm",
+        "pre_ffw_norm": "post_attention_layernorm",
+    },
+    2: {
+        "pre_attention_norm": "input_layernorm",
+        "post_attention_norm": "post_attention_layernorm",
+        "pre_ffw_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+}
+
+
+@pytest.mark.parametrize("version", NORMS)
+@pytest.mark.parametrize("code_base", GEMMA)
+def test_norms_of_gemma(code_base, version):
+    full_name, layer = GEMMA[code_base]
+    module, _, name = full_name.rpartition(".")
+    config = SimpleNamespace(
+        use_post_attn_norm=version > 1, use_qk_norm=False, transpose_gating_einsum=False
+    )
+    model = type(name, (), {"__module__": module, "config": config})()
+    names = Names(known_models.about(model).names)
+    for ours, theirs in NORMS[version].items():
+        assert names.of((*layer, ours)) == (f"model.layers.1.{theirs}",)
