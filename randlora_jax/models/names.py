@@ -128,6 +128,12 @@ def _expanded(pattern: str, match: re.Match[str], template: str) -> str:
 
 def _numbered(pattern: str, name: str, index: tuple[int, ...]) -> str:
     """A name with the index along each stack axis in it."""
+    if not index and "{" in name:
+        raise TargetError(
+            f"names rule {pattern!r} gives {name!r}, but no kernel tells what stack the braces "
+            "stand for: name a single layer without them, and leave what is no linear layer of a "
+            "scan, such as its norms, out of modules_to_save"
+        )
     try:
         return name.format(*index)
     except (IndexError, KeyError, ValueError) as error:

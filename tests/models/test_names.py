@@ -154,6 +154,8 @@ def test_rules():
     assert rules.of(("layers", 3, "mlp")) == ("layers.3.mlp",)
     with pytest.raises(TargetError, match="holds 6 matrices"):
         Names({"a": ["x", "y"]}).of(("a",), (3, 2))
+    with pytest.raises(TargetError, match="no kernel tells what stack the braces stand for"):
+        Names({"norm": "layers.{}.norm"}).of(("norm",))
     with pytest.raises(TargetError, match="both have the canonical name"):
         get_peft_model(
             flax_net(),
