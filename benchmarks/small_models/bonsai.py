@@ -195,10 +195,9 @@ def mamba2():
     return Entry(m.Mamba2ForCausalLM(config, rngs=nnx.Rngs(0)), {"tokens": ids()}, call, said)
 
 
-def whisper():
-    m = _package("whisper")
-    config = dataclasses.replace(
-        m.ModelConfig.whisper_tiny(),
+def whisper_config():
+    return dataclasses.replace(
+        _package("whisper").ModelConfig.whisper_tiny(),
         d_model=24,
         decoder_attention_heads=2,
         encoder_attention_heads=2,
@@ -213,6 +212,10 @@ def whisper():
         num_mel_bins=6,
         vocab_size=61,
     )
+
+
+def whisper():
+    m, config = _package("whisper"), whisper_config()
 
     def call(model, sound, tokens):
         mask = jnp.tril(jnp.ones((8, 8)))[None, None]

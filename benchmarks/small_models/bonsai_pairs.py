@@ -1,9 +1,12 @@
 """jax-ml/bonsai's models and their twins: weights go through bonsai's own loaders."""
 
 import dataclasses
+import functools
 import importlib
 import types
+from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -14,6 +17,7 @@ from safetensors.torch import load_file
 from small_models import bonsai
 from small_models.pair import LOCAL_AND_GLOBAL, TEXT, Pair
 
+EXACT_GELU = functools.partial(jax.nn.gelu, approximate=False)
 VISION = {
     "hidden_size": 24,
     "intermediate_size": 40,
@@ -149,6 +153,44 @@ def mamba2():
     return Pair(entry, "Mamba2ForCausalLM", config, load=load)
 
 
+def whisper(gelu=jax.nn.gelu):
+    # behind its convolutions bonsai takes the tanh form, and the exact one elsewhere
+    module = importlib.import_module("bonsai.models.whisper.modeling")
+    functions = types.SimpleNamespace(**{**vars(jax.nn), "gelu": gelu})
+    module.jax = types.SimpleNamespace(**{**vars(jax), "nn": functions})
+    config = transformers.WhisperConfig(
+        vocab_size=61,
+        d_model=24,
+        num_mel_bins=6,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=40,
+        decoder_ffn_dim=40,
+        max_source_positions=8,
+        max_target_positions=10,
+        pad_token_id=0,
+    )
+    entry = bonsai.whisper()
+
+    def load(folder):  # it knows but one size
+        params = importlib.import_module("bonsai.models.whisper.params")
+        config = bonsai.whisper_config()
+        with mock.patch.object(module.ModelConfig, "whisper_tiny", lambda: config):
+            return params.create_whisper_from_pretrained(folder)
+
+    def call(model, sound, tokens):  # its head is its embedding, and left to the user
+        return model.decoder.embed_tokens.attend(entry.call(model, sound, tokens))
+
+    def inputs(ours):
+        sound = ours["sound"].transpose(0, 2, 1)
+        return {"input_features": sound, "decoder_input_ids": ours["tokens"]}
+
+    whole = dataclasses.replace(entry, call=call)
+    return Pair(whole, "WhisperForConditionalGeneration", config, inputs, load)
+
+
 def vjepa2():
     config = transformers.VJEPA2Config(
         hidden_size=24,
@@ -181,4 +223,6 @@ PAIRS = {
     "bonsai, UMT5": umt5,
     "bonsai, Mamba 2": mamba2,
     "bonsai, V-JEPA 2": vjepa2,
+    "bonsai, Whisper": whisper,
+    "bonsai, Whisper; exact gelu in its convolutions": lambda: whisper(EXACT_GELU),
 }
