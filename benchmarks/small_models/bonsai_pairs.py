@@ -15,6 +15,7 @@ from flax import nnx
 from safetensors.torch import load_file
 
 from small_models import bonsai
+from small_models.entry import Entry, ids
 from small_models.pair import LOCAL_AND_GLOBAL, TEXT, Pair
 
 EXACT_GELU = functools.partial(jax.nn.gelu, approximate=False)
@@ -40,6 +41,43 @@ def qwen3():
     config = transformers.Qwen3Config(**TEXT, rope_theta=1e6, tie_word_embeddings=False)
     load = _loader("qwen3", "create_model_from_safe_tensors", bonsai.qwen3_config())
     return Pair(bonsai.qwen3(), "Qwen3ForCausalLM", config, load=load)
+
+
+def qwen3_vl():
+    """On text alone: bonsai's forward pass drops what the twin does with deep vision features."""
+    module = importlib.import_module("bonsai.models.qwen3_vl.modeling")
+    sizes = {
+        "depth": 2,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_heads": 2,
+        "in_channels": 3,
+        "patch_size": 4,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "out_hidden_size": 36,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": (0, 1),
+    }
+    ours = module.ModelConfig(
+        vision_config=module.Qwen3VLVisionConfig(**sizes),
+        text_config=module.Qwen3VLTextConfig(
+            **TEXT, mrope_section=(2, 2, 2), tie_word_embeddings=False
+        ),
+    )
+    rope = {"mrope_interleaved": True, "mrope_section": [2, 2, 2], "rope_type": "default"}
+    text = {**TEXT, "rope_theta": ours.text_config.rope_theta, "rope_scaling": rope}
+    config = transformers.Qwen3VLConfig(
+        vision_config=sizes, text_config=text, tie_word_embeddings=False
+    )
+
+    def call(model, tokens):
+        return model(tokens, cache=module.init_cache(ours, 3, 8, 0, jnp.float32))
+
+    model = module.Qwen3VLForConditionalGeneration(ours, rngs=nnx.Rngs(0))
+    entry = Entry(model, {"tokens": ids()}, call, "optional=['model/visual/.*']")
+    load = _loader("qwen3_vl", "create_model_from_safe_tensors", ours)
+    return Pair(entry, "Qwen3VLForConditionalGeneration", config, load=load)
 
 
 def gemma3():
@@ -215,6 +253,7 @@ def vjepa2():
 
 PAIRS = {
     "bonsai, Qwen 3": qwen3,
+    "bonsai, Qwen 3 VL on text": qwen3_vl,
     "bonsai, Gemma 3 with vision": gemma3,
     "bonsai, ViT": vit,
     "bonsai, ViT; the twin's gelu by tanh": lambda: vit(hidden_act="gelu_pytorch_tanh"),

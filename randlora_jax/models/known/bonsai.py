@@ -76,7 +76,8 @@ ENTRIES: Entries = {
         _GEMMA_3, info=twin("Gemma3ForConditionalGeneration", "gemma3")
     ),
     "bonsai.models.qwen3_vl.modeling.Qwen3VLForConditionalGeneration": KnownModel(
-        layer_types=_SHARDED, info=twin("Qwen3VLForConditionalGeneration", "qwen3_vl")
+        layer_types=_SHARDED,
+        info=twin("Qwen3VLForConditionalGeneration", "qwen3_vl", same_paths=True),
     ),
     "bonsai.models.llada.modeling.LLaDAModel": KnownModel(_LLADA, layer_types=_SHARDED),
     "bonsai.models.mamba2.modeling.Mamba2ForCausalLM": KnownModel(
