@@ -88,6 +88,8 @@ class KernelLayout:
     def stack_first(self, array: jax.Array) -> jax.Array:
         """The inverse of `along_stack`, of what scans left."""
         stacks = [i for i, axis in enumerate(self.axes) if axis == "s"]
+        if stacks == list(range(len(stacks))) and array.ndim == len(stacks) + 2:
+            return array  # as nearly all lie: nothing to trace
         moved = jnp.moveaxis(array, stacks, range(len(stacks)))
         return moved.reshape(moved.shape[: len(stacks) + 2])
 
