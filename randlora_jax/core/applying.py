@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from randlora_jax.core.contraction import CallAxes, Contraction, as_output, as_rows, for_each_matrix
 from randlora_jax.core.cost import Plan, Sizes, cheapest
+from randlora_jax.core.hoisting import is_traced
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.mesh import Placement, off_mesh
@@ -122,7 +123,7 @@ def adapted(
     arguments = Arguments(layer.kernel.array, x, seen, layer.read)
     # Outside a trace the operations run one by one, as the model's own do, so that an adapter that
     # adds nothing changes no bit.
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((arguments, updates)))
+    traced = is_traced((arguments, updates))
     run = _run_sharing_traces if traced else _run
     return run(call, cheapest(possible, sizes), arguments, updates)
 

@@ -36,3 +36,8 @@ class Hoisted:
         left = iter(arrays)
         leaves = [next(left) if other is None else other[1] for other in self.others]
         return jax.tree.unflatten(self.structure, leaves)
+
+
+def is_traced(tree: Tree) -> bool:
+    """Whether some array of `tree` is being traced."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))

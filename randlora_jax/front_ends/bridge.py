@@ -11,9 +11,10 @@ from flax import nnx
 
 from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.front_ends.collections import GAMMA, LAMBDA, TRAINED
-from randlora_jax.front_ends.linen.beside import TokenOfCalls, laid_beside, without
+from randlora_jax.front_ends.linen.beside import TokenOfCalls, cleared, laid_beside
+from randlora_jax.front_ends.linen.modules import taken_for
 from randlora_jax.front_ends.linen.running import LinenRunner
-from randlora_jax.front_ends.linen.types import DENSE, TYPES
+from randlora_jax.front_ends.linen.types import TYPES
 from randlora_jax.front_ends.nnx.bridges import Bridge, register_bridge
 from randlora_jax.front_ends.nnx.call import CallContext, reached
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
@@ -88,10 +89,7 @@ class _Joined:
         runner = LinenRunner(self.registry, LayerTypes((TYPES,)), self.context.pairs, {})
         with runner.running():
             result = self.module.apply(whole, *args, **kwargs)
-        if kwargs.get("mutable", False) is not False and "params" in result[-1]:
-            output, updates = result
-            return output, {**updates, "params": without(updates["params"])}
-        return result
+        return cleared(result, kwargs.get("mutable", False))
 
 
 @functools.lru_cache
@@ -128,8 +126,7 @@ def _modules(path: Path, module: nnx.Module, stated: StatedLayouts) -> list[Foun
     found = []
     for inner, arrays in owned.items():
         whole = (*path, *inner)
-        taken = ("kernel",) in arrays and arrays[("kernel",)].ndim == 2 and not stated.find(whole)
-        known = DENSE if taken else None
+        known = taken_for(whole, arrays, stated)
         found.append(FoundModule(whole, arrays, type=known, inside=path))
     return found
 

@@ -18,7 +18,7 @@ from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from randlora_jax.core.bases import BasisPair
-from randlora_jax.front_ends.params import flat, unboxed, with_leaves
+from randlora_jax.front_ends.params import flat, step_of, unboxed, with_leaves
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.front_end import ADAPTED_ALREADY
 from randlora_jax.models.names import Path, dotted
@@ -154,7 +154,4 @@ def refuse_abstract(collections: Tree) -> None:
 
 def part_of(key: Any) -> str:
     """One step of a path as users write it: a dict's key, an attribute's name, an index."""
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
+    return str(step_of(key))

@@ -38,14 +38,14 @@ def flat(params: Any) -> dict[Path, Any]:
         inner = {key: flat(value) for key, value in params.items()}
         return {(key, *path): leaf for key, found in inner.items() for path, leaf in found.items()}
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
-    return {tuple(map(_part, keys)): leaf for keys, leaf in leaves}
+    return {tuple(map(step_of, keys)): leaf for keys, leaf in leaves}
 
 
 def with_leaves(params: Any, leaves: Mapping[Path, Any]) -> Any:
     """`params` with other arrays at some paths, in the boxes that are there."""
 
     def found(keys: tuple[Any, ...], held: Any) -> Any:
-        path = tuple(map(_part, keys))
+        path = tuple(map(step_of, keys))
         return boxed_as(held, leaves[path]) if path in leaves else held
 
     return jax.tree_util.tree_map_with_path(found, params, is_leaf=is_box)
@@ -86,7 +86,8 @@ def with_entries(params: Mapping[Any, Any], entries: Mapping[Path, Any]) -> dict
     return found
 
 
-def _part(key: Any) -> Any:
+def step_of(key: Any) -> Any:
+    """One step of a path in a pytree: a dict's key, an attribute's name, an index."""
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
             return getattr(key, attribute)

@@ -12,6 +12,7 @@ import jax
 from flax.core import unfreeze
 
 from randlora_jax.core.bases import BasisPair
+from randlora_jax.core.hoisting import is_traced
 from randlora_jax.front_ends.collections import adapter_trees, base_collections, state_of
 from randlora_jax.front_ends.params import flat, place_beside, unboxed, with_entries, with_leaves
 from randlora_jax.models.layer import Layer
@@ -57,7 +58,7 @@ class TokenOfCalls:
     def of(self, registry: AdapterRegistry, pairs: Mapping[str, BasisPair]) -> CallToken:
         """Of a call that depends on `registry` and `pairs`; of none but it, where it is traced."""
         now = jax.tree.leaves(pairs)
-        if any(isinstance(x, jax.core.Tracer) for x in now):
+        if is_traced(now):
             return CallToken()
         if list(map(id, now)) != list(map(id, self._pairs)):
             self._pairs, self._tokens = now, {}
@@ -146,3 +147,15 @@ def without(params: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in params.items()
         if key != BESIDE
     }
+
+
+def cleared(result: Any, mutable: Any) -> Any:
+    """What ``Module.apply`` gave back, with nothing beside the kernels in its updates.
+
+    Args:
+      mutable: as it was given to ``apply``.
+    """
+    if mutable is False or "params" not in result[-1]:
+        return result
+    output, updates = result
+    return output, {**updates, "params": without(updates["params"])}

@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from randlora_jax.core.hoisting import Hoisted
+from randlora_jax.core.hoisting import Hoisted, is_traced
 
 Params = Mapping[str, Any]
 
@@ -69,7 +69,7 @@ def run_with(
 
     lifted = nn.map_variables(body, "params", trans_in_fn=changed, mutable=False)
     read = (module.variables, passed)
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(read)):
+    if is_traced(read):
         lifted = nn.remat(lifted)
     arrays = lifted(module, *passed)
     return aside[-1].with_arrays(arrays)

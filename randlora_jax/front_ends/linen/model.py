@@ -18,7 +18,7 @@ from randlora_jax.front_ends.collections import (
     state_of,
 )
 from randlora_jax.front_ends.functional import FunctionalRandLora
-from randlora_jax.front_ends.linen.beside import TokenOfCalls, laid_beside, without
+from randlora_jax.front_ends.linen.beside import TokenOfCalls, cleared, laid_beside
 from randlora_jax.front_ends.linen.modules import modules_of
 from randlora_jax.front_ends.linen.running import LinenRunner
 from randlora_jax.front_ends.linen.tracing import Trace
@@ -77,10 +77,7 @@ class InterceptedRandLora(FunctionalRandLora):
             result = self.module.apply(whole, *args, **kwargs)
         if kwargs.get("method") is None:
             self._refuse_unreached(variables)
-        if kwargs.get("mutable", False) is not False and "params" in result[-1]:
-            output, updates = result
-            return output, {**updates, "params": without(updates["params"])}
-        return result
+        return cleared(result, kwargs.get("mutable", False))
 
     def _runs(self, layers: Sequence[Layer], base: Leaves) -> dict[str, LayerRun]:
         return {**super()._runs(layers, base), **self._seen}

@@ -48,7 +48,7 @@ def modules_of(
             if path[: len(outer)] == outer:
                 why = dict.fromkeys(arrays, reason)
         if (holder := holders.get(path)) is None:
-            taken = _taken(path, arrays, stated)
+            taken = taken_for(path, arrays, stated)
             found.append(FoundModule(path, arrays, type=taken, refusals=why))
             continue
         known = holder.type and _as_held(holder.type, holder, arrays)
@@ -59,7 +59,7 @@ def modules_of(
     return found
 
 
-def _taken(path: Path, arrays: Arrays, stated: StatedLayouts) -> LayerType | None:
+def taken_for(path: Path, arrays: Arrays, stated: StatedLayouts) -> LayerType | None:
     """What a module that has not run is taken for."""
     for leaf in (("kernel",), ("kernel", *QUANTISED)):
         if leaf in arrays and arrays[leaf].ndim == 2:

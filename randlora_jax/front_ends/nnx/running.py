@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from randlora_jax.core.applying import Run, comparable
-from randlora_jax.core.hoisting import Hoisted
+from randlora_jax.core.hoisting import Hoisted, is_traced
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.update import Update
 from randlora_jax.front_ends.call_input import Arguments, CallInput, with_input
@@ -112,7 +112,7 @@ def run_in_kernels(
         return results
 
     updates = [kernel.updates for kernel in kernels]
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((arrays, updates)))
+    traced = is_traced((arrays, updates))
     results = (jax.checkpoint(run) if traced else run)(arrays, updates)
     rest, paths = aside[-1]
     out, leaves = rest.with_arrays(results)
