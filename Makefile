@@ -48,7 +48,7 @@ low-precision: $(VENV)/.installed
 	$(PINNED) $(RUN) -W ignore benchmarks/low_precision.py
 
 # One Python of the matrix goes along, unless tests were chosen; not with the numbers' own tests.
-SHORT := $(addprefix tests/,front_ends interop models package)
+SHORT := $(addprefix tests/,code_bases front_ends interop models package)
 test: lint types
 	$(RUN) -m pytest -n 2 $(or $(PYTEST_ARGS),-m "not long")
 	$(if $(PYTEST_ARGS),,$(RUN) tests/matrix.py 3.12-newest $(SHORT))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a call: by position, by keyword
 
@@ -45,3 +46,9 @@ def with_input(arguments: Arguments, place: int | str, x: Any) -> Arguments:
     if isinstance(place, int):
         return (*args[:place], x, *args[place + 1 :]), kwargs
     return args, {**kwargs, place: x}
+
+
+def multiplies_in(layer: Any, otherwise: DTypeLike) -> DTypeLike:
+    """The dtype a layer promotes its input and kernel to; `otherwise`, if it states none."""
+    stated: DTypeLike | None = getattr(layer, "dtype", None)
+    return otherwise if stated is None else stated

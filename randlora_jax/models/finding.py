@@ -253,6 +253,11 @@ def _refuse_misfits(module: FoundModule, stated: StatedLayouts) -> None:
             )
 
 
+def multiplies_another(what: str) -> str:
+    """Why a kernel in `what`, which normalises it first, takes no adapter."""
+    return f"{what} multiplies by another kernel than the one that is stored"
+
+
 # Names of arrays, and of modules, that are no linear layers, where no type tells.
 _OTHER = {
     "an embedding": re.compile(r"(?i)emb|vocab|wte|wpe|(^|_)pos|position"),

@@ -12,15 +12,11 @@ import flax.linen as nn
 from randlora_jax.front_ends.linen.beside import layers_in
 from randlora_jax.front_ends.params import flat
 from randlora_jax.interop.errors import ConfigError, listed
+from randlora_jax.models.finding import multiplies_another
 from randlora_jax.models.names import Path
 
 NORMED = (nn.WeightNorm, nn.SpectralNorm)
 MAPPED = "nn.map_variables around it may make another kernel of the one that is stored"
-
-
-def reason(kind: str) -> str:
-    """Why a kernel in a module of the class of that name takes no adapter."""
-    return f"a {kind} multiplies by another kernel than the one that is stored"
 
 
 def normed_kernels(collections: Mapping[str, Any]) -> dict[Path, str]:
@@ -39,7 +35,7 @@ def normed_kernels(collections: Mapping[str, Any]) -> dict[Path, str]:
                 for outer in (owner[:-1], owner):  # the layer is beside that module, or in it
                     path = (*outer, *inner)
                     if path in params:
-                        found[path] = reason(kind)
+                        found[path] = multiplies_another(f"a {kind}")
     return found
 
 
@@ -52,7 +48,8 @@ def refuse_normed(module: nn.Module) -> None:
     if isinstance(module, NORMED):
         params = module.layer_instance.variables.get("params", {})
         if names := dict(layers_in(params, deep=True)):
+            kind = f"a {type(module).__name__}"
             raise ConfigError(
-                f"{listed(names)}: {reason(type(module).__name__)}, so called and merged would "
-                "differ; leave it out of target_modules"
+                f"{listed(names)}: {multiplies_another(kind)}, so called and merged would differ; "
+                "leave it out of target_modules"
             )

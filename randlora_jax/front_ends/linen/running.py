@@ -21,7 +21,7 @@ from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.contraction import Contraction
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.ways import Way, possible_ways, require_a_way
-from randlora_jax.front_ends.call_input import Arguments, CallInput, input_of
+from randlora_jax.front_ends.call_input import Arguments, CallInput, input_of, multiplies_in
 from randlora_jax.front_ends.linen.alone import alone
 from randlora_jax.front_ends.linen.beside import BESIDE, SHARES, Shares, joined, layers_in
 from randlora_jax.front_ends.linen.lifted import (
@@ -192,8 +192,7 @@ class LinenRunner:
         params = {key: value for key, value in met.own.items() if key != BESIDE}
         kernel, call = self._kernel(met, layer, unboxed(flat(params)[path]))
         run, read = alone(module, params, path, taken)
-        stated = getattr(module, "dtype", None)
-        dtype = kernel.promoted(taken.x) if stated is None else stated
+        dtype = multiplies_in(module, kernel.promoted(taken.x))
         self.seen[name] = LayerRun(call, dtype)
         running = RunningLayer(name, comparable(run), read, kernel, call, dtype)
         shares = self._contributions(module, layer, kernel, met.own[BESIDE][SHARES][name])

@@ -23,10 +23,11 @@ from randlora_jax.front_ends.linen.beside import (
     without,
 )
 from randlora_jax.front_ends.linen.lifted import is_lifted, maps_around, method_of, run_with
-from randlora_jax.front_ends.linen.normed import MAPPED, NORMED, reason
+from randlora_jax.front_ends.linen.normed import MAPPED, NORMED
 from randlora_jax.front_ends.linen.types import OTHER, is_bridge, modules_inside, type_of
 from randlora_jax.front_ends.params import flat, place_beside, unboxed, with_entries
 from randlora_jax.interop.errors import ConfigError
+from randlora_jax.models.finding import multiplies_another
 from randlora_jax.models.layer import LayerType
 from randlora_jax.models.layer_types import LayerTypes
 from randlora_jax.models.names import Path, slashed
@@ -160,7 +161,7 @@ class Trace:
             read = module
         elif isinstance(module, NORMED):
             read = module.layer_instance
-            self.normed[read.path] = reason(type(module).__name__)
+            self.normed[read.path] = multiplies_another(f"a {type(module).__name__}")
         if read is not None and any(_marks_in(read.variables.get("params", {}))):
             return run_with(module, method_of(context), (args, kwargs), without)
         out = call(*args, **kwargs)

@@ -13,12 +13,11 @@ from randlora_jax.core.contraction import Contraction
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.ways import ExecutionOptions, possible_ways, require_a_way
-from randlora_jax.front_ends.call_input import input_of
+from randlora_jax.front_ends.call_input import input_of, multiplies_in
 from randlora_jax.front_ends.nnx.call import CallContext, ModelToken, is_open, reached
 from randlora_jax.front_ends.nnx.running import (
     AdaptedKernel,
     as_function,
-    multiplies_in,
     run_in_kernels,
 )
 from randlora_jax.front_ends.nnx.variables import AdapterParam, FrozenAdapterParam, retyped

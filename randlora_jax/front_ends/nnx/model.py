@@ -6,10 +6,10 @@ from typing import Any
 
 from flax import nnx
 
+from randlora_jax.front_ends.call_input import multiplies_in
 from randlora_jax.front_ends.nnx.call import CallContext, ModelToken, opened
 from randlora_jax.front_ends.nnx.modules import modules_of
 from randlora_jax.front_ends.nnx.parts import reached_through
-from randlora_jax.front_ends.nnx.running import multiplies_in
 from randlora_jax.front_ends.nnx.store import NnxStore
 from randlora_jax.front_ends.nnx.variables import FrozenLoRAParam, SharedBasis, retype_loras
 from randlora_jax.front_ends.nnx.wrappable import make_wrappable

@@ -12,7 +12,12 @@ from randlora_jax.front_ends.nnx.bridges import bridge_of
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
 from randlora_jax.front_ends.nnx.variables import SharedBasis
 from randlora_jax.interop.errors import ConfigError
-from randlora_jax.models.finding import QUANTISED, FoundModule, StatedLayouts
+from randlora_jax.models.finding import (
+    QUANTISED,
+    FoundModule,
+    StatedLayouts,
+    multiplies_another,
+)
 from randlora_jax.models.layer import LayerType
 from randlora_jax.models.layer_types import LayerTypes
 from randlora_jax.models.names import Path, dotted, slashed
@@ -151,11 +156,8 @@ def _refusals(
     """Why arrays of the module at `path` can take no adapter."""
     for outer, module in normed.items():
         if path[: len(outer)] == outer and path != outer:
-            reason = (
-                f"{type(module).__name__} {dotted(outer)!r} multiplies by another kernel than the "
-                "one that is stored"
-            )
-            return dict.fromkeys(variables, reason)
+            what = f"{type(module).__name__} {dotted(outer)!r}"
+            return dict.fromkeys(variables, multiplies_another(what))
     found = {}
     for leaf, variable in variables.items():
         others = [dotted(where) for where in owners[id(variable)] if where != (*path, *leaf)]

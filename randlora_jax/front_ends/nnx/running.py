@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, cast
 
 import jax
 from flax import nnx
-from jax.typing import DTypeLike
 
 from randlora_jax.core.applying import Run, comparable
 from randlora_jax.core.hoisting import Hoisted, is_traced
@@ -152,9 +151,3 @@ def _part(owner: Any, part: Any) -> Any:
     if isinstance(owner, tuple | list | nnx.List):
         return owner[part]
     return getattr(owner, str(part), None)
-
-
-def multiplies_in(module: nnx.Module, otherwise: DTypeLike) -> DTypeLike:
-    """The dtype a layer promotes its input and kernel to; `otherwise`, if it states none."""
-    stated: DTypeLike | None = getattr(module, "dtype", None)
-    return otherwise if stated is None else stated
