@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
-from randlora_jax.interop.errors import AdapterFileError, shown
+from randlora_jax.interop.errors import AdapterFileError, listed, shown
 from randlora_jax.interop.peft_dir import WEIGHTS_NAME
 
 CARD_NAME = "README.md"
+FILE_NAMES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)
 
 
-def local_directory(source: str | Path, revision: str | None = None) -> Path:
+def local_directory(
+    source: str | Path, revision: str | None = None, subfolder: str | None = None
+) -> Path:
     """The directory of an adapter: `source` itself, or a snapshot of the hub repository it names.
 
     ``huggingface_hub`` keeps snapshots in its cache, and with ``HF_HUB_OFFLINE=1`` uses nothing
@@ -22,15 +25,17 @@ def local_directory(source: str | Path, revision: str | None = None) -> Path:
     Args:
       source: a directory, or a repository id such as "me/my-adapter".
       revision: branch, tag or commit of the repository.
+      subfolder: where in it the adapter lies, if not at its root, such as "checkpoint-20".
 
     Raises:
       AdapterFileError: there is no such directory, and the hub has no such repository or cannot be
-        reached.
+        reached; or it has no such subfolder.
     """
     if not isinstance(source, str | Path):
         raise AdapterFileError(
             f"expected a directory or the id of a hub repository, found {shown(source)}"
         )
+    inside = _inside(subfolder)
     folder = Path(source)
     if folder.is_dir():
         if revision is not None:
@@ -38,20 +43,46 @@ def local_directory(source: str | Path, revision: str | None = None) -> Path:
                 f"revision={revision!r}: {folder} is a directory, which has none; leave it out, or "
                 "give a hub repository id"
             )
-        return folder
+        return _there(folder, inside)
     if isinstance(source, Path) or source.count("/") > 1 or source.startswith((".", "/", "~")):
         raise AdapterFileError(f"{source}: expected a directory with an adapter, found none there")
     hub = _hub(f"{source} is no directory here")
     try:
         found = hub.snapshot_download(
-            source, revision=revision, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, CARD_NAME]
+            source,
+            revision=revision,
+            allow_patterns=[(inside / name).as_posix() for name in FILE_NAMES],
         )
     except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, ValueError) as error:
         raise AdapterFileError(
             f"{source}: neither a directory here nor a repository that the hub gives us "
             f"(revision {revision or 'main'}): {error}"
         ) from error
-    return Path(found)
+    return _there(Path(found), inside)
+
+
+def _inside(subfolder: str | None) -> Path:
+    """`subfolder` as a path that stays where it begins."""
+    if subfolder is None:
+        return Path()
+    if isinstance(subfolder, str) and subfolder.strip():
+        inside = Path(subfolder)
+        if not inside.is_absolute() and ".." not in inside.parts:
+            return inside
+    raise AdapterFileError(
+        f"subfolder: expected the name of a folder inside, such as 'checkpoint-20', found "
+        f"{shown(subfolder)}"
+    )
+
+
+def _there(folder: Path, inside: Path) -> Path:
+    if (folder / inside).is_dir():
+        return folder / inside
+    below = sorted(path.parent.relative_to(folder) for path in folder.glob(f"*/{CONFIG_NAME}"))
+    has = (
+        f"adapters are in {listed([*map(str, below)])}" if below else "it has none with an adapter"
+    )
+    raise AdapterFileError(f"{folder} has no subfolder {str(inside)!r}; {has}")
 
 
 def push(directory: Path, repo_id: str, **options: Any) -> str:

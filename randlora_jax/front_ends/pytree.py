@@ -156,8 +156,8 @@ class PytreeRandLora(FunctionalRandLora):
         leaves = store.leaves_of(variables["params"])
         trees = adapter_trees(variables) if self._registry.active else {}
         states = {name: state_of(tree) for name, tree in trees.items()}
-        for state in states.values():
-            leaves |= {path: x.astype(leaves[path].dtype) for path, x in state.saved.items()}
+        whole = adapter_arrays.trained_whole(states)
+        leaves |= {path: x.astype(leaves[path].dtype) for path, x in whole.items()}
         pairs = variables.get(PAIRS, {})
         updates = adapter_arrays.updates_by_layer(self._registry, states, pairs)
         leaves |= adapter_arrays.merged_kernels(self._registry, leaves, updates, traced=True)

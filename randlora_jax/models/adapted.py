@@ -14,6 +14,7 @@ from randlora_jax.interop.adapter_name import checked_name
 from randlora_jax.interop.config import ALL_LINEAR, RandLoraConfig, expected_config
 from randlora_jax.interop.errors import ConfigError, shown, warn
 from randlora_jax.models import adapter_arrays, basis_source, coverage, files, life
+from randlora_jax.models.names import Path
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 from randlora_jax.models.store import ArrayStore
 
@@ -71,10 +72,13 @@ class AdaptedModel(ABC):
           inference_mode: apply without training.
 
         Raises:
-          ConfigError: no such adapter, or one of them is merged into the base.
+          ConfigError: no such adapter, one of them is merged into the base, or two of them trained
+            the same module whole.
         """
         names = life.named(adapter_name)
-        self._follow(life.chosen(self._registry, names, trainable=not inference_mode))
+        chosen = life.chosen(self._registry, names, trainable=not inference_mode)
+        self._trained_whole(names)
+        self._follow(chosen)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -169,10 +173,14 @@ class AdaptedModel(ABC):
         Modules trained whole and biases take the place of the originals. This model must not be
         used afterwards.
 
+        Raises:
+          ConfigError: as `merge_adapter`; or two of the adapters trained the same module whole.
+
         Returns:
           what was wrapped: the nnx module, a bound linen module, the Hugging Face model.
         """
         names = life.named(adapter_names or self._registry.active)
+        self._trained_whole(names)
         if not set(names) <= set(self._registry.merged):
             self.merge_adapter(names, safe_merge)
         return self._unwrapped(names)
@@ -204,6 +212,15 @@ class AdaptedModel(ABC):
         store = store or self._store
         return {name: store.state(name) for name in self._registry.specs}
 
+    def _trained_whole(self, adapter_names: Sequence[str]) -> dict[Path, jax.Array]:
+        """What the named adapters trained whole, by path in the model.
+
+        Raises:
+          ConfigError: no such adapter, or two of them trained the same.
+        """
+        store, specs = self._store, map(self._registry.spec, adapter_names)
+        return adapter_arrays.trained_whole({spec.name: store.state(spec.name) for spec in specs})
+
     def _follow(self, registry: AdapterRegistry, store: ArrayStore | None = None) -> None:
         """From here on `registry` says what is; the store makes it so."""
         self._registry = registry
@@ -227,6 +244,6 @@ class AdaptedModel(ABC):
         """The base model, with what the named adapters trained whole in place."""
         store = self._store
         base = store.base_leaves()
-        saved = {path: x for n in adapter_names for path, x in store.state(n).saved.items()}
+        saved = self._trained_whole(adapter_names)
         store.set_base_leaves({path: x.astype(base[path].dtype) for path, x in saved.items()})
         return store.release()

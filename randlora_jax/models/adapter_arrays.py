@@ -90,6 +90,40 @@ def _trained_whole(
     return saved
 
 
+def trained_whole(states: Mapping[str, AdapterState]) -> dict[Path, jax.Array]:
+    """What adapters that are applied together trained whole, by path in the model.
+
+    Raises:
+      ConfigError: two of them trained the same, and the model has room for one, as in PEFT.
+    """
+    found: dict[Path, jax.Array] = {}
+    owners: dict[Path, str] = {}
+    for name, state in states.items():
+        for path, leaf in state.saved.items():
+            if path in owners:
+                raise ConfigError(
+                    f"adapters {owners[path]!r} and {name!r} both trained {dotted(path)!r} whole "
+                    "(modules_to_save, a task's head, or bias), and only one of them can take its "
+                    "place: apply them one at a time, as in PEFT"
+                )
+            found[path], owners[path] = leaf, name
+    return found
+
+
+def added_size(registry: AdapterRegistry, adapter_name: str, state: AdapterState) -> int:
+    """How many numbers a model has more with an adapter, as PEFT counts.
+
+    A module trained whole is a copy beside the original; a bias is the original.
+    """
+    whole = targets.saved_modules(registry.configs[adapter_name])
+    biases = (
+        leaf.size
+        for path, leaf in state.saved.items()
+        if not targets.inside_saved(registry.names.first(path[:-1]), whole)
+    )
+    return state.size() - sum(biases)
+
+
 def placed(registry: AdapterRegistry, base: Leaves, state: AdapterState) -> AdapterState:
     """An adapter's arrays where the base model's lie: lambda and gamma on every device."""
     layers = jax.device_put(state.layers, registry.replicated)  # in one go, not leaf by leaf

@@ -93,10 +93,11 @@ class RandLoraModel(AdaptedModel):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trained numbers, all numbers), bases excluded as they are in PEFT's count."""
-        sizes = {name: state.size() for name, state in self._states().items()}
-        trained = sum(sizes[name] for name in self._registry.training)
+        states = self._states()
+        trained = sum(states[name].size() for name in self._registry.training)
         base = sum(x.size for x in self._store.base_leaves().values())
-        return trained, sum(sizes.values()) + base
+        added = (adapter_arrays.added_size(self._registry, n, s) for n, s in states.items())
+        return trained, base + sum(added)
 
     def print_trainable_parameters(self) -> None:
         """Prints the count in PEFT's words."""
@@ -181,11 +182,13 @@ class RandLoraModel(AdaptedModel):
         rngs: Any = None,
         torch_generation: str | None = None,
         revision: str | None = None,
+        subfolder: str | None = None,
     ) -> None:
         """Adds the adapter stored in a PEFT directory, in our or in PEFT's own variants.
 
         Args:
-          directory: or the id of a hub repository, at `revision`.
+          directory: or the id of a hub repository, at `revision`; the adapter at its root, or in
+            its `subfolder`.
           torch_generation: for a file without bases (``save_projection=False``), the draw of the
             torch release it was trained under, such as "bf16-8bit" (``docs/torch-generations.md``).
 
@@ -195,7 +198,7 @@ class RandLoraModel(AdaptedModel):
           TargetError: the adapter's layers and this model's do not fit together.
         """
         self._check_new(adapter_name, rngs)
-        folder = hub.local_directory(directory, revision)
+        folder = hub.local_directory(directory, revision, subfolder)
         store = self._store
         found = files.restore(
             self._registry, store.base_leaves(), folder, adapter_name, torch_generation
@@ -223,6 +226,7 @@ class RandLoraModel(AdaptedModel):
         sample_inputs: Any = None,
         torch_generation: str | None = None,
         revision: str | None = None,
+        subfolder: str | None = None,
     ) -> Any:
         """Wraps `model` with the adapter stored in `directory`.
 
@@ -231,7 +235,7 @@ class RandLoraModel(AdaptedModel):
           is_trainable: the adapter's numbers are trained on; else they are frozen like the base.
           apply, token_axes, rngs, views, names, layer_types, optional, sample_inputs: as for
             `get_peft_model`.
-          torch_generation, revision: as for `load_adapter`.
+          torch_generation, revision, subfolder: as for `load_adapter`.
         """
         rules = WrapRules.stated(
             apply, token_axes, views, names, layer_types, optional, sample_inputs
@@ -244,6 +248,7 @@ class RandLoraModel(AdaptedModel):
             rngs=rngs,
             torch_generation=torch_generation,
             revision=revision,
+            subfolder=subfolder,
         )
         return wrapped
 

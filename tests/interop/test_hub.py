@@ -50,6 +50,21 @@ def test_from_the_cache_offline(cache, seed, revision):
     np.testing.assert_array_equal(run(back), run(adapted(seed)))
 
 
+def test_an_adapter_in_a_subfolder(cache, tmp_path):
+    adapted(2).save_pretrained(tmp_path / "run" / "step" / "20")
+    snapshot = tmp_path / "hub/models--me--my-adapter/snapshots" / ("a" * 40)
+    adapted(2).save_pretrained(snapshot / "step/20")
+    for source in (tmp_path / "run", "me/my-adapter"):
+        back = RandLoraModel.from_pretrained(make(torch_net()), source, subfolder="step/20")
+        np.testing.assert_array_equal(run(back), run(adapted(2)))
+        back.load_adapter(source, "again", subfolder="step/20")
+    for subfolder in ("../run", "/step", "", 3):
+        with pytest.raises(AdapterFileError, match="subfolder: expected"):
+            RandLoraModel.from_pretrained(make(torch_net()), source, subfolder=subfolder)
+    with pytest.raises(AdapterFileError, match="no subfolder 'stop'; adapters are in '20'"):
+        hub.local_directory(tmp_path / "run" / "step", subfolder="stop")
+
+
 def test_what_is_not_there_is_said(cache, tmp_path):
     for source, revision, words in [
         ("me/other", None, "neither a directory here nor a repository"),

@@ -205,3 +205,38 @@ def test_keys_must_agree_as_in_peft(pair):
         pair.ours.add_adapter("x", config)
     with pytest.raises(ConfigError, match="already here"):
         pair.ours.add_adapter("second", RandLoraConfig(**FIRST))
+
+
+@pytest.mark.parametrize("trained", [{"modules_to_save": ["head"]}, {"bias": "all"}])
+def test_two_adapters_that_trained_the_same_whole_are_not_applied_at_once(pair, trained):
+    config = RandLoraConfig(**FIRST, **trained, projection_source="torch:bf16-24bit")
+    pair.ours.add_adapter("third", config)
+    alone = pair.run_ours(pair.ours)
+    for refused in (pair.ours.set_adapter, lambda names: pair.ours.merge_and_unload(False, names)):
+        with pytest.raises(ConfigError, match="'second' and 'third' both trained 'head"):
+            refused(["second", "third"])
+    np.testing.assert_array_equal(pair.run_ours(pair.ours), alone)
+    if "bias" in trained:
+        return  # PEFT does not even load it beside another
+    pair.load()
+    with pytest.raises(ValueError, match="multiple"):
+        pair.theirs.base_model.set_adapter(["second", "third"])
+    pair.ours.set_adapter(["default", "third"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "trained",
+    [
+        {},
+        {"bias": "all"},
+        {"bias": "randlora_only"},
+        {"modules_to_save": ["head"]},
+        {"modules_to_save": ["head"], "bias": "all"},
+    ],
+)
+def test_parameters_are_counted_as_peft_counts_them(kind, trained):
+    make, _, _ = KINDS[kind]
+    ours = get_peft_model(make(torch_net()), RandLoraConfig(**FIRST, **trained))
+    theirs = peft.get_peft_model(torch_net(), peft.RandLoraConfig(**FIRST, **trained))
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()

@@ -15,6 +15,7 @@ from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.hoisting import is_traced
 from randlora_jax.front_ends.collections import adapter_trees, base_collections, state_of
 from randlora_jax.front_ends.params import flat, place_beside, unboxed, with_entries, with_leaves
+from randlora_jax.models import adapter_arrays
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path
 from randlora_jax.models.registry import AdapterRegistry
@@ -77,21 +78,21 @@ def laid_beside(
     held = flat(params)
     laid: dict[Path, dict[str, dict[str, tuple[jax.Array, jax.Array]]]] = {}
     leaves: dict[str, Path] = {}
-    saved: dict[Path, jax.Array] = {}
     trees = adapter_trees(variables) if applied else {}
-    for adapter_name, tree in trees.items():
-        state = state_of(tree)
+    states = {name: state_of(tree) for name, tree in trees.items()}
+    for adapter_name, state in states.items():
         for name, arrays in state.layers.items():
             layer = layers[name]
             place = place_beside(params, layer.kernel_path, len(layer.owner))
             leaves[name] = layer.kernel_path[len(place) :]
             lam, gamma = map(layer.layout.along_stack, arrays)
             laid.setdefault(place, {}).setdefault(name, {})[adapter_name] = (lam, gamma)
-        saved |= {path: x.astype(unboxed(held[path]).dtype) for path, x in state.saved.items()}
     entries = {}
     for place, shares in laid.items():
         told = Told(tuple((name, leaves[name]) for name in sorted(shares)), token)
         entries[(*place, BESIDE)] = {SHARES: shares, TOLD: told}
+    trained = adapter_arrays.trained_whole(states)
+    saved = {path: x.astype(unboxed(held[path]).dtype) for path, x in trained.items()}
     whole = with_entries(with_leaves(params, saved), entries)
     return {**base_collections(variables), "params": whole}
 
