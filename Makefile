@@ -47,8 +47,8 @@ compare: $(VENV)/.installed
 low-precision: $(VENV)/.installed
 	$(PINNED) $(RUN) -W ignore benchmarks/low_precision.py
 
-# One Python of the matrix goes along, unless tests were chosen; not with the numbers' own tests.
-SHORT := $(addprefix tests/,code_bases front_ends interop models package)
+# One Python of the matrix goes along, unless tests were chosen; on what meets new releases of flax.
+SHORT := $(addprefix tests/,front_ends models package)
 test: lint types
 	$(RUN) -m pytest -n 2 $(or $(PYTEST_ARGS),-m "not long")
 	$(if $(PYTEST_ARGS),,$(RUN) tests/matrix.py 3.12-newest $(SHORT))
@@ -105,12 +105,13 @@ FUZZ_ARGS ?= --cases 100000 --seed 0
 fuzz: $(VENV)/.installed
 	$(RUN) -W ignore tests/fuzz_adapters.py $(FUZZ_ARGS)
 
-# The first PEFT with RandLoRA, one between, and the pinned one; the older ones live beside it.
+# The first PEFT with RandLoRA, two between, and the pinned one; the older ones live beside it.
+OLD_PEFT := .venv-peft016 .venv-peft018 .venv-peft020
 PEFT_016 := 0.16.0
 PEFT_018 := 0.18.1
-compat: $(VENV)/.installed .venv-peft016/.installed .venv-peft018/.installed .venv-tunix/.installed
-	$(RUN) -W ignore tests/compat.py \
-		.venv-peft016/bin/python .venv-peft018/bin/python $(RUN)
+PEFT_020 := 0.20.0
+compat: $(VENV)/.installed $(OLD_PEFT:=/.installed) .venv-tunix/.installed
+	$(RUN) -W ignore tests/compat.py $(OLD_PEFT:=/bin/python) $(RUN)
 	TUNIX_PYTHON=.venv-tunix/bin/python $(RUN) -m pytest -rA -q tests/parity/test_tunix.py
 
 # google-tunix wants another safetensors than our other tests, and the newest transformers it can.

@@ -1,4 +1,4 @@
-"""Lets several PEFT releases open what we write, by every route, and compares logits.
+"""Lets several PEFT releases open what we write, and opens what they write; compares logits.
 
     python tests/compat.py PYTHON...        each the python of an environment with another PEFT
 
@@ -6,6 +6,7 @@
 Prints a table in Markdown, which docs/format.md shows; exits with 1 if a route fails.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -17,10 +18,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compat_reader import NATIVE_KEY
-from families import FAMILIES, Twins, twins
+import torch
+import transformers
+from compat_reader import EAGER, NATIVE, NATIVE_KEY
+from families import FAMILIES, WIDTHS, Twins, twins
 
 from randlora_jax import RandLoraConfig, RandLoraModel, get_peft_model
+from randlora_jax.commands.main import main as command
 
 ADAPTERS = {
     "jax dense": {},
@@ -32,6 +36,7 @@ ADAPTERS = {
 }
 
 MIXED = "beside a native one"
+IDS = np.random.default_rng(3).integers(3, 97, (4, 11))
 
 
 @dataclass
@@ -42,16 +47,61 @@ class Model:
     tolerance: float
     expected: dict[str, np.ndarray] = field(default_factory=dict)
 
+    def opened(self, folder: Path) -> np.ndarray:
+        """The logits here with an adapter of PEFT's."""
+        return self.pair.flax_logits(RandLoraModel.from_pretrained(self.pair.flax, folder))
 
-def prepare(work: Path, families=FAMILIES, adapters=ADAPTERS) -> dict[str, Model]:
+
+@dataclass
+class Mixture:
+    """A mixture of experts, which Flax has not: adapters are merged into its checkpoint.
+
+    Some releases take a layer's number in a name for the expert's (`layers_to_transform`).
+    """
+
+    folder: Path
+    tolerance: float = 0.0
+
+    @classmethod
+    def written(cls, folder: Path) -> "Mixture":
+        torch.manual_seed(7)
+        config = transformers.MixtralConfig(
+            **WIDTHS, intermediate_size=52, num_key_value_heads=1, num_local_experts=3
+        )
+        transformers.MixtralForCausalLM(config).save_pretrained(folder / "base")
+        _describe(folder, {"input_ids": IDS.tolist()}, "CAUSAL_LM", ["w1", "w2"])
+        mixture = cls(folder)
+        mixture.tolerance = 1e-5 * float(np.abs(mixture.logits(folder / "base")).max())
+        return mixture
+
+    def logits(self, folder: Path) -> np.ndarray:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **EAGER).eval()
+        with torch.no_grad():
+            return model(torch.tensor(IDS)).logits.numpy()
+
+    def opened(self, folder: Path) -> np.ndarray:
+        """The logits of the checkpoint with an adapter of PEFT's in it."""
+        merged = folder.with_name("merged")
+        with contextlib.redirect_stdout(None):
+            status = command(["merge", *map(str, (folder, "--base", self.folder / "base", merged))])
+        return self.logits(merged) if status == 0 else np.full(1, np.nan)
+
+
+def _describe(folder: Path, inputs: dict, task: str, targets: str | list[str]) -> None:
+    """What `compat_reader` must know of a model."""
+    about = {"task_type": task, "target_modules": targets}
+    (folder / "inputs.json").write_text(json.dumps(inputs | about))
+
+
+def prepare(work: Path, families=FAMILIES, adapters=ADAPTERS) -> dict[str, Model | Mixture]:
     """Write models and adapters for `compat_reader`; the models by family."""
-    models = {}
+    models: dict[str, Model | Mixture] = {"mixtral": Mixture.written(work / "mixtral")}
     for family in families:
         folder = work / family
         pair = twins(family, folder / "base")
         task = "SEQ_CLS" if family == "bert" else "CAUSAL_LM"
         inputs = {name: x.tolist() for name, x in pair.inputs.items()}
-        (folder / "inputs.json").write_text(json.dumps(inputs | {"task_type": task}))
+        _describe(folder, inputs, task, FAMILIES[family][2])
         between = np.abs(pair.flax_logits() - pair.torch_logits()).max()
         largest = np.abs(pair.torch_logits()).max()
         model = models[family] = Model(pair, max(1e-5 * largest, 2 * between))
@@ -112,16 +162,15 @@ class Outcome:
         return wrong
 
 
-def compare(models: dict[str, Model], out: Path) -> Outcome:
+def compare(models: dict[str, Model | Mixture], out: Path) -> Outcome:
     notes = json.loads((out / "notes.json").read_text())
     versions = {name: notes.pop(name) for name in ("peft", "transformers", "torch")}
     outcome = Outcome(versions, refused=notes)
     for name, logits in np.load(out / "logits.npz").items():
         family, *adapter = name.split("|")
         model = models[family]
-        if adapter == ["native"]:
-            opened = RandLoraModel.from_pretrained(model.pair.flax, out / "native" / family)
-            expected = model.pair.flax_logits(opened)
+        if len(adapter) == 1:
+            expected = model.opened(out / adapter[0] / family)
         else:
             expected = model.expected[adapter[0]]
         outcome.errors[name] = float(np.abs(logits - expected).max() / model.tolerance)
@@ -131,7 +180,8 @@ def compare(models: dict[str, Model], out: Path) -> Outcome:
 def table(outcomes: list[Outcome]) -> str:
     """A row for each release, a column for each route: how many files came out right."""
     columns = list(dict.fromkeys(n.split("|")[-1] for o in outcomes for n in o.errors | o.refused))
-    heads = ["PEFT", "transformers", *("its own, here" if c == "native" else c for c in columns)]
+    own = {c: c.replace("native", "its own") for c in NATIVE}
+    heads = ["PEFT", "transformers", *(own.get(c, c) for c in columns)]
     rows = [heads, ["---"] * len(heads)]
     for outcome in outcomes:
         row = [outcome.versions["peft"], outcome.versions["transformers"]]

@@ -1,4 +1,4 @@
-"""Opens adapters by every route that PEFT and transformers have, and writes one of its own.
+"""Opens adapters by every route that PEFT and transformers have, and writes some of its own.
 
 Run by `compat.py` with the Python of another environment, so this file needs only torch, peft and
 transformers of whatever release:
@@ -7,7 +7,8 @@ transformers of whatever release:
 
 WORK has a folder for each model: ``base`` (a checkpoint), ``inputs.json``, and adapters. OUT gets
 ``logits.npz`` with an array for each "model|adapter|route", ``notes.json`` with the versions and
-the error of each route that raised one, and ``native/<model>``: an adapter by this release.
+the error of each route that raised one, and ``<native>/<model>``: adapters by this release, whose
+logits are at "model|native".
 """
 
 import json
@@ -29,6 +30,11 @@ CLASSES = {
 }
 EAGER = {"attn_implementation": "eager"}
 NATIVE_KEY = 42
+NATIVE = {  # adapters that a release writes itself
+    "native": {},
+    "native, biases": {"bias": "all"},
+    "native, one layer": {"layers_to_transform": [1]},
+}
 
 
 class Reader:
@@ -37,7 +43,7 @@ class Reader:
     def __init__(self, folder: Path) -> None:
         self.base_path = folder / "base"
         inputs = json.loads((folder / "inputs.json").read_text())
-        self.task = inputs.pop("task_type")
+        self.task, self.targets = inputs.pop("task_type"), inputs.pop("target_modules")
         self.inputs = {name: torch.tensor(x) for name, x in inputs.items()}
         self.auto, self.auto_peft = CLASSES[self.task]
 
@@ -99,10 +105,14 @@ class Reader:
         model.load_adapter(folder, "second")
         return model
 
-    def write_native(self, folder: Path, targets, **settings) -> np.ndarray:
-        """Save an adapter by this release of PEFT; its logits."""
+    def write_native(self, folder: Path, **settings) -> np.ndarray:
+        """Save an adapter by this release of PEFT; the logits that it has with what it saved."""
         config = peft.RandLoraConfig(
-            r=7, randlora_alpha=14, target_modules=targets, task_type=self.task, **settings
+            r=7,
+            randlora_alpha=14,
+            target_modules=self.targets,
+            task_type=self.task,
+            **settings,
         )
         model = peft.get_peft_model(self.base(), config)
         torch.manual_seed(3)
@@ -111,7 +121,7 @@ class Reader:
                 if p.requires_grad:
                     p.add_(0.3 * torch.randn_like(p) * (1 if "lambda" in name else p.abs().max()))
         model.save_pretrained(folder)
-        return self.logits(model)
+        return self.logits(self.by_peft_model(folder))
 
 
 def read_all(work: Path, out: Path) -> None:
@@ -130,9 +140,11 @@ def read_all(work: Path, out: Path) -> None:
                         found[name] = reader.logits(opens(adapter))
                 except Exception as error:
                     notes[name] = f"{type(error).__name__}: {error}"[:400]
-        settings = json.loads((folder / "jax dense" / "adapter_config.json").read_text())
-        native = out / "native" / folder.name
-        found[f"{folder.name}|native"] = reader.write_native(native, settings["target_modules"])
+        for native, settings in NATIVE.items():
+            if "layers_to_transform" in settings and isinstance(reader.targets, str):
+                continue  # an expression names its layers itself
+            logits = reader.write_native(out / native / folder.name, **settings)
+            found[f"{folder.name}|{native}"] = logits
     out.mkdir(parents=True, exist_ok=True)
     np.savez(out / "logits.npz", **found)
     (out / "notes.json").write_text(json.dumps(notes, indent=1))
