@@ -27,9 +27,9 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from config_mutations import CONFIG, MUTATIONS, PREFIX, WEIGHTS, Files
 from flax import nnx
 from peft_nets import cast, jax_adapter, peft_net, rewrite, with_adapter_names
+from promise_mutations import CONFIG, MUTATIONS, PREFIX, WEIGHTS, Files
 from randlora_jax.interop.adapter import Adapter
 from randlora_jax.interop.peft_dir import read_adapter, write_adapter
 from safetensors import safe_open
@@ -161,12 +161,15 @@ class Fuzzer:
 
     def _lay_out(self, files: Files) -> None:
         for path in self.folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            real = path.is_dir() and not path.is_symlink()
+            shutil.rmtree(path) if real else path.unlink()
         for name, raw in {CONFIG: files.config, WEIGHTS: files.weights, **files.others}.items():
             if name not in files.absent:
                 path = self.folder / name
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(raw)
+        for name, target in files.links.items():
+            (self.folder / name).symlink_to(target)
 
     def _listing(self) -> list[tuple[str, int, int]]:
         paths = [*self.folder.parent.iterdir(), *self.folder.rglob("*")]

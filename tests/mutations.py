@@ -30,6 +30,7 @@ class Files:
     config: bytes
     weights: bytes
     others: dict[str, bytes] = field(default_factory=dict)
+    links: dict[str, str] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
     names: tuple[str, ...] = ()  # one of them must be in the message, if there are any
 

@@ -5,8 +5,7 @@ from pathlib import Path
 import fuzz_adapters
 import numpy as np
 import pytest
-from config_mutations import MUTATIONS
-from fuzz_adapters import Failure, fuzzer
+from fuzz_adapters import MUTATIONS, Failure, fuzzer
 
 pytestmark = pytest.mark.torch
 
