@@ -219,7 +219,7 @@ def test_two_adapters_that_trained_the_same_whole_are_not_applied_at_once(pair, 
     if "bias" in trained:
         return  # PEFT does not even load it beside another
     pair.load()
-    with pytest.raises(ValueError, match="multiple"):
+    with pytest.raises(ValueError, match="Only one adapter"):
         pair.theirs.base_model.set_adapter(["second", "third"])
     pair.ours.set_adapter(["default", "third"])
 
