@@ -81,10 +81,10 @@ class Mixture:
 
     def opened(self, folder: Path) -> np.ndarray:
         """The logits of the checkpoint with an adapter of PEFT's in it."""
-        merged = folder.with_name("merged")
-        with contextlib.redirect_stdout(None):
+        with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(None):
+            merged = Path(name) / "merged"
             status = command(["merge", *map(str, (folder, "--base", self.folder / "base", merged))])
-        return self.logits(merged) if status == 0 else np.full(1, np.nan)
+            return self.logits(merged) if status == 0 else np.full(1, np.nan)
 
 
 def _describe(folder: Path, inputs: dict, task: str, targets: str | list[str]) -> None:
