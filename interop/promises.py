@@ -19,11 +19,11 @@ from randlora_jax.interop.config import ALL_LINEAR, RandLoraConfig
 from randlora_jax.interop.errors import AdapterFileError, listed, shown, warn
 from randlora_jax.interop.keys import trained_tensors
 from randlora_jax.interop.targets import (
-    by_full_names,
     full_names,
     inside_saved,
     matches,
     matches_saved,
+    naming_in_full,
     saved_modules,
     task_heads,
 )
@@ -149,8 +149,7 @@ def _as_trained(config: RandLoraConfig, layers: Iterable[str], where: object) ->
         "PEFT 0.21 reads the first number and would adapt other layers. `randlora-jax compact` "
         "writes the adapter so that every release reads it alike"
     )
-    targets = by_full_names(layers)
-    return replace(config, target_modules=targets, layers_to_transform=None, layers_pattern=None)
+    return naming_in_full(config, layers)
 
 
 def _selected(config: RandLoraConfig, layers: Collection[str]) -> set[str]:

@@ -304,6 +304,12 @@ def by_full_names(adapted: Iterable[str]) -> str:
     return "|".join(re.escape(name) for name in sorted(adapted))
 
 
+def naming_in_full(config: RandLoraConfig, adapted: Iterable[str]) -> RandLoraConfig:
+    """`config`, naming the layers `adapted` and no others in any model."""
+    targets = by_full_names(adapted)
+    return replace(config, target_modules=targets, layers_to_transform=None, layers_pattern=None)
+
+
 def full_names(target_modules: str | Collection[str] | None) -> tuple[str, ...]:
     """The names from which `by_full_names` made a value; none, if it did not."""
     if not isinstance(target_modules, str):
