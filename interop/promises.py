@@ -28,6 +28,8 @@ from randlora_jax.interop.targets import (
     task_heads,
 )
 
+_HEAD = re.compile(r"head|class|cls|score|logit|pred|proj|output|summary")
+
 
 @dataclass(frozen=True)
 class BaseNames:
@@ -133,7 +135,8 @@ def _readings(config: RandLoraConfig) -> list[RandLoraConfig]:
     one now: ``layers.1.experts.0.w1`` was in layer 0 and is in layer 1. With all that trains whole
     in modules_to_save, which keeps it from being adapted.
     """
-    config = replace(config, modules_to_save=saved_modules(config) or None)
+    if task_heads(config.task_type):
+        config = replace(config, modules_to_save=saved_modules(config))
     if isinstance(config.target_modules, str) or config.layers_to_transform in (None, ()):
         return [config]
     given = config.layers_pattern or r"[^.]*"
@@ -189,8 +192,11 @@ def _check_modules(
     for names in _promised_modules(config):
         if any(_root(key, names) for key in trained):
             continue
-        if base is not None and base.is_whole and not any(_root(k, names) for k in base.tensors):
-            continue  # the model has no such module
+        if base is not None and base.is_whole:
+            if not any(_root(key, names) for key in base.tensors):
+                continue  # the model has no such module
+        elif names == task_heads(config.task_type) and _has_head_of_its_own(config, trained):
+            continue
         raise AdapterFileError(
             f"{where}: expected tensors of {' or '.join(map(shown, names))}, found none: "
             f"task_type={config.task_type!r} and modules_to_save={shown(config.modules_to_save)} "
@@ -251,6 +257,13 @@ def _promised_modules(config: RandLoraConfig) -> Iterator[tuple[str, ...]]:
     if heads:  # a model has one of them
         yield heads
     yield from ((name,) for name in config.modules_to_save or () if name not in heads)
+
+
+def _has_head_of_its_own(config: RandLoraConfig, trained: Iterable[str]) -> bool:
+    """Whether modules_to_save names a head that a task's own names do not, such as BART's."""
+    others = set(config.modules_to_save or ()) - set(task_heads(config.task_type))
+    heads = [name for name in others if _HEAD.search(name.split(".")[-1])]
+    return any(_root(key, heads) for key in trained)
 
 
 def _certain(missing: set[str], found: Iterable[str], base: BaseNames | None) -> set[str]:
