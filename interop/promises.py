@@ -20,6 +20,7 @@ from randlora_jax.interop.errors import AdapterFileError, listed, shown, warn
 from randlora_jax.interop.keys import trained_tensors
 from randlora_jax.interop.targets import (
     full_names,
+    has_another_head,
     inside_saved,
     matches,
     matches_saved,
@@ -99,7 +100,7 @@ def check(adapter: Adapter, where: object, base: BaseNames | None) -> Adapter:
       AdapterFileError: naming what is missing.
     """
     trained = set(trained_tensors(adapter.saved))
-    _check_modules(adapter.config, trained, where, base)
+    _check_modules(adapter, trained, where, base)
     _check_biases(adapter, trained, where, base)
     if _needs_a_model(adapter.config):
         return adapter
@@ -187,15 +188,19 @@ def _settings(config: RandLoraConfig) -> str:
 
 
 def _check_modules(
-    config: RandLoraConfig, trained: set[str], where: object, base: BaseNames | None
+    adapter: Adapter, trained: set[str], where: object, base: BaseNames | None
 ) -> None:
+    config = adapter.config
     for names in _promised_modules(config):
         if any(_root(key, names) for key in trained):
             continue
         if base is not None and base.is_whole:
             if not any(_root(key, names) for key in base.tensors):
                 continue  # the model has no such module
-        elif names == task_heads(config.task_type) and _has_head_of_its_own(config, trained):
+        elif names == task_heads(config.task_type) and (
+            _has_head_of_its_own(config, trained)
+            or has_another_head(config.task_type, adapter.layers)
+        ):
             continue
         raise AdapterFileError(
             f"{where}: expected tensors of {' or '.join(map(shown, names))}, found none: "

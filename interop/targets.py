@@ -25,6 +25,16 @@ _HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
+# The layers of transformers' classes (4.57) that have a head for the task by another name: BART and
+# its kin, LED, T5's, XLM, XLNet, Perceiver; LXMERT, Splinter, ModernBERT.
+_HEADS_BY_OTHER_NAMES = {
+    "SEQ_CLS": re.compile(
+        r"model\.encoder\.layers\.|led\.|transformer\.(encoder\.block|attentions|ffns)\."
+        r"|transformer\.layer\.\d+\.(ff|rel_attn)\.|perceiver\."
+    ),
+    "QUESTION_ANS": re.compile(r"lxmert\.|splinter\.|model\.layers\.\d+\.(attn|mlp)\.W"),
+}
+
 # The layers that make a language model's logits, as Hugging Face's classes name them.
 OUTPUT_HEADS = (
     "lm_head",
@@ -110,6 +120,12 @@ def _layer_index(name: str, patterns: str | Iterable[str] | None) -> int | None:
 def task_heads(task_type: str | None) -> tuple[str, ...]:
     """Names of which PEFT trains a model's one whole for a task, whatever modules_to_save says."""
     return _HEADS.get(task_type or "", ())
+
+
+def has_another_head(task_type: str | None, layers: Iterable[str]) -> bool:
+    """Whether layers are of a class with none of `task_heads`, whose head PEFT does not train."""
+    known = _HEADS_BY_OTHER_NAMES.get(task_type or "")
+    return known is not None and any(map(known.match, layers))
 
 
 def saved_modules(config: RandLoraConfig) -> tuple[str, ...]:
@@ -314,7 +330,7 @@ def full_names(target_modules: str | Collection[str] | None) -> tuple[str, ...]:
     """The names from which `by_full_names` made a value; none, if it did not."""
     if not isinstance(target_modules, str):
         return ()
-    names = [re.sub(r"\\(.)", r"\1", part) for part in target_modules.split("|")]
+    names = [re.sub(r"\\(.)", r"\1", part) for part in re.split(r"(?<!\\)\|", target_modules)]
     return tuple(names) if by_full_names(names) == target_modules else ()
 
 
