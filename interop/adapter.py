@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -52,7 +53,8 @@ class Provenance:
         """The reverse of `to_json`; `where` names the file in errors.
 
         Raises:
-          AdapterFileError: not what `to_json` writes, or written by a later version.
+          AdapterFileError: not what `to_json` writes, naming the field, or written by a later
+            version.
         """
         values = parse_object(text, where)
         version = values.pop("version", None)
@@ -72,7 +74,21 @@ class Provenance:
         shapes = values.pop("shapes")
         if not isinstance(shapes, dict) or not all(map(_is_shape, shapes.values())):
             raise AdapterFileError(f"{where}: shapes must give [out, in] for every layer")
+        for name, (is_sound, what) in _SOUND.items():
+            if not is_sound(values[name]):
+                raise AdapterFileError(
+                    f"{where}: {name}: expected {what}, found {shown(values[name])}. The file was "
+                    "damaged: fetch it again"
+                )
         return cls(**values, shapes={name: (out, in_) for name, (out, in_) in shapes.items()})
+
+
+_SOUND: dict[str, tuple[Callable[[Any], object], str]] = {
+    "source": (re.compile(r"(jax|torch|file)(:.*)?").fullmatch, "jax, torch:... or file:..."),
+    "projection_prng_key": (lambda key: -(2**63) <= key < 2**64, "a key of 64 bits"),
+    "kind": (("dense", "sparse", "very_sparse").__contains__, "dense, sparse or very_sparse"),
+    "digest": (re.compile(r"[0-9a-f]{64}").fullmatch, "64 hexadecimal digits"),
+}
 
 
 @dataclass

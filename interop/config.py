@@ -8,24 +8,24 @@ static argument of `jax.jit`, and `projection_source` says where the bases come 
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from randlora_jax.interop import field_checks as checks
 from randlora_jax.interop.adapter_name import saving_folder
-from randlora_jax.interop.errors import ConfigError, listed, shown, warn
+from randlora_jax.interop.errors import ConfigError, listed, warn
+from randlora_jax.interop.field_checks import Check, refusal
 from randlora_jax.interop.field_names import teaching_fields
 from randlora_jax.interop.strict_json import JsonObject, dump_object, read_object, thaw, write_text
 from randlora_jax.interop.torch_rng import Generation, Kind
+from randlora_jax.interop.unknown_fields import is_neutral, refuse_arithmetic
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_TYPE = "RANDLORA"
-ALL_LINEAR = "all-linear"
+ALL_LINEAR = checks.ALL_LINEAR
 
 TASK_TYPES = (
     "SEQ_CLS",
@@ -37,136 +37,6 @@ TASK_TYPES = (
 )
 
 _TORCH_DRAWS = tuple(f"torch:{generation}" for generation in Generation)
-
-Check = Callable[[str, Any], Any]
-
-
-def _refusal(name: str, expected: str, found: object, remedy: str = "") -> ConfigError:
-    return ConfigError(f"{name}: expected {expected}, found {shown(found)}. {remedy}".rstrip())
-
-
-# Each check takes a field's name and value and returns the value as it is stored.
-
-
-def _integer(low: int, high: int | None, expected: str, remedy: str) -> Check:
-    def check(name: str, value: Any) -> int:
-        # True is an int to Python, and never what was meant here.
-        if isinstance(value, Integral) and not isinstance(value, bool):
-            number = int(value)
-            if low <= number and (high is None or number <= high):
-                return number
-        raise _refusal(name, expected, value, remedy)
-
-    return check
-
-
-def _number(accepts: Callable[[float], bool], expected: str, remedy: str) -> Check:
-    def check(name: str, value: Any) -> int | float:
-        if isinstance(value, Real) and not isinstance(value, bool):
-            number = int(value) if isinstance(value, Integral) else float(value)
-            if abs(number) <= sys.float_info.max and accepts(number):  # no NaN, no infinity
-                return number
-        raise _refusal(name, expected, value, remedy)
-
-    return check
-
-
-def _boolean(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _refusal(name, "True or False", value)
-    return value
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise _refusal(name, "a string or None", value)
-    return value
-
-
-def _one_of(*choices: str, note: str = "") -> Check:
-    expected = "one of " + ", ".join(map(repr, choices)) + note
-
-    def check(name: str, value: Any) -> str:
-        plain = value.value if isinstance(value, Enum) else value  # PEFT's TaskType is an Enum
-        if not isinstance(plain, str) or plain not in choices:
-            raise _refusal(name, expected, value)
-        return plain
-
-    return check
-
-
-def _items(name: str, value: Any, expected: str, each: Check) -> tuple[Any, ...]:
-    if not isinstance(value, list | tuple | set | frozenset):
-        raise _refusal(name, expected, value)
-    items = [each(name, item) for item in value]
-    if isinstance(value, set | frozenset):
-        items.sort()  # a set has no order that would last
-    return tuple(dict.fromkeys(items))
-
-
-def _name(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise _refusal(name, "names of modules", value)
-    return value
-
-
-def _pattern(name: str, value: Any) -> str:
-    text = _name(name, value)
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise _refusal(name, f"a valid regular expression ({error})", text) from error
-    return text
-
-
-def _target_modules(name: str, value: Any) -> str | tuple[str, ...]:
-    expected = f"a list of module names, a regular expression, {ALL_LINEAR!r} or None"
-    if isinstance(value, str):
-        if value.lower() == ALL_LINEAR:
-            return ALL_LINEAR
-        if re.sub(r"[\s_-]", "", value).lower() == "alllinear":
-            raise _refusal(name, expected, value, f"Write {ALL_LINEAR!r}.")
-        return _pattern(name, value)
-    names = _items(name, value, expected, _name)
-    if ALL_LINEAR in map(str.lower, names):
-        raise _refusal(name, expected, value, f"Write {ALL_LINEAR!r} alone, without a list.")
-    if not names:
-        raise _refusal(name, expected, value, "None stands for the model type's defaults.")
-    return names
-
-
-def _modules_to_save(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        raise _refusal(name, "a list of module names or None", value, f"Write [{shown(value)}].")
-    # PEFT matches targets against these names as patterns, so they must be valid ones.
-    return _items(name, value, "a list of module names or None", _pattern)
-
-
-def _layers_to_transform(name: str, value: Any) -> int | tuple[int, ...]:
-    expected = "a layer index, a list of layer indexes or None"
-    index = _integer(0, None, expected, "Layers count from 0; negative ones match nothing in PEFT.")
-    if isinstance(value, Integral):
-        return int(index(name, value))
-    return _items(name, value, expected, index)
-
-
-def _layers_pattern(name: str, value: Any) -> str | tuple[str, ...]:
-    if isinstance(value, str):
-        return _pattern(name, value) if value else value  # PEFT: an empty one allows any
-    return _items(name, value, "a name such as 'layers', a list of names, or None", _pattern)
-
-
-def _json_object(name: str, value: Any) -> JsonObject:
-    if not isinstance(value, Mapping):
-        raise _refusal(name, "a JSON object (a dict)", value)
-    try:
-        return JsonObject(value)
-    except TypeError as error:
-        raise _refusal(name, "only values that JSON can hold", value, f"{error}.") from error
-
-
-def _optional(check: Check) -> Check:
-    return lambda name, value: None if value is None else check(name, value)
 
 
 def _checked(default: Any, check: Check) -> Any:
@@ -203,7 +73,8 @@ class RandLoraConfig:
     - projection_source: "jax" (drawn from `jax.random`), "torch:<generation>" (PyTorch's own draw
       for the key, as the torch releases of that generation make it; "torch" alone for sparse
       bases, which all draw alike) or "file" (they came with a file, and only that file has them).
-    - unknown: fields of a newer PEFT found in a file; kept and written back, not acted on.
+    - unknown: fields of a newer PEFT found in a file; kept and written back, not acted on. Such as
+      change what an adapter computes are refused (`randlora_jax.interop.unknown_fields`).
 
     Given by keyword. Lists and sets are stored as tuples (sets sorted, repeats dropped). Warns
     where PEFT would ignore a field.
@@ -213,37 +84,46 @@ class RandLoraConfig:
     """
 
     r: int = _checked(
-        32, _integer(1, None, "a positive integer", "Smaller values train more numbers.")
+        32, checks.integer(1, None, "a positive integer", "Smaller values train more numbers.")
     )
-    target_modules: str | Collection[str] | None = _checked(None, _optional(_target_modules))
+    target_modules: str | Collection[str] | None = _checked(
+        None, checks.optional(checks.target_modules)
+    )
     projection_prng_key: int = _checked(
-        0, _integer(-(2**63), 2**64 - 1, "an integer from -2**63 to 2**64 - 1", "")
+        0, checks.integer(-(2**63), 2**64 - 1, "an integer from -2**63 to 2**64 - 1", "")
     )
-    save_projection: bool = _checked(True, _boolean)
-    sparse: bool = _checked(False, _boolean)
-    very_sparse: bool = _checked(False, _boolean)
+    save_projection: bool = _checked(True, checks.boolean)
+    sparse: bool = _checked(False, checks.boolean)
+    very_sparse: bool = _checked(False, checks.boolean)
     randlora_dropout: float = _checked(
-        0.0, _number(lambda p: 0 <= p < 1, "a number in [0, 1)", "At 1 nothing would train.")
+        0.0, checks.number(lambda p: 0 <= p < 1, "a number in [0, 1)", "At 1 nothing would train.")
     )
-    fan_in_fan_out: bool = _checked(False, _boolean)
+    fan_in_fan_out: bool = _checked(False, checks.boolean)
     randlora_alpha: int | float = _checked(
-        640, _number(lambda a: a > 0, "a number above 0", "The update is scaled by alpha / r.")
+        640,
+        checks.number(lambda a: a > 0, "a number above 0", "The update is scaled by alpha / r."),
     )
-    bias: str = _checked("none", _one_of("none", "all", "randlora_only"))
-    modules_to_save: Collection[str] | None = _checked(None, _optional(_modules_to_save))
-    init_weights: bool = _checked(True, _boolean)
+    bias: str = _checked("none", checks.one_of("none", "all", "randlora_only"))
+    modules_to_save: Collection[str] | None = _checked(
+        None, checks.optional(checks.modules_to_save)
+    )
+    init_weights: bool = _checked(True, checks.boolean)
     layers_to_transform: int | Collection[int] | None = _checked(
-        None, _optional(_layers_to_transform)
+        None, checks.optional(checks.layers_to_transform)
     )
-    layers_pattern: str | Collection[str] | None = _checked(None, _optional(_layers_pattern))
-    task_type: str | None = _checked(None, _optional(_one_of(*TASK_TYPES, note=" or None")))
-    auto_mapping: Mapping[str, Any] | None = _checked(None, _optional(_json_object))
-    base_model_name_or_path: str | None = _checked(None, _optional(_text))
-    revision: str | None = _checked(None, _optional(_text))
-    inference_mode: bool = _checked(False, _boolean)
-    peft_version: str | None = _checked(None, _optional(_text))
-    projection_source: str = _checked("jax", _one_of("jax", "file", "torch", *_TORCH_DRAWS))
-    unknown: Mapping[str, Any] = _checked(JsonObject({}), _json_object)
+    layers_pattern: str | Collection[str] | None = _checked(
+        None, checks.optional(checks.layers_pattern)
+    )
+    task_type: str | None = _checked(
+        None, checks.optional(checks.one_of(*TASK_TYPES, note=" or None"))
+    )
+    auto_mapping: Mapping[str, Any] | None = _checked(None, checks.optional(checks.json_object))
+    base_model_name_or_path: str | None = _checked(None, checks.optional(checks.text))
+    revision: str | None = _checked(None, checks.optional(checks.text))
+    inference_mode: bool = _checked(False, checks.boolean)
+    peft_version: str | None = _checked(None, checks.optional(checks.text))
+    projection_source: str = _checked("jax", checks.one_of("jax", "file", "torch", *_TORCH_DRAWS))
+    unknown: Mapping[str, Any] = _checked(JsonObject({}), checks.json_object)
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -251,7 +131,8 @@ class RandLoraConfig:
             object.__setattr__(self, item.name, stored)
         clash = sorted(self.unknown.keys() & {*_FILE_FIELDS, "peft_type"})
         if clash:
-            raise _refusal("unknown", "only fields this version does not know", clash)
+            raise refusal("unknown", "only fields this version does not know", clash)
+        refuse_arithmetic(self.unknown)
         self._check_bases_survive_saving()
         self._warn_of_ignored_layers()
 
@@ -315,26 +196,29 @@ class RandLoraConfig:
         """The configuration in PEFT's JSON object `values`; missing fields take their defaults.
 
         projection_source becomes "file", or "torch" where save_projection is False: what PEFT
-        takes the bases from. Unknown fields are kept and reported by one warning.
+        takes the bases from. Unknown fields are kept, and those that ask for anything reported by
+        one warning.
 
         Raises:
-          ConfigError: a field is wrong, or the configuration is another method's.
+          ConfigError: a field is wrong or not known here and, by its name, changes what an adapter
+            computes (`unknown_fields`); or the configuration is another method's.
         """
         if not isinstance(values, Mapping):
-            raise _refusal("adapter configuration", "a JSON object (a dict)", values)
+            raise refusal("adapter configuration", "a JSON object (a dict)", values)
         settings = {name: value for name, value in values.items() if name in _FILE_FIELDS}
         unknown = {name: value for name, value in values.items() if name not in _FILE_FIELDS}
         method = unknown.pop("peft_type", None)
         if isinstance(method, Enum):
             method = method.value
         if method != PEFT_TYPE:
-            raise _refusal("peft_type", repr(PEFT_TYPE), method, "Only RandLoRA adapters open.")
+            raise refusal("peft_type", repr(PEFT_TYPE), method, "Only RandLoRA adapters open.")
         source = "torch" if settings.get("save_projection") is False else "file"
         config = cls(**settings, projection_source=source, unknown=unknown)
-        if unknown:
+        asking = sorted(name for name, value in unknown.items() if not is_neutral(value))
+        if asking:
             _warn(
-                f"unknown fields {listed(sorted(unknown))}: kept and written back, but not acted "
-                "on. The configuration may come from a newer PEFT."
+                f"unknown fields {listed(asking)}: kept and written back, but not acted on. The "
+                "configuration may come from a newer PEFT."
             )
         return config
 
@@ -385,7 +269,7 @@ def expected_config(value: object) -> RandLoraConfig:
         remedy = (
             "RandLoraConfig.from_dict(config.to_dict()) makes one of PEFT's own RandLoraConfig."
         )
-    raise _refusal("config", "a RandLoraConfig", value, remedy)
+    raise refusal("config", "a RandLoraConfig", value, remedy)
 
 
 _FILE_FIELDS = tuple(

@@ -57,7 +57,10 @@ def shown(value: object) -> str:
     """`value` for a message: as Python writes it, all in printable letters, a few lines at most."""
     if isinstance(value, str) and len(value) > 160:
         return f"{value[:100]!r}... ({len(value)} characters)"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} that is nested too deep to be shown"
     return text if len(text) <= 240 else f"{text[:160]}... ({len(text)} characters)"
 
 

@@ -123,7 +123,7 @@ def file_key(key: str, adapted: Collection[str]) -> str:
 def _randlora_role(key: str) -> tuple[Role, str | None] | None:
     for prefix, has_module in ((PREFIX, True), (TOP, False)):
         match = _RANDLORA.fullmatch(key.removeprefix(prefix)) if key.startswith(prefix) else None
-        if match and bool(match["module"]) == has_module and _is_path(match["module"] or "x"):
+        if match and bool(match["module"]) == has_module and is_path(match["module"] or "x"):
             if not has_module and match["part"] in LAYER_PARTS:
                 return None
             return Role(match["part"], match["module"] or ""), match["adapter"]
@@ -134,7 +134,7 @@ def _other_role(
     tensor: Tensor, keys: set[str], adapter: str | None, config: RandLoraConfig, fail: Fail
 ) -> Role:
     name = tensor.key.removeprefix(PREFIX)
-    if name == tensor.key or "randlora_" in name or not _is_path(name):
+    if name == tensor.key or "randlora_" in name or not is_path(name):
         fail(
             f"{shown(tensor.key)}: expected {PREFIX}<layer>.randlora_lambda, randlora_gamma, "
             f"randlora_A or randlora_B, or {PREFIX}<tensor of the model>; this key means nothing "
@@ -166,7 +166,8 @@ def _other_role(
 def _is_explained(name: str, tensor: Tensor, keys: set[str], config: RandLoraConfig) -> bool:
     """Whether a config, read as PEFT reads it, lets a state-dict key into the file."""
     module, _, leaf = name.rpartition(".")
-    if leaf == "bias" and config.bias != "none":
+    biases = {"none": (), "randlora_only": (f"{_ADAPTED}bias",), "all": (".bias",)}[config.bias]
+    if f".{name}".endswith(biases):
         return True
     wanted = tuple(config.modules_to_save or ())
     ancestors = module.split(".")
@@ -205,7 +206,24 @@ def _check_partners(roles: dict[str, Role], fail: Fail) -> None:
                 "none: only adapted layers hold copies of the bases. The file is incomplete; "
                 "fetch it again"
             )
+    _check_adapted(roles, fail)
 
 
-def _is_path(name: str) -> bool:
+def _check_adapted(roles: dict[str, Role], fail: Fail) -> None:
+    """PEFT finds what else an adapted layer has one level down, and only there."""
+    adapted = {role.name for role in roles.values() if role.part == "lambda"}
+    for key, role in roles.items():
+        module, _, leaf = role.name.rpartition(".")
+        layer = module.removesuffix(_ADAPTED[:-1])
+        if role.part == "saved" and (layer in adapted) != (layer != module):
+            right = f"{layer}.{leaf}" if layer != module else f"{module}{_ADAPTED}{leaf}"
+            fail(
+                f"{shown(key)}: expected {shown(PREFIX + right)}, since {shown(layer)} is "
+                f"{'no' if layer != module else 'an'} adapted layer of this file; PEFT would pass "
+                "this tensor over. The file belongs to another config: fetch both again"
+            )
+
+
+def is_path(name: str) -> bool:
+    """Whether a module or tensor of that name can be told from the keys of a file."""
     return name.isprintable() and all(name.split(".")) and "randlora_" not in name

@@ -101,10 +101,11 @@ def _generation(adapter: Adapter, given: str | None, where: object) -> Generatio
             f"{where}: expected bases in the file, since PyTorch cannot draw those of "
             f"{shown(recorded.source)}; found none. Save the adapter again with its bases"
         )
+    chosen = None if given is None else Generation(given)  # which refuses what is none
     if adapter.config.kind != "dense":
         return None
-    if given is not None:
-        return Generation(given)
+    if chosen is not None:
+        return chosen
     if recorded is not None and ":" in recorded.source:
         return _recorded_generation(recorded, where)
     warn(

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from randlora_jax.interop import promises
 from randlora_jax.interop.adapter import (
     BASE_DTYPES,
     Adapter,
@@ -33,6 +34,7 @@ from randlora_jax.interop.atomic import current_file, replacing_files
 from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
 from randlora_jax.interop.errors import AdapterFileError, ConfigError, listed, shown
 from randlora_jax.interop.keys import BASE_PARTS, LAYER_PARTS, PREFIX, Role, roles_of
+from randlora_jax.interop.progress import Progress, silent
 from randlora_jax.interop.strict_json import parse_object
 from randlora_jax.interop.tensor_file import Tensor, TensorFile, pieces
 from randlora_jax.interop.tensor_writer import write_tensors
@@ -46,14 +48,25 @@ def read_adapter(directory: str | Path) -> Adapter:
     """Read one adapter, checking that every tensor is accounted for, sound and finite.
 
     lambda and gamma stored in float16 or bfloat16 are widened to float32. All copies of the
-    bases are compared bit for bit. Memory: one copy of the bases, and the trained numbers.
+    bases are compared bit for bit. Nothing is known of the base model: it counts as having all
+    that the config names (see `promises.check`). Memory: one copy of the bases, and the trained
+    numbers.
 
     Raises:
       AdapterFileError: files are missing, damaged, contradictory or of another method; the
         message names the file, the key, what was expected and what to do.
     """
+    return promises.check(read_files(directory), directory, None)
+
+
+def read_files(directory: str | Path, progress: Progress = silent) -> Adapter:
+    """As `read_adapter`, for those who know the base model and call `promises.check` with it.
+
+    Raises:
+      AdapterFileError: as `read_adapter`.
+    """
     config, file = open_adapter(directory)
-    with file:
+    with file, progress("reading adapter", file.size) as file.advance:
         adapter = load_adapter(config, file)
         check_finite(adapter, file.path)
     return adapter
@@ -174,6 +187,8 @@ def _parse_config(raw: bytes, path: Path) -> RandLoraConfig:
 def load_adapter(config: RandLoraConfig, file: TensorFile) -> Adapter:
     """Read and check all tensors, as `read_adapter` does, but for NaN and infinity.
 
+    What only the base model tells is not asked; `promises.check` does it.
+
     Raises:
       AdapterFileError: as `read_adapter`.
     """
@@ -199,9 +214,10 @@ def load_once(config: RandLoraConfig, file: TensorFile) -> tuple[Adapter, Callab
     if not bases:
         config = replace(config, projection_source="torch")  # PEFT draws them from the key
     text = file.metadata.get(METADATA_KEY)
+    layers = _layers(content.arrays)
     adapter = Adapter(
-        config=config,
-        layers=_layers(content.arrays),
+        config=promises.settled_config(config, layers, file.path),
+        layers=layers,
         saved={role.name: x for role, x in content.arrays.items() if role.part == "saved"},
         bases=bases,
         provenance=Provenance.from_json(text, f"{file.path}: {METADATA_KEY}") if text else None,
@@ -276,12 +292,18 @@ def _check_provenance(adapter: Adapter, where: Path) -> None:
     if provenance is None:
         return
     _check_digest(adapter, where)
-    key = adapter.config.projection_prng_key
-    expected = derived_key(provenance.digest)
-    if not provenance.source.startswith("torch") and key != expected:
+    key, by_torch = adapter.config.projection_prng_key, provenance.source.startswith("torch")
+    expected = provenance.projection_prng_key if by_torch else derived_key(provenance.digest)
+    if key != expected:
         raise AdapterFileError(
             f"{where}: expected projection_prng_key {expected} in {CONFIG_NAME} beside it, found "
             f"{key}: the two files do not belong together; fetch both again"
+        )
+    if adapter.bases is None and not by_torch:
+        raise AdapterFileError(
+            f"{where}: expected bases in the file, since PyTorch cannot draw those that its "
+            f"metadata records of {shown(provenance.source)}; found none: it lost them. Fetch it "
+            "again"
         )
 
 

@@ -16,6 +16,10 @@ from typing import Any
 
 from randlora_jax.interop.errors import AdapterFileError, shown
 
+# Levels of lists and objects within each other. What programs write has a few; and Python, which
+# takes a step of its stack for each, gives up at some hundreds.
+MAX_DEPTH = 64
+
 
 class JsonObject(Mapping[str, Any]):
     """A JSON object that cannot change, so that it can be hashed and shared."""
@@ -70,12 +74,23 @@ def thaw(value: Any) -> Any:
     return value
 
 
+def is_too_deep(value: Any) -> bool:
+    """Whether more than `MAX_DEPTH` lists and objects lie within each other in a JSON value."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner = [x for x in level if isinstance(x, Mapping | list | tuple)]
+        level = [y for x in inner for y in (x.values() if isinstance(x, Mapping) else x)]
+        if not inner:
+            return False
+    return True
+
+
 def parse_object(text: str, where: str) -> dict[str, Any]:
     """`text` as a JSON object; `where` names its source in errors.
 
     Raises:
-      AdapterFileError: broken JSON, a repeated key, a number that is not finite, or a value other
-        than an object.
+      AdapterFileError: broken JSON, a repeated key, a number that is not finite, a value other
+        than an object, or one nested too deep.
     """
 
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -105,6 +120,12 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
         raise AdapterFileError(f"{where}: not valid JSON ({error}).") from error
     if not isinstance(value, dict):
         raise AdapterFileError(f"{where}: expected a JSON object, found {type(value).__name__}.")
+    for key, inner in value.items():
+        if is_too_deep(inner):
+            raise AdapterFileError(
+                f"{where}: {shown(key)}: expected at most {MAX_DEPTH} levels of lists and objects "
+                "within each other, found more: it is nested too deep to be meant. Remove it."
+            )
     return value
 
 

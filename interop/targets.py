@@ -10,18 +10,29 @@ configuration asks for, `select` warns.
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from randlora_jax.interop.config import ALL_LINEAR, RandLoraConfig
 from randlora_jax.interop.default_targets import DEFAULT_TARGET_MODULES
 from randlora_jax.interop.errors import TargetError, listed, nearest, shown, warn
+from randlora_jax.interop.expressions import AT_OR_IN_MODULE, LAYER_NUMBER
 
-# What PEFT trains whole for a task, whatever modules_to_save says.
+# By the task; a model has one of them.
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
+}
+
+# The layers of transformers' classes (4.57) that have a head for the task by another name: BART and
+# its kin, LED, T5's, XLM, XLNet, Perceiver; LXMERT, Splinter, ModernBERT.
+_HEADS_BY_OTHER_NAMES = {
+    "SEQ_CLS": re.compile(
+        r"model\.encoder\.layers\.|led\.|transformer\.(encoder\.block|attentions|ffns)\."
+        r"|transformer\.layer\.\d+\.(ff|rel_attn)\.|perceiver\."
+    ),
+    "QUESTION_ANS": re.compile(r"lxmert\.|splinter\.|model\.layers\.\d+\.(attn|mlp)\.W"),
 }
 
 # The layers that make a language model's logits, as Hugging Face's classes name them.
@@ -77,7 +88,7 @@ def matches(config: RandLoraConfig, name: str) -> bool:
         )
     # The names in modules_to_save are patterns here, and plain suffixes in `matches_saved`.
     for saved in config.modules_to_save or ():
-        if re.match(rf"(?:.*\.)?{saved}(?:$|\.)", name):
+        if re.match(AT_OR_IN_MODULE.format(saved), name):
             return False
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
@@ -100,16 +111,26 @@ def _layer_index(name: str, patterns: str | Iterable[str] | None) -> int | None:
         # Any number that is neither among the first two parts nor the last one.
         return next((int(part) for part in name.split(".")[2:-1] if part.isdecimal()), None)
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = re.match(rf"(?:.*?\.)??{pattern}\.(?P<layer>\d+)\.", name)
+        found = re.match(LAYER_NUMBER.format(pattern), name)
         if found:
             return None if found["layer"] is None else int(found["layer"])
     return None
 
 
+def task_heads(task_type: str | None) -> tuple[str, ...]:
+    """Names of which PEFT trains a model's one whole for a task, whatever modules_to_save says."""
+    return _HEADS.get(task_type or "", ())
+
+
+def has_another_head(task_type: str | None, layers: Iterable[str]) -> bool:
+    """Whether layers are of a class with none of `task_heads`, whose head PEFT does not train."""
+    known = _HEADS_BY_OTHER_NAMES.get(task_type or "")
+    return known is not None and any(map(known.match, layers))
+
+
 def saved_modules(config: RandLoraConfig) -> tuple[str, ...]:
     """Names of the modules trained whole: modules_to_save and the heads of the task type."""
-    heads = _HEADS.get(config.task_type or "", ())
-    return tuple(dict.fromkeys((*(config.modules_to_save or ()), *heads)))
+    return tuple(dict.fromkeys((*(config.modules_to_save or ()), *task_heads(config.task_type))))
 
 
 def matches_saved(name: str, patterns: Iterable[str]) -> bool:
@@ -252,7 +273,7 @@ def _warn_of_surprises(config: RandLoraConfig, linear: Sequence[str], chosen: li
 
 def _warn_of_idle_modules(config: RandLoraConfig, modules: Iterable[str]) -> None:
     names = sorted(modules)
-    heads = _HEADS.get(config.task_type or "", ())  # of these, a model has one
+    heads = task_heads(config.task_type)  # of these, a model has one
     wanted = [name for name in config.modules_to_save or () if name not in heads]
     idle = [name for name in wanted if not any(matches_saved(n, [name]) for n in names)]
     if idle:
@@ -286,8 +307,31 @@ def write_targets(adapted: Iterable[str], all_modules: Iterable[str]) -> tuple[s
     taken = {suffix for other in others for suffix in _suffixes(other)}
     shortest = [next((s for s in _suffixes(n) if s not in taken), None) for n in names]
     if None in shortest:
-        return "|".join(re.escape(n) for n in names)
+        return by_full_names(names)
     return tuple(sorted({s for s in shortest if s is not None}))
+
+
+def by_full_names(adapted: Iterable[str]) -> str:
+    """A target_modules value with which PEFT wraps exactly `adapted`, whatever else a model has.
+
+    One regular expression: a name in a list would take every module, too, that it is the end of.
+    As that of `write_targets` it is written with layers_to_transform and layers_pattern None.
+    """
+    return "|".join(re.escape(name) for name in sorted(adapted))
+
+
+def naming_in_full(config: RandLoraConfig, adapted: Iterable[str]) -> RandLoraConfig:
+    """`config`, naming the layers `adapted` and no others in any model."""
+    targets = by_full_names(adapted)
+    return replace(config, target_modules=targets, layers_to_transform=None, layers_pattern=None)
+
+
+def full_names(target_modules: str | Collection[str] | None) -> tuple[str, ...]:
+    """The names from which `by_full_names` made a value; none, if it did not."""
+    if not isinstance(target_modules, str):
+        return ()
+    names = [re.sub(r"\\(.)", r"\1", part) for part in re.split(r"(?<!\\)\|", target_modules)]
+    return tuple(names) if by_full_names(names) == target_modules else ()
 
 
 def _suffixes(name: str) -> list[str]:

@@ -20,11 +20,13 @@ from randlora_jax.commands.report import (
 from randlora_jax.interop.adapter import Adapter
 from randlora_jax.interop.base_model import BaseModel
 from randlora_jax.interop.config import CONFIG_NAME
-from randlora_jax.interop.errors import AdapterFileError
-from randlora_jax.interop.keys import file_key, trained_tensors
+from randlora_jax.interop.errors import AdapterFileError, shown
+from randlora_jax.interop.expressions import fault
+from randlora_jax.interop.keys import file_key, is_path, trained_tensors
 from randlora_jax.interop.missing_bases import DrawnPair
 from randlora_jax.interop.peft_dir import WEIGHTS_NAME, write_adapter
 from randlora_jax.interop.strict_json import read_object
+from randlora_jax.interop.targets import naming_in_full
 from randlora_jax.interop.torch_rng import Generation
 
 DESCRIPTION = """\
@@ -77,9 +79,7 @@ def run(args: argparse.Namespace) -> Report:
         assert adapter.provenance is not None
         notes.append(f"bases drawn as {adapter.provenance.source} and written")
     if args.names:
-        rules = read_object(args.names)
-        if not all(isinstance(name, str) for name in rules.values()):
-            raise Misuse(f"{args.names}: expected a PyTorch name for every expression")
+        rules = read_rules(args.names)
         renamed = rename(adapter, rules if args.to == "torch" else backwards(rules))
         changed = len(set(renamed.layers) - set(adapter.layers))
         notes.append(f"{changed} of {len(adapter.layers)} layers renamed")
@@ -109,8 +109,30 @@ def with_bases(adapter: Adapter, where: Path, base: Path | None, generation: str
     assert deltas.draw is not None
     drawn = DrawnPair(deltas.bases, deltas.draw)
     provenance = drawn.provenance(adapter.config.projection_prng_key, shapes)
-    config = replace(adapter.config, save_projection=True)
+    config = naming_in_full(replace(adapter.config, save_projection=True), adapter.layers)
     return replace(adapter, config=config, bases=deltas.bases, provenance=provenance)
+
+
+def read_rules(path: Path) -> dict[str, str]:
+    """The rules in a file.
+
+    Raises:
+      AdapterFileError: it holds no JSON object.
+      Misuse: an expression is none, or its name is none or refers to groups that it has not.
+    """
+    rules = read_object(path)
+    for expression, name in rules.items():
+        if not isinstance(name, str):
+            raise Misuse(
+                f"{path}: {shown(expression)}: expected the PyTorch name of what the expression "
+                f"matches, found {shown(name)}"
+            )
+        if wrong := fault(expression) or fault(expression, name):
+            raise Misuse(
+                f"{path}: {shown(expression)}: {shown(name)} is no rule ({wrong}): expected a "
+                "regular expression, and a name that refers to groups of it"
+            )
+    return rules
 
 
 def rename(adapter: Adapter, rules: Mapping[str, str]) -> Adapter:
@@ -118,7 +140,7 @@ def rename(adapter: Adapter, rules: Mapping[str, str]) -> Adapter:
 
     Raises:
       AdapterFileError: two would have one name.
-      Misuse: no rule fits any name.
+      Misuse: no rule fits any name, or one gives a name that no reader opens.
     """
     trained = trained_tensors(adapter.saved)
     modules = {*adapter.layers, *map(_module, trained)}
@@ -132,15 +154,9 @@ def rename(adapter: Adapter, rules: Mapping[str, str]) -> Adapter:
         file_key(names[_module(key)] + key[len(_module(key)) :], layers): x
         for key, x in trained.items()
     }
-    # full names as one expression: as suffixes they could take other modules of the model too
-    config = replace(
-        adapter.config,
-        target_modules="|".join(re.escape(name) for name in sorted(layers)),
-        modules_to_save=sorted({names[_module(k)] for k in trained if not k.endswith(".bias")})
-        or None,
-        layers_to_transform=None,
-        layers_pattern=None,
-    )
+    whole = sorted({names[_module(key)] for key in trained if not key.endswith(".bias")})
+    config = replace(adapter.config, modules_to_save=whole or None)
+    config = naming_in_full(config, layers)
     recorded = adapter.provenance
     if recorded is not None:
         shapes = {names[name]: shape for name, shape in recorded.shapes.items()}
@@ -152,14 +168,16 @@ def backwards(rules: Mapping[str, str]) -> dict[str, str]:
     """Rules from PyTorch names to JAX paths, from ones the other way.
 
     Raises:
-      Misuse: an expression has more than plain text and groups.
+      Misuse: an expression has more than plain text and groups, or two have one name.
     """
-    turned = {}
+    turned: dict[str, str] = {}
     for pattern, name in rules.items():
         groups = re.findall(r"\([^()]*\)", pattern)
         plain = re.sub(r"\([^()]*\)", "", pattern)
         used = re.findall(r"\\(\d)", name)
-        if re.search(r"[][.*+?{}|^$\\]", plain) or used != [str(i + 1) for i in range(len(groups))]:
+        if re.search(r"[][().*+?{}|^$\\]", plain) or used != [
+            str(i + 1) for i in range(len(groups))
+        ]:
             raise Misuse(
                 f"{pattern!r}: to be read backwards, an expression must be plain text and groups, "
                 "all of which its name uses, in order"
@@ -171,6 +189,10 @@ def backwards(rules: Mapping[str, str]) -> dict[str, str]:
         path = pattern
         for number in range(1, len(groups) + 1):
             path = re.sub(r"\([^()]*\)", rf"\\{number}", path, count=1)
+        if wrong := fault(expression, path):
+            raise Misuse(f"{pattern!r}: {name!r} cannot be read backwards ({wrong})")
+        if expression in turned:
+            raise Misuse(f"two rules give the name {name!r}, so it cannot be read backwards")
         turned[expression] = path
     return turned
 
@@ -181,7 +203,14 @@ def _renamed(name: str, rules: Mapping[str, str]) -> str:
         for written in (name, name.replace(".", "/")):
             match = re.fullmatch(pattern, written)
             if match:
-                return match.expand(new).replace("/", ".")
+                found = match.expand(new).replace("/", ".")
+                if not is_path(found) or "{" in found:  # the braces of stacks, which files have not
+                    raise Misuse(
+                        f"the rule {pattern!r}: {new!r} calls {name!r} {found!r}, which no reader "
+                        "opens: expected printable parts joined by single dots, none of them with "
+                        "'randlora_' or braces in it"
+                    )
+                return found
     return name
 
 

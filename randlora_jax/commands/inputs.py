@@ -6,11 +6,13 @@ import argparse
 from pathlib import Path
 
 from randlora_jax.commands.report import Misuse, existing_directory, progress
-from randlora_jax.interop.adapter import Adapter, check_finite
+from randlora_jax.interop import promises
+from randlora_jax.interop.adapter import Adapter
 from randlora_jax.interop.base_model import BaseModel
+from randlora_jax.interop.base_names import base_names
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.interop.numpy_delta import Deltas
-from randlora_jax.interop.peft_dir import load_adapter, open_adapter
+from randlora_jax.interop.peft_dir import read_files
 from randlora_jax.interop.torch_rng import Generation
 
 
@@ -34,11 +36,14 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
 
 
 def deltas_of(adapter: Adapter, base: BaseModel, generation: str | None = None) -> Deltas:
-    """As `Deltas`, with a progress bar where bases must be drawn.
+    """As `Deltas`, with a progress bar where bases must be drawn, and all promises checked.
 
     Raises:
+      AdapterFileError: the adapter lacks what its config promises of this base model.
       Misuse: `generation` is given for an adapter that has its bases.
     """
+    base.layers(adapter)  # settles the names
+    promises.check(adapter, "the adapter", base_names(base, adapter))
     try:
         return Deltas(adapter, base, generation, progress)
     except ConfigError as error:
@@ -46,9 +51,5 @@ def deltas_of(adapter: Adapter, base: BaseModel, generation: str | None = None) 
 
 
 def read_showing_progress(directory: str | Path) -> Adapter:
-    """As `peft_dir.read_adapter`, with a progress bar where it takes long."""
-    config, file = open_adapter(directory)
-    with file, progress("reading adapter", file.size) as file.advance:
-        adapter = load_adapter(config, file)
-        check_finite(adapter, file.path)
-    return adapter
+    """As `peft_dir.read_files`, with a progress bar where it takes long."""
+    return read_files(directory, progress)

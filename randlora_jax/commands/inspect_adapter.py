@@ -20,8 +20,10 @@ from randlora_jax.commands.report import (
     existing_directory,
     progress,
 )
+from randlora_jax.interop import promises
 from randlora_jax.interop.adapter import Adapter, not_finite
 from randlora_jax.interop.base_model import BaseModel
+from randlora_jax.interop.base_names import base_names
 from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
 from randlora_jax.interop.draws import base_dtypes, generations
 from randlora_jax.interop.keys import BASE_PARTS, roles_of
@@ -103,11 +105,15 @@ def inspect(
     good = not numbers["not_finite"]
     drawn: dict[str, Any] | None = None
     shapes = adapter.provenance.shapes if adapter.provenance else {}
-    if base is not None:
+    if base is None:
+        promises.check(adapter, directory, None)
+    else:
         with BaseModel(base) as model:
             shapes = {name: layer.shape for name, layer in model.layers(adapter).items()}
             if adapter.bases is not None or plot is not None:
                 deltas = deltas_of(adapter, model)  # checks the extents of the bases
+            else:
+                promises.check(adapter, directory, base_names(model, adapter))
         if plot is not None and good:
             drawn = inspect_plot.draw(deltas, plot, layers)
     data = {

@@ -24,10 +24,11 @@ from randlora_jax.commands.report import (
 )
 from randlora_jax.interop.atomic import replacing_files
 from randlora_jax.interop.base_model import BaseModel
-from randlora_jax.interop.config import ALL_LINEAR, CONFIG_NAME, RandLoraConfig
+from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
 from randlora_jax.interop.keys import PREFIX, file_key, trained_tensors
 from randlora_jax.interop.peft_dir import WEIGHTS_NAME
 from randlora_jax.interop.strict_json import dump_object, thaw, write_text
+from randlora_jax.interop.targets import by_full_names
 from randlora_jax.interop.tensor_writer import write_tensors
 
 DESCRIPTION = """\
@@ -180,7 +181,6 @@ def lora_config(config: RandLoraConfig, ranks: dict[str, int], conv1d: bool) -> 
     common = Counter(ranks.values()).most_common(1)[0][0]
     # PEFT reads these keys as patterns that may begin after any dot
     others = {"^" + re.escape(name): r for name, r in ranks.items() if r != common}
-    explicit = config.target_modules not in (None, ALL_LINEAR)  # LoRA has other defaults
     return {
         "peft_type": "LORA",
         "task_type": config.task_type,
@@ -192,18 +192,14 @@ def lora_config(config: RandLoraConfig, ranks: dict[str, int], conv1d: bool) -> 
         "rank_pattern": others,
         "alpha_pattern": others,
         "lora_dropout": config.randlora_dropout,
-        "target_modules": thaw(config.target_modules) if explicit else _exactly(ranks),
-        "layers_to_transform": thaw(config.layers_to_transform) if explicit else None,
-        "layers_pattern": thaw(config.layers_pattern) if explicit else None,
+        "target_modules": by_full_names(ranks),
+        "layers_to_transform": None,
+        "layers_pattern": None,
         "modules_to_save": thaw(config.modules_to_save),
         "bias": config.bias.replace("randlora", "lora"),
         "fan_in_fan_out": conv1d,
         "init_lora_weights": True,
     }
-
-
-def _exactly(names: dict[str, int]) -> str:
-    return "|".join(map(re.escape, sorted(names)))
 
 
 def _report(found: dict[str, Factors], out: Path) -> Report:

@@ -1,6 +1,6 @@
 """The arrays of adapters: fresh ones, the updates they make, kernels with updates merged in."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,7 +50,8 @@ def fresh_state(
         if key is not None:
             drawn = jax.random.fold_in(key if isinstance(key, jax.Array) else key.params(), i)
         layers[layer.name] = _fresh(layer, config, base[layer.kernel_path].dtype, drawn)
-    return AdapterState(layers, _trained_whole(registry.names, base, config, layers))
+    whole = whole_paths(registry.names, base, config, layers)
+    return AdapterState(layers, {path: jnp.asarray(base[path], jnp.float32) for path in whole})
 
 
 def _fresh(
@@ -72,22 +73,26 @@ def _fresh(
     return jax.random.normal(key, shape, jnp.float32), gamma
 
 
-def _trained_whole(
-    names: Names, base: Leaves, config: RandLoraConfig, adapted: Mapping[str, object]
-) -> dict[Path, jax.Array]:
-    """Copies of the base leaves that an adapter trains whole: modules_to_save and biases."""
+def whole_paths(
+    names: Names, base: Iterable[Path], config: RandLoraConfig, adapted: Collection[str]
+) -> list[Path]:
+    """The base leaves that an adapter trains whole: of modules_to_save, and biases.
+
+    Args:
+      adapted: the adapter's layers, by `Layer.name`.
+    """
     patterns = targets.saved_modules(config)
     if config.bias == "none" and not patterns:
-        return {}
-    saved = {}
-    for path, leaf in base.items():
+        return []
+
+    def trains(path: Path) -> bool:
         bias = TORCH_LEAF.get(path[-1]) == "bias" and (
             config.bias == "all"
             or (config.bias == "randlora_only" and dotted(path[:-1]) in adapted)
         )
-        if bias or targets.inside_saved(names.first(path[:-1]), patterns):
-            saved[path] = jnp.asarray(leaf, jnp.float32)
-    return saved
+        return bias or targets.inside_saved(names.first(path[:-1]), patterns)
+
+    return list(filter(trains, base))
 
 
 def trained_whole(states: Mapping[str, AdapterState]) -> dict[Path, jax.Array]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path as FilePath
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from randlora_jax.core.bases import used_extents
-from randlora_jax.interop import targets
+from randlora_jax.interop import promises, targets
 from randlora_jax.interop.adapter import Adapter, Provenance, bases_digest
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import (
@@ -23,8 +23,9 @@ from randlora_jax.interop.errors import (
     warn,
 )
 from randlora_jax.interop.keys import file_key, trained_tensors
-from randlora_jax.interop.peft_dir import read_adapter
-from randlora_jax.models import basis_source
+from randlora_jax.interop.peft_dir import read_files
+from randlora_jax.interop.promises import BaseNames
+from randlora_jax.models import adapter_arrays, basis_source
 from randlora_jax.models.basis_source import KeptPairs
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import TORCH_LEAF, Path, dotted, slashed
@@ -56,10 +57,11 @@ def export(registry: AdapterRegistry, adapter_name: str, state: AdapterState) ->
         layers |= {k: (lam, gammas[k]) for k, lam in layer.split(np.asarray(lam)).items()}
         owners |= dict.fromkeys(layer.names, layer)
     bases = basis_source.stored_pair(spec.identity, spec.extents, registry.kept_pairs)
+    saved = _saved_tensors(registry, state)
     return Adapter(
-        config=_written_config(registry, adapter_name, owners),
+        config=_written_config(registry, adapter_name, owners, saved),
         layers=layers,
-        saved=_saved_tensors(registry, state),
+        saved=saved,
         bases=bases,
         provenance=Provenance(
             source=spec.identity.source,
@@ -74,10 +76,24 @@ def export(registry: AdapterRegistry, adapter_name: str, state: AdapterState) ->
 
 
 def _written_config(
-    registry: AdapterRegistry, adapter_name: str, owners: Mapping[str, Layer]
+    registry: AdapterRegistry,
+    adapter_name: str,
+    owners: Mapping[str, Layer],
+    saved: Iterable[str],
 ) -> RandLoraConfig:
-    """What PEFT's file says of an adapter whose layers have the canonical names of `owners`."""
+    """What PEFT's file says of an adapter whose layers have the canonical names of `owners`.
+
+    Args:
+      saved: keys of what was trained whole.
+    """
     config, info = registry.configs[adapter_name], registry.info
+    modules = {key.rpartition(".")[0] for key in saved}
+    heads = targets.task_heads(config.task_type)
+    whole = [  # a name that is no module's trains nothing, and would promise tensors
+        name
+        for name in targets.saved_modules(config)
+        if name in heads or any(targets.inside_saved(module, [name]) for module in modules)
+    ]
     base = config.base_model_name_or_path or info.name_or_path
     if info.model_type and not base:
         warn(
@@ -89,7 +105,7 @@ def _written_config(
         target_modules=targets.write_targets(owners, [*registry.modules, *registry.owners()]),
         layers_to_transform=None,  # target_modules says all
         layers_pattern=None,
-        modules_to_save=targets.saved_modules(config) or None,
+        modules_to_save=whole or None,
         fan_in_fan_out=any(layer.fan_in_fan_out for layer in owners.values()),
         base_model_name_or_path=base,
         auto_mapping=config.auto_mapping or (None if config.task_type else info.auto_mapping),
@@ -154,9 +170,11 @@ def restore(
       TargetError: the adapter's layers and the model's do not fit together.
     """
     with _about(directory):
-        adapter = read_adapter(directory)
+        adapter = read_files(directory)
         owners = registry.owners()
-        _check_layers(registry, owners, adapter, directory)
+        _check_sizes(owners, adapter, directory)
+        adapter = promises.check(adapter, directory, _names(registry, base, adapter))
+        _check_selected(registry, adapter, directory)
         chosen = {name: owners[name] for name in adapter.layers}
         extents = basis_source.pair_extents(
             [layer.matrix for layer in chosen.values()], adapter.config.r
@@ -206,13 +224,21 @@ def base_dtype(base: Mapping[Path, jax.Array], layers: Iterable[Layer]) -> np.dt
     return np.dtype(dtypes.pop()) if alike else np.dtype(np.float32)
 
 
-def _check_layers(
-    registry: AdapterRegistry,
-    owners: Mapping[str, Layer],
-    adapter: Adapter,
-    directory: str | FilePath,
-) -> None:
-    """The file's layers are the model's, of the right sizes, and all that its config selects."""
+def _names(
+    registry: AdapterRegistry, base: Mapping[Path, jax.Array], adapter: Adapter
+) -> BaseNames:
+    """What the model has of all that the adapter's config can speak of."""
+    layers = registry.owners()
+    adapted = {layers[name].name for name in adapter.layers}
+    tensors: set[str] = set()
+    for path in adapter_arrays.whole_paths(registry.names, base, adapter.config, adapted):
+        with suppress(TargetError):  # what has no name in PyTorch is in no file
+            tensors |= set(torch_keys(path, registry.layer_of(path), registry.names))
+    return BaseNames(tensors, layers, is_whole=True)
+
+
+def _check_sizes(owners: Mapping[str, Layer], adapter: Adapter, directory: str | FilePath) -> None:
+    """The file's layers are the model's, of the right sizes."""
     for name, (lam, gamma) in adapter.layers.items():
         if name not in owners:
             raise TargetError(
@@ -227,6 +253,10 @@ def _check_layers(
                 f"this model's (in, out) = {matrix} needs {(adapter.config.r, n)} and "
                 f"{(n, smallest)}: it was trained on another model"
             )
+
+
+def _check_selected(registry: AdapterRegistry, adapter: Adapter, directory: str | FilePath) -> None:
+    """The file's layers are what its config selects by the rules of the model's type."""
     chosen = registry.select(adapter.config)
     if set(chosen) != set(adapter.layers):
         missing, extra = set(chosen) - set(adapter.layers), set(adapter.layers) - set(chosen)

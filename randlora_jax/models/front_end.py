@@ -8,13 +8,13 @@ class EquinoxRandLora(RandLoraModel): ...
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
 from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.interop.errors import ConfigError, listed, shown, warn
+from randlora_jax.interop.expressions import fault
 from randlora_jax.models.adapted import AdaptedModel
 from randlora_jax.models.finding import StatedLayouts
 from randlora_jax.models.known_models import KnownModel
@@ -59,7 +59,7 @@ class WrapRules:
         return cls(
             ExecutionOptions(apply, tuple(token_axes)),
             StatedLayouts(_rules("views", views, "'s i o'")),
-            Names(_rules("names", names, "'model.layers.{}.mlp.up_proj'", lists=True)),
+            stated_names(names),
             _types(layer_types),
             _expressions("optional", optional),
             SampleInputs.of(sample_inputs),
@@ -98,18 +98,23 @@ def _rules(argument: str, rules: Any, example: str, *, lists: bool = False) -> M
             f"{{'layers/mlp/.*': {example}}}, found {shown(rules)}"
         )
     for rule, meant in rules.items():
-        try:
-            re.compile(rule)
-        except re.error as error:
-            raise ConfigError(
-                f"{argument}: {shown(rule)} is no regular expression: {error}"
-            ) from None
+        if wrong := fault(rule):
+            raise ConfigError(f"{argument}: {shown(rule)} is no regular expression: {wrong}")
         if not isinstance(meant, str) and not (lists and meant and _all_text(meant, Sequence)):
             raise ConfigError(
                 f"{argument}: {shown(rule)}: expected a string such as {example}, found "
                 f"{shown(meant)}"
             )
     return cast(Mapping[str, Any], rules)
+
+
+def stated_names(names: Any) -> Names:
+    """The argument `names` of `get_peft_model` and `save_pretrained`; no rules for None.
+
+    Raises:
+      ConfigError: it is no dict from regular expressions to names or lists of names.
+    """
+    return Names(_rules("names", names, "'model.layers.{}.mlp.up_proj'", lists=True))
 
 
 def _expressions(argument: str, rules: Any) -> tuple[str, ...]:

@@ -27,10 +27,10 @@ from randlora_jax.models import adapter_arrays, coverage, files, reports
 from randlora_jax.models.adapted import AdaptedModel
 from randlora_jax.models.adapter_arrays import Leaves
 from randlora_jax.models.coverage import Coverage
-from randlora_jax.models.front_end import WrapRules, wrap
+from randlora_jax.models.front_end import WrapRules, stated_names, wrap
 from randlora_jax.models.layer import Layer, LayerRun
 from randlora_jax.models.layer_types import Table
-from randlora_jax.models.names import Names, Rules
+from randlora_jax.models.names import Rules
 
 
 class RandLoraModel(AdaptedModel):
@@ -149,7 +149,7 @@ class RandLoraModel(AdaptedModel):
             if not first:
                 return
             folders = {name: saving_folder(directory, name) for name in states}
-            registry = self._registry.renamed(Names(names)) if names else self._registry
+            registry = self._registry.renamed(stated_names(names)) if names else self._registry
             adapters = {n: files.export(registry, n, s) for n, s in states.items()}
             files.warn_if_apart(adapters)
             files.warn_of_own_names(registry, states)

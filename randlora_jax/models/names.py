@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from randlora_jax.interop.errors import TargetError
+from randlora_jax.interop.keys import is_path
 
 Path = tuple[Any, ...]
 Rules = Mapping[str, str | Sequence[str]]
@@ -118,10 +119,11 @@ def _expanded(pattern: str, match: re.Match[str], template: str) -> str:
             f"names rule {pattern!r}: {template!r} cannot be filled in ({error}): it may refer to "
             "the groups of the expression alone"
         ) from None
-    if not all(name.split(".")):
+    if not is_path(name):
         raise TargetError(
-            f"names rule {pattern!r} gives {name!r}, which is no PyTorch module path: join the "
-            "parts of one by single dots, as in 'model.layers.0.mlp'"
+            f"names rule {pattern!r} gives {name!r}, which is no PyTorch module path that a file "
+            "could hold: join printable parts by single dots, as in 'model.layers.0.mlp', none of "
+            "them with 'randlora_' in it"
         )
     return name
 
@@ -136,7 +138,7 @@ def _numbered(pattern: str, name: str, index: tuple[int, ...]) -> str:
         )
     try:
         return name.format(*index)
-    except (IndexError, KeyError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise TargetError(
             f"names rule {pattern!r} gives {name!r}, whose braces cannot be filled in with the "
             f"indexes {index} of a stack ({error}): write {{}} for each stack axis"

@@ -13,6 +13,7 @@ from randlora_jax.interop.peft_dir import read_adapter
 from randlora_jax import RandLoraConfig, RandLoraModel, get_peft_model
 from randlora_jax.commands.convert import backwards
 from randlora_jax.commands.main import main
+from randlora_jax.commands.report import Misuse
 
 pytestmark = pytest.mark.torch
 
@@ -75,3 +76,60 @@ def test_rules_read_backwards():
     for pattern, name in [(r"a.*", "b"), (r"(a)(b)", r"\2.\1"), (r"(a)", "b")]:
         with pytest.raises(Exception, match="plain text and groups"):
             backwards({pattern: name})
+
+
+RULES = {
+    "no expression": {r"model/layers/(\d+/x": "y"},
+    "no such group": {r"model/decoder/layers/(\d+)/self_attn/q_proj": r"m.\2.q"},
+    "no such group of an idle rule": {r".*": r"m.\g<0>", "x(y)": r"\g<z>"},
+    "an empty part": {r"model/decoder/layers/(\d+)/.*": r"a..\1"},
+    "a slash at the end": {r"model/decoder/layers/(\d+)/.*": r"a/\1/"},
+    "nothing": {r"model/decoder/layers/(\d+)/.*": ""},
+    "a line break": {r"model/decoder/layers/(\d+)/.*": "a\\1\nb"},
+    "a tuner's own word": {r"model/decoder/layers/(\d+)/.*": r"a.randlora_b.\1"},
+    "the braces of a stack": {r"model/decoder/layers/(\d+)/.*": r"a.\1.{}"},
+    "no name": {r"model/decoder/layers/(\d+)/.*": [r"a.\1"]},
+    "an expression too large": {"a{99999999999999999999}": "y"},
+}
+
+
+@pytest.mark.parametrize("how", RULES)
+@pytest.mark.parametrize("to", ["torch", "jax"])
+def test_rules_that_are_none_are_shown(opt, how, to, tmp_path, capsys):
+    config = RandLoraConfig(r=8, target_modules=["q_proj"])
+    get_peft_model(opt.flax, config).save_pretrained(tmp_path / "src")
+    rules = tmp_path / "rules.json"
+    rules.write_text(json.dumps(RULES[how]))
+    command = ["convert", str(tmp_path / "src"), str(tmp_path / "out"), "--to", to]
+    status = main([*command, "--names", str(rules)])
+    said = capsys.readouterr().err
+    assert status in (1, 2)
+    assert any(repr(rule) in said for rule in RULES[how]) and not (tmp_path / "out").exists()
+
+
+BACKWARDS = {
+    "groups in groups": {r"model/(layers/(\d+))/x": r"\1.\2"},
+    "unnamed groups": {r"model/layers/(?:\d+)": "x"},
+    "two of one name": {"a": "x", "b": "x"},
+    "an expression in a group that is none": {"a(+)": r"\1"},
+}
+
+
+@pytest.mark.parametrize("how", BACKWARDS)
+def test_rules_that_cannot_be_read_backwards_are_refused(how):
+    with pytest.raises(Misuse, match=r"backwards"):
+        backwards(BACKWARDS[how])
+
+
+def test_what_is_written_names_its_layers_in_full(opt, tmp_path):
+    base = type(opt.torch).from_pretrained(opt.path)
+    config = peft.RandLoraConfig(
+        r=8, target_modules=["q_proj"], layers_to_transform=[1], save_projection=False
+    )
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "src")
+    command = ["convert", str(tmp_path / "src"), str(tmp_path / "out"), "--to", "jax"]
+    generation = ["--torch-generation", "bf16-24bit"]
+    assert main([*command, "--base", opt.path, *generation]) == 0
+    config = read_adapter(tmp_path / "out").config
+    assert config.target_modules == r"model\.decoder\.layers\.1\.self_attn\.q_proj"
+    assert config.layers_to_transform is None

@@ -1,0 +1,180 @@
+"""What a file promises of a model is there, or `from_pretrained` and `load_adapter` refuse it."""
+
+import json
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from families import twins
+from flax import nnx
+from peft_nets import rewrite
+from peft_side import save_adapter
+from randlora_jax.interop.peft_dir import read_adapter
+
+from randlora_jax import (
+    AdapterFileError,
+    ConfigError,
+    RandLoraConfig,
+    RandLoraModel,
+    TargetError,
+    get_peft_model,
+)
+
+pytestmark = pytest.mark.torch
+
+CONFIG = "adapter_config.json"
+
+
+def change_config(folder, **changes) -> None:
+    values = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(values | changes))
+
+
+def without(*words):
+    return lambda tensors: {k: x for k, x in tensors.items() if not any(w in k for w in words)}
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return twins("bert", tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture
+def adapter(bert, tmp_path):
+    save_adapter("bert", bert.path, tmp_path, target_modules=["query", "value"], bias="all")
+    return tmp_path
+
+
+def refused(bert, folder, *words) -> None:
+    """By both ways in, and the model stays as it was."""
+    opened = get_peft_model(bert.flax, RandLoraConfig(r=5, target_modules=["key"]))
+    for call in (
+        lambda: RandLoraModel.from_pretrained(bert.flax, folder),
+        lambda: opened.load_adapter(folder, "second"),
+    ):
+        with pytest.raises(AdapterFileError) as caught:
+            call()
+        assert all(word in str(caught.value) for word in (str(folder), *words)), caught.value
+    assert list(opened.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    {
+        "classifier": "expected tensors of 'classifier' or 'score'",
+        "classifier.bias": "expected 'classifier.bias'",
+        "classifier.weight": "expected 'classifier.weight'",
+        "layer.0.attention.output.dense.bias": "expected 'bert.encoder.layer.0.attention.output",
+        "layer.1.attention.self.value.randlora": "bert.encoder.layer.1.attention.self.value",
+        "value.randlora": "expected tensors of 'bert.encoder.layer.0.attention.self.value'",
+    }.items(),
+)
+def test_what_a_file_lost_is_named(bert, adapter, lost, named):
+    rewrite(adapter, without(lost))
+    refused(bert, adapter, named)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"target_modules": ["query"]}, "target_modules=('query',)"),
+        ({"layers_to_transform": [0]}, "layers_to_transform=(0,)"),
+        ({"use_dora": True}, "use_dora"),
+        ({"rank_pattern": {"query": 3}}, "rank_pattern"),
+        ({"modules_to_save": ["pooler", "classifier"]}, "expected tensors of 'pooler'"),
+    ],
+)
+def test_what_a_config_says_otherwise_is_named(bert, adapter, change, named):
+    change_config(adapter, **change)
+    refused(bert, adapter, named)
+
+
+def test_biases_that_a_file_never_had_are_said(bert, adapter):
+    rewrite(
+        adapter,
+        lambda t: {k: x for k, x in t.items() if k[-5:] != ".bias" or "classifier" in k},
+    )
+    with pytest.warns(UserWarning, match="bias='all' says .* the file has none") as caught:
+        RandLoraModel.from_pretrained(bert.flax, adapter)
+    assert [warning.filename for warning in caught] == [__file__]
+    change_config(adapter, bias="randlora_only")
+    with pytest.warns(UserWarning, match="bias='randlora_only' says"):
+        RandLoraModel.from_pretrained(bert.flax, adapter)
+
+
+def test_a_model_without_such_a_head_needs_none(tmp_path):
+    """As PEFT, which finds no module of that name; what is saved promises nothing idle."""
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.up, self.top = (nnx.Linear(6, 6, rngs=nnx.Rngs(0)) for _ in range(2))
+
+    config = RandLoraConfig(
+        r=2, target_modules=["up"], modules_to_save=["top", "tpo"], task_type="SEQ_CLS"
+    )
+    with pytest.warns(UserWarning, match="'tpo' take no module"):
+        model = get_peft_model(Net(), config)
+    model.save_pretrained(tmp_path, names={"(.*)": r"\1"})
+    written = json.loads((tmp_path / CONFIG).read_text())
+    assert written["modules_to_save"] == ["top", "classifier", "score"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RandLoraModel.from_pretrained(Net(), tmp_path)
+    with pytest.raises(AdapterFileError, match="'classifier' or 'score'"):
+        read_adapter(tmp_path)  # a model in PyTorch may have one
+
+
+# --- torch_generation -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [{}, {"sparse": True}])
+def test_an_unknown_generation_is_refused(bert, tmp_path, kind):
+    save_adapter("bert", bert.path, tmp_path, save_projection=False, **kind)
+    for name in ("newest", "", 24, "bf16"):
+        with pytest.raises(ConfigError, match="bf16-8bit, bf16-24bit"):
+            RandLoraModel.from_pretrained(bert.flax, tmp_path, torch_generation=name)
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+class Two(nnx.Module):
+    def __init__(self):
+        self.up, self.down = (nnx.Linear(6, 6, rngs=nnx.Rngs(0)) for _ in range(2))
+
+    def __call__(self, x):
+        return self.down(self.up(x))
+
+
+RULES = {
+    "no expression": ({"(up": "up"}, ConfigError),
+    "no such group": ({"(up)": r"\2"}, TargetError),
+    "no such named group": ({"(up)": r"\g<x>"}, TargetError),
+    "an empty part": ({"up": "a..b"}, TargetError),
+    "a line break": ({"up": "a\nb"}, TargetError),
+    "a terminal's command": ({"up": "a\x1b[2Jb"}, TargetError),
+    "a tuner's own word": ({"up": "a.randlora_b"}, TargetError),
+    "an attribute in braces": ({"up": "a{0.real}b"}, TargetError),
+    "no text": ({"up": 3}, ConfigError),
+    "no dict": ("up", ConfigError),
+    "nothing": ({"p": "q"}, ConfigError),
+}
+
+
+@pytest.mark.parametrize("how", RULES)
+def test_names_that_no_reader_opens(tmp_path, how):
+    names, error = RULES[how]
+    config = RandLoraConfig(r=2, target_modules=["up", "down"])
+    with pytest.raises(error, match="names"):
+        get_peft_model(Two(), config, names=names)
+    model = get_peft_model(Two(), config)
+    with pytest.raises(error, match="names"):
+        model.save_pretrained(tmp_path / "out", names=names)
+    assert not (tmp_path / "out").exists()
+    model.save_pretrained(tmp_path / "out", names={"(.*)": r"net/\1"})
+    with pytest.raises(error, match="names"):
+        RandLoraModel.from_pretrained(Two(), tmp_path / "out", names=names)
+    again = RandLoraModel.from_pretrained(Two(), tmp_path / "out", names={"(.*)": r"net/\1"})
+    x = np.ones((2, 6), np.float32)
+    np.testing.assert_array_equal(jax.device_get(again(x)), jax.device_get(model(x)))
