@@ -17,6 +17,7 @@ pytestmark = pytest.mark.torch
 IDS = torch.arange(9)[None] + 5
 TARGETS = ["q_proj", "v_proj", "fc1", "linear_1", "down_proj", "qkv"]
 FILE, ADAPTER = "model.safetensors", "adapter_model.safetensors"
+PREFIX = "base_model.model."
 
 
 def reopened(folder, family):
@@ -39,16 +40,15 @@ def rename_as_stored(folder):
     """Give an adapter the names of classes before transformers 4.52, which are the files'."""
     file = folder / "adapter" / ADAPTER
     tensors = load_file(file)
-    layers = {k.removeprefix("base_model.model.").rpartition(".")[0] for k in tensors}
-    layers.discard(layers & {"base_model"} and "base_model")
+    keys = {key: key.removeprefix(PREFIX).rpartition(".")[::2] for key in tensors}
+    layers = {name for key, (name, _) in keys.items() if key.startswith(PREFIX)}
     with BaseModel(folder / "base") as base:
-        base.names.fit(layers - {""})
-        older = {name: base.find(f"{name}.weight") for name in layers}
-    renamed = {}
-    for key, tensor in tensors.items():
-        name, _, part = key.removeprefix("base_model.model.").rpartition(".")
-        new = older.get(name)
-        renamed[f"base_model.model.{new.removesuffix('.weight')}.{part}" if new else key] = tensor
+        base.names.fit(layers)
+        older = {name: base.layer(name).key.removesuffix(".weight") for name in layers}
+    renamed = {
+        f"{PREFIX}{older[name]}.{part}" if name in older else key: tensors[key]
+        for key, (name, part) in keys.items()
+    }
     assert renamed.keys() != tensors.keys()
     save_file(renamed, file, {"format": "pt"})
 
