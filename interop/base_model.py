@@ -236,7 +236,7 @@ class BaseModel:
             return "the output layer" if has_head else None
         same = [other for other in others if self._equal(mine, other)]
         # Copies that differ, and no word of tying: the class does not tie, or they would not.
-        return same[0] if same else others[0] if "tie_word_embeddings" in self._text else None
+        return same[0] if same else others[0] if self._says_tied(None) else None
 
     def _embedding_of(self, name: str) -> str | None:
         """The embedding whose weight the layer `name` uses, having none of its own."""
@@ -247,7 +247,7 @@ class BaseModel:
     def _vocabulary(self) -> list[str]:
         """The matrices with a row for each token, none inside numbered layers; if they are tied."""
         rows = self._text.get("vocab_size", self.config.get("vocab_size"))
-        if not self._text.get("tie_word_embeddings", self.config.get("tie_word_embeddings", True)):
+        if not self._says_tied(True):
             return []
         return [
             key
@@ -257,6 +257,14 @@ class BaseModel:
             and len(self.tensor(key).shape) == 2
             and self.tensor(key).shape[0] == rows
         ]
+
+    def _says_tied(self, otherwise: bool | None) -> bool | None:
+        """What config.json says of tying; `otherwise` where it says nothing that can be relied on.
+
+        Of a model of several parts, transformers 4 asks the language model's, 5 the whole.
+        """
+        whole, part = (c.get("tie_word_embeddings") for c in (self.config, self._text))
+        return otherwise if part is None else bool(part or whole)
 
     @cached_property
     def _text(self) -> Mapping[str, Any]:

@@ -33,6 +33,8 @@ _RENAMED = tuple(
         r"(\w+_tower)\.(?:vision_model|timm_model)\.": r"\1.",  # CLIP and SigLIP within others
         r"block_sparse_moe\.": "mlp.",  # Mixtral, PhiMoE, MiniMax
         r"backbone\.(?=layers\.\d)": "model.",  # Nemotron-H
+        r"encoder\.block\.(\d+)\.(?=\d)": r"stages.\1.blocks.",  # SegFormer
+        r"mlp\.dense([12])\.": r"mlp.fc\1.",
         r"(?:encoder\.)*layers?\.(?=\d)": "layers.",  # ViT and its kin, AltCLIP
         r"attention\.(?:attention|self)\.query\.": "attention.q_proj.",  # those, Swin, SegFormer
         r"attention\.(?:attention|self)\.key\.": "attention.k_proj.",
@@ -156,10 +158,8 @@ class CheckpointNames:
         return known.get(naming(key), [])
 
     def _namings(self, keys: list[str], respelled: bool) -> list[Naming]:
-        known = self._by_spelling if respelled else self._as_stored
-        ours = map(spelling, keys) if respelled else keys
-        strips = dict.fromkeys(key.split(".", 1)[0] + "." for key in ours if key.count(".") > 1)
-        adds = dict.fromkeys(key.split(".", 1)[0] + "." for key in known if "." in key)
+        strips = dict.fromkeys(key.split(".", 1)[0] + "." for key in keys if key.count(".") > 1)
+        adds = dict.fromkeys(key.split(".", 1)[0] + "." for key in self._as_stored if "." in key)
         return [
             Naming(respelled=respelled),
             *(Naming(strip=prefix, respelled=respelled) for prefix in strips),

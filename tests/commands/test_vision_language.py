@@ -8,7 +8,7 @@ import torch
 from peft_side import randomise
 from randlora_jax.interop.base_model import BaseModel
 from safetensors.torch import load_file, save_file
-from vision_language import MODELS, model
+from vision_language import model
 
 from randlora_jax.commands.main import main
 
@@ -69,8 +69,11 @@ def assert_same(found, expected):
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("older", [False, True])
-@pytest.mark.parametrize("family", sorted(MODELS))
+@pytest.mark.parametrize(
+    "family, older",
+    [("llava", False), ("llava", True), ("qwen2_vl", False), ("qwen2_vl", True)]
+    + [(family, False) for family in ("gemma3", "paligemma", "mistral3")],
+)
 def test_merged_models_are_those_of_peft(family, older, tmp_path, capsys):
     model(family).save_pretrained(tmp_path / "base")
     expected = adapted(family, tmp_path).merge_and_unload().state_dict()
@@ -88,7 +91,7 @@ def test_merged_models_are_those_of_peft(family, older, tmp_path, capsys):
         assert (found[key] - tensor).abs().max() <= 1e-6 * tensor.abs().max(), key
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 def test_lora_and_converted_adapters_open_in_peft(family, tmp_path):
     model(family).save_pretrained(tmp_path / "base")
     expected = logits(adapted(family, tmp_path, save_projection=False))

@@ -60,6 +60,10 @@ NEWER = {  # names in transformers 5.12, and in the files that it writes
     "vit.layers.0.mlp.fc2": "vit.encoder.layer.0.output.dense",
     "model.encoder.layers.0.self_attn.o_proj": "model.encoder.layers.0.self_attn.out_proj",
     "model.encoder.layers.0.mlp.fc1": "model.encoder.layers.0.fc1",
+    "segformer.stages.1.blocks.0.attention.q_proj": (
+        "segformer.encoder.block.1.0.attention.self.query"
+    ),
+    "segformer.stages.1.blocks.0.mlp.fc2": "segformer.encoder.block.1.0.mlp.dense2",
 }
 
 
@@ -77,13 +81,13 @@ def test_a_prefix_and_another_spelling_at_once(tmp_path):
 
 
 def test_one_spelling_of_two_tensors_is_refused(tmp_path):
-    both = ["model.layers.0.up.weight", "language_model.layers.0.up.weight"]
+    both = ["model.language_model.layers.0.up.weight", "language_model.model.layers.0.up.weight"]
     write(tmp_path, dict.fromkeys(both, (4, 3)))
     assert spelling(both[0]) == spelling(both[1])
     for key in both:  # as it stands, each is itself
         assert base_shapes(tmp_path, [key.removesuffix(".weight")])
-    with pytest.raises(TargetError, match=r"could be 'model\.layers.*or 'language_model\.layers"):
-        base_shapes(tmp_path, ["model.language_model.layers.0.up"])
+    with pytest.raises(TargetError, match=r"'layers\.0\.up\.weight' could be 'lang.* or 'model"):
+        base_shapes(tmp_path, ["layers.0.up"])
 
 
 def test_towers_are_told_apart(tmp_path):
