@@ -5,6 +5,7 @@ import json
 import peft
 import pytest
 import torch
+import transformers
 from peft_side import randomise
 from randlora_jax.interop.base_model import BaseModel
 from safetensors.torch import load_file, save_file
@@ -101,3 +102,26 @@ def test_lora_and_converted_adapters_open_in_peft(family, tmp_path):
         out = run(name, tmp_path, *more, *generation)
         base = reopened(tmp_path / "base", family)
         assert_same(logits(peft.PeftModel.from_pretrained(base, out).eval()), expected)
+
+
+def test_a_head_trained_whole_takes_the_place_of_the_files(tmp_path):
+    model("llava").save_pretrained(tmp_path / "base")
+    expected = adapted("llava", tmp_path, modules_to_save=["lm_head"]).merge_and_unload()
+    merged = run("merge", tmp_path)
+    head = load_file(merged / FILE)["language_model.lm_head.weight"]
+    assert torch.equal(head, expected.lm_head.weight)
+    assert_same(logits(reopened(merged, "llava")), logits(expected))
+
+
+def test_a_classifier_is_added_to_a_model_that_generates(tmp_path):
+    model("gemma3").save_pretrained(tmp_path / "base")
+    kind = transformers.Gemma3ForSequenceClassification
+    base = kind.from_pretrained(tmp_path / "base").eval()
+    targets = {"target_modules": ["q_proj", "fc1"], "task_type": "SEQ_CLS"}
+    found = peft.get_peft_model(base, peft.RandLoraConfig(r=5, randlora_alpha=10, **targets))
+    randomise(found)
+    found.eval().save_pretrained(tmp_path / "adapter")
+    expected = logits(found.merge_and_unload())
+    merged = run("merge", tmp_path)
+    assert json.loads((merged / "config.json").read_text())["architectures"] == [kind.__name__]
+    assert_same(logits(kind.from_pretrained(merged).eval()), expected)
