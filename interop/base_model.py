@@ -1,10 +1,4 @@
-"""A Hugging Face model directory, as config.json and the headers of its safetensors files tell.
-
-An adapter names its layers as the PyTorch class did that was trained (``bert.encoder.layer.0...``),
-a checkpoint as the class did that was saved, which may have lacked the head and with it the prefix
-(``encoder.layer.0...``), or had both where the adapter's class had neither. `BaseModel.fit` finds
-the one way in which the two agree, or refuses.
-"""
+"""A Hugging Face model directory, as config.json and the headers of its safetensors files tell."""
 
 from __future__ import annotations
 
@@ -18,34 +12,34 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from randlora_jax.interop.adapter import Adapter
-from randlora_jax.interop.errors import AdapterFileError, TargetError, nearest, shown
+from randlora_jax.interop.checkpoint_files import refuse_quantised, weight_files
+from randlora_jax.interop.checkpoint_names import CheckpointNames, spelling
+from randlora_jax.interop.conv1d import is_conv1d
+from randlora_jax.interop.errors import TargetError, nearest, shown
 from randlora_jax.interop.strict_json import read_object
 from randlora_jax.interop.tensor_file import Tensor, TensorFile
 
 MODEL_CONFIG = "config.json"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = tuple(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)))
-
-# The model types whose linear layers of these names are Conv1D, with weights (in, out). All else
-# in transformers is Linear, with weights (out, in); GPT-Neo's c_fc, for example.
-CONV1D_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
-CONV1D_NAMES = {"c_attn", "q_attn", "c_fc", "c_proj"}
 
 # What layers are called that make a language model's logits, where they have no tensor of their own
 # because they use the embedding's.
 LM_HEADS = {"lm_head", "decoder", "proj_out", "embed_out", "output_projection", "lm_loss"}
 
+# The embedding that encoder and decoder have in common, by the names of T5, BART and their kin, and
+# the places that use it. (A decoder alone, as OPT's, calls its own by the last name.)
+_SHARED = re.compile(r"(^|\.)(shared|encoder\.embed_tokens)$")
+_USES_SHARED = re.compile(r"(^|\.)(shared|(encoder|decoder)\.embed_tokens)$")
 
-@dataclass(frozen=True)
-class Naming:
-    """From an adapter's names to a checkpoint's: drop the prefix `strip`, or put `add` before."""
-
-    strip: str = ""
-    add: str = ""
-
-    def __call__(self, name: str) -> str:
-        """`name` as the checkpoint has it."""
-        return self.add + name.removeprefix(self.strip)
+# The language model's part of config.json, in models that have others.
+_TEXT_PARTS = (
+    "text_config",
+    "decoder",
+    "llm_config",
+    "language_config",
+    "vlm_config",
+    "thinker_config",
+)
 
 
 @dataclass(frozen=True)
@@ -77,28 +71,34 @@ class BaseModel:
     Attributes:
       folder: the directory.
       config: config.json.
-      files: ``{name: open safetensors file}``.
+      files: ``{name: open safetensors file}``, those that transformers loads.
+      index: the name of the file that lists them; None for a single file.
       home: ``{key: name of the file that has it}``, in the order of files and bytes.
-      naming: how an adapter's names become its keys; settled by `fit`.
+      names: how an adapter's names become its keys; settled by `layers`.
 
     Raises:
-      AdapterFileError: the directory is no complete safetensors checkpoint.
+      AdapterFileError: the directory is no complete safetensors checkpoint, or a quantised one.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.folder = Path(directory)
         self.files: dict[str, TensorFile] = {}
         self.home: dict[str, str] = {}
-        self.naming = Naming()
         self.config = read_object(self.folder / MODEL_CONFIG)
+        refuse_quantised(self.folder, self.config)
+        found = weight_files(self.folder, self.config)
+        self.index = found.index
         try:
-            for name in _file_names(self.folder):
-                self._open(name)
+            for name in found.names:
+                try:
+                    self._open(name)
+                except OSError as error:
+                    found.fail_to_open(name, error)
+            found.check_complete(self.home)
         except BaseException:
             self.close()
             raise
-        # transformers renames these when it loads a checkpoint from before PyTorch
-        self._keys = {re.sub(r"LayerNorm\.(gamma|beta)$", _modern, key): key for key in self.home}
+        self.names = CheckpointNames(self.home, self.folder)
 
     def __enter__(self) -> BaseModel:
         return self
@@ -119,65 +119,60 @@ class BaseModel:
         """The numbers of a tensor by its key in the checkpoint."""
         return self.files[self.home[key]].read(self.tensor(key))
 
-    # Names.
-
-    def fit(self, names: Iterable[str]) -> Naming:
-        """Settle how an adapter's names become the checkpoint's; `find` and `layer` follow it.
-
-        The names as they are come first, then less a first part of theirs, then with a first part
-        of the checkpoint's before them, whichever finds most layers.
-
-        Raises:
-          TargetError: two ways find as many.
-        """
-        names = list(names)
-        scores = dict.fromkeys(self._namings(names), 0)
-        for naming in scores:
-            self.naming = naming
-            scores[naming] = sum(self.find(f"{name}.weight") is not None for name in names)
-        most = max(scores.values())
-        best = [naming for naming, score in scores.items() if score == most]
-        if len(best) > 1 and best[0] != Naming():
-            example = names[0]
-            raise TargetError(
-                f"{self.folder}: layer {shown(example)} could be "
-                f"{' or '.join(shown(naming(example)) for naming in best)}. Give the directory of "
-                "the very model that was adapted, saved with save_pretrained"
-            )
-        self.naming = best[0]
-        return self.naming
-
-    def _namings(self, names: list[str]) -> list[Naming]:
-        ours = dict.fromkeys(name.split(".", 1)[0] + "." for name in names if "." in name)
-        theirs = dict.fromkeys(key.split(".", 1)[0] + "." for key in self._keys if "." in key)
-        return [Naming(), *(Naming(strip=p) for p in ours), *(Naming(add=p) for p in theirs)]
+    # Layers.
 
     def find(self, key: str) -> str | None:
-        """The checkpoint's key for a state-dict key of the adapted model; None if it has none."""
-        return self._keys.get(self.naming(key)) or self._keys.get(key)
+        """As `CheckpointNames.find`."""
+        return self.names.find(key)
 
     def layer(self, name: str) -> BaseLayer:
         """The linear layer that an adapter calls `name`.
 
         Raises:
-          TargetError: the checkpoint has no such layer, or its weight is not a matrix of floats.
+          TargetError: the checkpoint has no such layer, its weight is not a matrix of floats, or
+            which side of it is in cannot be told.
         """
         key = self.find(f"{name}.weight") or self._embedding_of(name)
         if key is None:
-            expected = f"{self.naming(name)}.weight"
-            weights = [key for key in self._keys if key.endswith(".weight")]
-            raise TargetError(
-                f"{self.folder} has no tensor {shown(expected)}, with another prefix or without; "
-                f"it has {nearest(expected, weights)}. Is it the base model of this adapter, with "
-                "its head?"
-            )
+            raise self._missing(name)
         tensor = self.tensor(key)
         if len(tensor.shape) != 2 or tensor.dtype not in FLOATS:
             raise TargetError(
                 f"{self.folder}: {shown(key)}: expected a matrix of floating point numbers, found "
                 f"{tensor}. A quantised model has to be dequantised first"
             )
-        return BaseLayer(name, key, tensor, self._is_conv1d(name))
+        conv1d = is_conv1d(key, self._shapes, self.config)
+        if conv1d is None:
+            raise self._undecided(name)
+        return BaseLayer(name, key, tensor, conv1d)
+
+    def _missing(self, name: str) -> TargetError:
+        single = re.match(r"(.*\.experts\.)\d+\.", name)
+        stacks = [key for key in self.home if single and spelling(single[1]) in spelling(key)]
+        stacks = [key for key in stacks if len(self.tensor(key).shape) == 3]
+        if stacks:
+            return TargetError(
+                f"{self.folder}: the adapter changes single experts, such as {shown(name)}, and "
+                f"the checkpoint has all of a layer's in one tensor, {shown(stacks[0])} "
+                f"({self.tensor(stacks[0])}). Save the base model with its experts apart, as "
+                "transformers 5 does too unless save_original_format is False"
+            )
+        expected = f"{name}.weight"
+        weights = [key for key in self.home if key.endswith(".weight")]
+        return TargetError(
+            f"{self.folder} has no tensor {shown(expected)}, with another prefix or without; it "
+            f"has {nearest(expected, weights)}. Is it the base model of this adapter, with its "
+            "head?"
+        )
+
+    def _undecided(self, name: str) -> TargetError:
+        return TargetError(
+            f"{self.folder}: layer {shown(name)}: the adapter or the checkpoint says that weights "
+            "are stored (in, out), and no layer of model type "
+            f"{self.config.get('model_type')!r} is known to be. Which side is in cannot be told "
+            "from a square weight: merge in PyTorch, with PEFT's merge_and_unload, or set "
+            "fan_in_fan_out to false if all its layers are Linear"
+        )
 
     def layers(self, adapter: Adapter) -> dict[str, BaseLayer]:
         """Every layer of `adapter`, its numbers checked against the base model's shapes.
@@ -186,7 +181,7 @@ class BaseModel:
           TargetError: a layer is missing or of another size, or it is unclear which side of its
             weight is in.
         """
-        self.fit(adapter.layers)
+        self.names.fit(adapter.layers)
         found = {name: self.layer(name) for name in adapter.layers}
         names = {layer.key: name for name, layer in found.items()}
         for name, layer in found.items():
@@ -206,28 +201,25 @@ class BaseModel:
                     "model"
                 )
         if adapter.config.fan_in_fan_out and not any(layer.conv1d for layer in found.values()):
-            raise TargetError(
-                f"{self.folder}: the adapter says that weights are stored (in, out), and no layer "
-                f"of model type {self.config.get('model_type')!r} is known to be. Which side is in "
-                "cannot be told from a square weight: merge in PyTorch, with PEFT's "
-                "merge_and_unload, or set fan_in_fan_out to false if all its layers are Linear"
-            )
+            square = (name for name, layer in found.items() if len(set(layer.shape)) == 1)
+            raise self._undecided(next(square, next(iter(found))))
         return found
 
-    def _is_conv1d(self, name: str) -> bool:
-        config, parts = self.config, name.split(".")
-        for part in parts:  # an encoder-decoder has one configuration for each
-            inner = config.get(part)
-            config = inner if isinstance(inner, dict) and "model_type" in inner else config
-        return str(config.get("model_type")) in CONV1D_TYPES and parts[-1] in CONV1D_NAMES
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: self.tensor(key).shape for key in self.home}
 
     # Tied weights.
 
-    def tied(self, key: str) -> str | None:
+    def tied(self, key: str, *, has_head: bool = True) -> str | None:
         """What shares its weight with the tensor at state-dict key `key`; None for nothing.
 
-        transformers lets a language model's input embedding and its output layer share one tensor
-        unless config.json says ``"tie_word_embeddings": false``.
+        transformers lets a language model's input embedding and its output layer share one tensor,
+        and so the embeddings of an encoder and a decoder, unless config.json says
+        ``"tie_word_embeddings": false``.
+
+        Args:
+          has_head: whether the adapted model has an output layer; a classifier has none.
         """
         module, _, leaf = key.rpartition(".")
         mine = self.find(key)
@@ -236,21 +228,26 @@ class BaseModel:
         if mine not in self._vocabulary:
             return None
         others = [other for other in self._vocabulary if other != mine]
-        if not others:  # a checkpoint without the other side: it is this one
-            return "the model's other vocabulary matrix"
+        if not has_head:
+            others = [other for other in others if _module_name(other) not in LM_HEADS]
+        if not others:  # a checkpoint without the other side, if there is one
+            if _SHARED.search(module):
+                return "the embeddings of encoder and decoder"
+            return "the output layer" if has_head else None
         same = [other for other in others if self._equal(mine, other)]
         # Copies that differ, and no word of tying: the class does not tie, or they would not.
-        return same[0] if same else others[0] if "tie_word_embeddings" in self._text else None
+        return same[0] if same else others[0] if self._says_tied(None) else None
 
     def _embedding_of(self, name: str) -> str | None:
-        """The embedding whose weight the output layer `name` uses, having none of its own."""
-        return next(iter(self._vocabulary), None) if name.split(".")[-1] in LM_HEADS else None
+        """The embedding whose weight the layer `name` uses, having none of its own."""
+        uses = name.split(".")[-1] in LM_HEADS or _USES_SHARED.search(name)
+        return next(iter(self._vocabulary), None) if uses else None
 
     @cached_property
     def _vocabulary(self) -> list[str]:
         """The matrices with a row for each token, none inside numbered layers; if they are tied."""
         rows = self._text.get("vocab_size", self.config.get("vocab_size"))
-        if not self._text.get("tie_word_embeddings", self.config.get("tie_word_embeddings", True)):
+        if not self._says_tied(True):
             return []
         return [
             key
@@ -261,11 +258,21 @@ class BaseModel:
             and self.tensor(key).shape[0] == rows
         ]
 
-    @property
+    def _says_tied(self, otherwise: bool | None) -> bool | None:
+        """What config.json says of tying; `otherwise` where it says nothing that can be relied on.
+
+        Of a model of several parts, transformers 4 asks the language model's, 5 the whole.
+        """
+        whole, part = (c.get("tie_word_embeddings") for c in (self.config, self._text))
+        return otherwise if part is None else bool(part or whole)
+
+    @cached_property
     def _text(self) -> Mapping[str, Any]:
-        """The configuration of the language model, which may be one part of several."""
-        inner = (self.config.get(part) for part in ("text_config", "decoder", "llm_config"))
-        return next((part for part in inner if isinstance(part, dict)), self.config)
+        """The configuration of the language model, which may be a part of a part."""
+        found: Mapping[str, Any] = self.config
+        while parts := [found[name] for name in _TEXT_PARTS if isinstance(found.get(name), dict)]:
+            found = parts[0]
+        return found
 
     def _equal(self, one: str, other: str) -> bool:
         return self.files[self.home[other]].holds(self.tensor(other), self.read(one))
@@ -273,12 +280,7 @@ class BaseModel:
     # Opening.
 
     def _open(self, name: str) -> None:
-        try:
-            file = self.files[name] = TensorFile(self.folder / name)
-        except OSError as error:
-            raise AdapterFileError(
-                f"{self.folder / name}: cannot be read ({error.strerror})"
-            ) from error
+        file = self.files[name] = TensorFile(self.folder / name)
         for key in file.tensors:
             if key in self.home:
                 file.fail(f"{shown(key)} is in {self.home[key]} as well; remove one")
@@ -298,30 +300,9 @@ def base_shapes(directory: str | Path, names: Iterable[str]) -> dict[str, tuple[
     """
     names = list(names)
     with BaseModel(directory) as base:
-        base.fit(names)
+        base.names.fit(names)
         return {name: base.layer(name).shape for name in names}
 
 
-def _file_names(folder: Path) -> list[str]:
-    """The safetensors files of a model, as its index lists them."""
-    if (folder / INDEX).exists():
-        places = read_object(folder / INDEX).get("weight_map")
-        if not isinstance(places, dict) or not places:
-            raise AdapterFileError(f"{folder / INDEX}: expected a weight_map, found none")
-        for name in places.values():
-            if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
-                raise AdapterFileError(
-                    f"{folder / INDEX}: expected names of files beside it, found {shown(name)}"
-                )
-        return sorted(set(places.values()))
-    if (folder / SINGLE).exists():
-        return [SINGLE]
-    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-    raise AdapterFileError(
-        f"{folder}: expected {SINGLE} or {INDEX}, found neither"
-        + (f" but {pickled[0]}: load it in PyTorch and save_pretrained it" if pickled else "")
-    )
-
-
-def _modern(match: re.Match[str]) -> str:
-    return "LayerNorm." + {"gamma": "weight", "beta": "bias"}[match[1]]
+def _module_name(key: str) -> str:
+    return key.split(".")[-2]

@@ -15,9 +15,11 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from errno import ENOENT
 from functools import partial
+from io import BufferedWriter
 from math import prod
 from os import fstat
 from os.path import samestat
@@ -103,6 +105,25 @@ class TensorFile:
             self._fill(piece, tensor.start + at, tensor.key)
             self.advance(len(piece))
         return array
+
+    def copy(self, tensor: Tensor, target: BufferedWriter) -> None:
+        """Write the bytes of one tensor to an open file. Memory: one block, or none."""
+        at, end = tensor.start, tensor.start + tensor.nbytes
+        target.flush()
+        with suppress(AttributeError, OSError):  # no such call on this system or filesystem
+            while at < end:
+                done = os.copy_file_range(
+                    self._file.fileno(), target.fileno(), min(BLOCK, end - at), offset_src=at
+                )
+                if not done:
+                    break
+                at += done
+        target.seek(0, os.SEEK_END)
+        while at < end:
+            block = bytearray(min(BLOCK, end - at))
+            self._fill(memoryview(block), at, tensor.key)
+            target.write(block)
+            at += len(block)
 
     def holds(self, tensor: Tensor, array: np.ndarray) -> bool:
         """Whether a tensor is bit for bit `array`."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from randlora_jax.interop.errors import AdapterFileError, shown
 from randlora_jax.interop.progress import Advance, no_bar
-from randlora_jax.interop.tensor_file import bytes_of, pieces
+from randlora_jax.interop.tensor_file import Tensor, TensorFile, bytes_of, pieces
 from randlora_jax.interop.tensor_format import CODES, DTYPES
 
 
@@ -36,18 +36,26 @@ class Entry:
         return prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of another file, to be taken over bit for bit."""
+
+    file: TensorFile
+    tensor: Tensor
+
+
 def write_stream(
     path: Path,
     entries: Mapping[str, Entry],
     metadata: Mapping[str, str],
-    make: Callable[[str], np.ndarray],
+    make: Callable[[str], np.ndarray | Stored],
     advance: Advance = no_bar,
 ) -> None:
     """Write a new file of `entries`, in their order, in small pieces. Memory: one tensor.
 
     Args:
-      make: from a key to the numbers, of the entry's shape. They are cast to the entry's dtype; it
-        is for the caller to know that this loses nothing.
+      make: from a key to the numbers, of the entry's shape. An array is cast to the entry's dtype;
+        it is for the caller to know that this loses nothing.
       advance: told the bytes of each tensor once it is written.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -61,10 +69,13 @@ def write_stream(
     with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key, entry in entries.items():
-            array = make(key)
-            assert array.shape == entry.shape, key
-            for piece in pieces(array):
-                file.write(bytes_of(piece.astype(entry.dtype, copy=False)))
+            made = make(key)
+            if isinstance(made, Stored):
+                made.file.copy(made.tensor, file)
+            else:
+                assert made.shape == entry.shape, key
+                for piece in pieces(made):
+                    file.write(bytes_of(piece.astype(entry.dtype, copy=False)))
             advance(entry.nbytes)
 
 

@@ -25,14 +25,14 @@ from randlora_jax.commands.report import (
     size,
 )
 from randlora_jax.interop.atomic import replacing_files
-from randlora_jax.interop.base_model import INDEX, MODEL_CONFIG, BaseModel
+from randlora_jax.interop.base_model import MODEL_CONFIG, BaseModel
 from randlora_jax.interop.config import CONFIG_NAME
 from randlora_jax.interop.errors import AdapterFileError, shown
 from randlora_jax.interop.numpy_delta import Deltas
 from randlora_jax.interop.progress import Advance
 from randlora_jax.interop.strict_json import read_object
 from randlora_jax.interop.tensor_file import pieces
-from randlora_jax.interop.tensor_writer import Entry, write_stream
+from randlora_jax.interop.tensor_writer import Entry, Stored, write_stream
 
 DESCRIPTION = """\
 Write the base model in MODEL_DIR with the adapter in DIR merged into its weights, as a Hugging Face
@@ -118,8 +118,8 @@ def merge(
             if todo.config:
                 changed = read_object(staged / MODEL_CONFIG) | todo.config
                 (staged / MODEL_CONFIG).write_text(json.dumps(changed, indent=2) + "\n")
-            if (model.folder / INDEX).exists():
-                (staged / INDEX).write_text(_index(model, todo))
+            if model.index is not None:
+                (staged / model.index).write_text(_index(model, model.index, todo))
     return _report(deltas, todo, out, total, leave)
 
 
@@ -138,9 +138,11 @@ def _write_file(
         entries |= {key: Entry(code, value.shape) for key, value in todo.added.items()}
         entries = dict(sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize))
 
-    def make(new: str) -> np.ndarray:
+    def make(new: str) -> np.ndarray | Stored:
         key = old_key.get(new, new)
         value = todo.added.get(new, todo.replaced.get(key))
+        if value is None and key not in todo.sums:
+            return Stored(source, source.tensors[key])
         if value is None:
             weight = base.read(key)
         else:
@@ -148,8 +150,7 @@ def _write_file(
                 weight = value.astype(entries[new].dtype)
         if key in todo.sums:
             deltas.add_to(todo.sums[key], weight)
-        if key in todo.sums or value is not None:
-            _check_finite(weight, base.folder, key)
+        _check_finite(weight, base.folder, key)
         return weight
 
     write_stream(staged / name, entries, source.metadata, make, advance)
@@ -164,8 +165,8 @@ def _check_finite(weight: np.ndarray, where: Path, key: str) -> None:
         )
 
 
-def _index(base: BaseModel, todo: MergePlan) -> str:
-    index = read_object(base.folder / INDEX)
+def _index(base: BaseModel, name: str, todo: MergePlan) -> str:
+    index = read_object(base.folder / name)
     places = {todo.renamed.get(key, key): name for key, name in base.home.items()}
     last = list(base.files)[-1]
     index["weight_map"] = dict(sorted({**places, **dict.fromkeys(todo.added, last)}.items()))
@@ -184,7 +185,7 @@ def _other_files(base: BaseModel) -> tuple[list[Path], list[Path]]:
     leave: list[Path] = []
     for path in _walk(base.folder):
         name = path.name
-        if str(path) in (*base.files, INDEX):
+        if str(path) in (*base.files, base.index):
             continue
         patterns = _ANYWHERE if path.parent != Path(".") else (*_ANYWHERE, *_OTHER_WEIGHTS)
         (leave if any(fnmatch(name, pattern) for pattern in patterns) else keep).append(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,12 @@ _TASK_CLASSES = {
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
 }
+# Of classes and PEFT's tasks, those without an output layer over the vocabulary.
+_HEADLESS_TASKS = {*_TASK_CLASSES, "FEATURE_EXTRACTION"}
+_HEADLESS = re.compile(
+    r"Classification|Regression|QuestionAnswering|MultipleChoice|NextSentence|Retrieval|Detection"
+    r"|WithProjection|(?<!LMHead)(?<!DoubleHeads)(?<!EncoderDecoder)(?<!Chat)Model$"
+)
 
 
 @dataclass(frozen=True)
@@ -53,44 +59,58 @@ def plan(deltas: Deltas, base: BaseModel) -> MergePlan:
         for, or has another number of labels than config.json.
     """
     adapter = deltas.adapter
-    for name in deltas.layers:
-        _refuse_tied(base, f"{name}.weight")
+    has_head = _has_head(base.config, adapter.config)
+    for name, (lam, _) in adapter.layers.items():
+        if lam.any():
+            _refuse_tied(base, f"{name}.weight", base.tied(f"{name}.weight", has_head=has_head))
     sums = {layer.key: name for name, layer in deltas.layers.items()}
     trained = trained_tensors(adapter.saved)
     replaced, added = {}, {}
     for key, value in trained.items():
-        found = base.find(key)
-        if found is None:
-            _refuse_tied(base, key)
+        # what has no tensor of its own may use another's
+        place = base.find(key) or base.tied(key, has_head=has_head)
+        if place is None:
             _check_whole(base, key, adapter.config)
             added[key] = value
             continue
-        if base.tensor(found).shape != value.shape:
+        if base.tensor(place).shape != value.shape:
             raise TargetError(
-                f"{base.folder}: {shown(found)} is {base.tensor(found)}, and the adapter carries "
+                f"{base.folder}: {shown(place)} is {base.tensor(place)}, and the adapter carries "
                 f"{list(value.shape)} in its place. Resize the base model as it was for training "
                 "(its labels, its vocabulary), save it and merge into that"
             )
-        if not np.array_equal(base.read(found), value):  # PEFT writes untrained embeddings as well
-            _refuse_tied(base, key)
-            replaced[found] = value
+        # PEFT writes embeddings that were not trained as well, both sides of tied ones
+        if not np.array_equal(base.read(place), value):
+            _refuse_tied(base, key, base.tied(key, has_head=has_head))
+            replaced[place] = value
     config = _config_changes(base.config, adapter.config, added)
     # transformers puts the class's prefix before all names of a file or before none, so what goes
     # outside of it, as a head does, needs the prefix written out at all others.
-    outside = {key for key in [*added, *adapter.layers] if not key.startswith(base.naming.strip)}
-    if base.naming.strip and any(key in added for key in outside):
+    # (A model of several parts renames them by itself.)
+    naming = base.names.naming
+    outside = [key for key in added if not key.startswith(naming.strip)]
+    if naming.strip and outside and "text_config" not in base.config:
         names = {*sums.values(), *trained}
         renamed = {
-            key: base.naming.strip + key
+            key: naming.strip + key
             for key in base.home
             if key.removesuffix(".weight") not in names and key not in names
         }
         return MergePlan(sums, replaced, added, renamed, config)
-    return MergePlan(sums, replaced, {base.naming(k): v for k, v in added.items()}, {}, config)
+    as_stored = replace(naming, respelled=False)
+    return MergePlan(sums, replaced, {as_stored(k): v for k, v in added.items()}, {}, config)
 
 
-def _refuse_tied(base: BaseModel, key: str) -> None:
-    other = base.tied(key)
+def _has_head(found: Mapping[str, Any], config: RandLoraConfig) -> bool:
+    """Whether the adapted model makes logits over its vocabulary, and may tie two weights so."""
+    if config.task_type is not None:
+        return config.task_type not in _HEADLESS_TASKS
+    classes = found.get("architectures")
+    own = str(classes[0]) if isinstance(classes, list) and classes else ""
+    return not _HEADLESS.search(str((config.auto_mapping or {}).get("base_model_class", own)))
+
+
+def _refuse_tied(base: BaseModel, key: str, other: str | None) -> None:
     if other is not None:
         raise TargetError(
             f"{base.folder}: {shown(key)} shares its weight with {shown(other)} (tied word "
