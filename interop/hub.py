@@ -27,7 +27,7 @@ def local_directory(source: str | Path, revision: str | None = None) -> Path:
       AdapterFileError: there is no such directory, and the hub has no such repository or cannot be
         reached.
     """
-    if not isinstance(source, str | Path):
+    if not isinstance(source, str | Path) or not str(source).strip():
         raise AdapterFileError(
             f"expected a directory or the id of a hub repository, found {shown(source)}"
         )
