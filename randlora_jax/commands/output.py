@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -14,12 +13,13 @@ from randlora_jax.interop.base_model import MODEL_CONFIG
 from randlora_jax.interop.config import CONFIG_NAME
 
 # Files that hold a model's weights, in any format; an adapter's and a trainer's own are not such.
-_WEIGHTS = ("*.safetensors", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ckpt*", "*.index.json")
-_WEIGHTS += ("*.bin", "*.pt", "*.pth")
+_WEIGHTS = (
+    *("*.safetensors", "*.bin", "*.h5", "*.msgpack", "*.index.json"),
+    *("*.gguf", "*.onnx", "*.pt", "*.pth", "*.ckpt*"),
+)
 _NO_WEIGHTS = ("adapter_*", "training_args.*", "optimizer.*", "scheduler.*", "scaler.*", "rng_*")
 
 
-@dataclass
 class Output:
     """Where a command writes: looked at before the work, and again when all is ready.
 
@@ -30,10 +30,13 @@ class Output:
       replaced: what made room; known once all is in place.
     """
 
-    folder: Path
-    force: bool
-    refusal: Callable[[Path], str]
-    replaced: Replaced = Replaced()
+    def __init__(self, folder: str | Path, *, force: bool, refusal: Callable[[Path], str]) -> None:
+        if not str(folder).strip():
+            raise Misuse(f"expected a directory to write to, found {str(folder)!r}; name one")
+        self.folder = Path(folder)
+        self.force = force
+        self.refusal = refusal
+        self.replaced = Replaced()
 
     def expect(self, names: Iterable[str]) -> None:
         """Stop before any work is done that would end in a refusal.
