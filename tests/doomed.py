@@ -51,31 +51,40 @@ def forbid_exchange() -> None:
     atomic._exchange = refuse_exchange
 
 
-def die_before(step: int) -> None:
-    """Have this process killed just before its file operation number `step`."""
+def send_before(step: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have this process sent a signal just before its file operation number `step`."""
     steps = count()
 
     def hook(event: str, args: tuple) -> None:
         if event in OPERATIONS and next(steps) == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
     sys.addaudithook(hook)
 
 
-def command_and_die(command: list[str], step: int) -> None:
+def command_and_die(command: list[str], step: int, number: signal.Signals = signal.SIGKILL) -> None:
     """Exit with the command's status where it has not so many file operations."""
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    die_before(step)
+    send_before(step, number)
     os._exit(main(command))
 
 
-def save_and_die(directory: Path, version: int, in_place: bool, step: int) -> None:
-    """Exit 0 where saving has not so many file operations."""
+def save_and_die(
+    directory: Path,
+    version: int,
+    in_place: bool,
+    step: int,
+    number: signal.Signals = signal.SIGKILL,
+) -> None:
+    """Exit 0 where saving has not so many file operations, and 130 where it was interrupted."""
     adapter = adapter_of(version)
     if in_place:
         forbid_exchange()
-    die_before(step)
-    write_adapter(directory, adapter)
+    send_before(step, number)
+    try:
+        write_adapter(directory, adapter)
+    except KeyboardInterrupt:
+        os._exit(130)
     os._exit(0)
 
 
