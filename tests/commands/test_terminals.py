@@ -68,6 +68,7 @@ def run(*words, first="", folder=None, env=None, **options):
         [sys.executable, "-m", "randlora_jax", *words],
         env={**os.environ, **more},
         text=True,
+        errors="replace",
         **(usual | options),
     )
 
@@ -170,7 +171,7 @@ sys.addaudithook(see)
         "ml_dtypes",
         "safetensors",
         "tqdm",
-        "randlora_jax.commands.verify",
+        "randlora_jax.interop.torch_rng",
     ],
 )
 def test_interrupted_while_it_imports(sources, tmp_path, module):
@@ -182,13 +183,11 @@ def test_interrupted_while_it_imports(sources, tmp_path, module):
 
 
 def test_nothing_is_imported_before_an_interrupt_is_answered():
-    """But for what Python imports as it starts, and a module that is there in an instant."""
+    """But for what Python imports as it starts."""
     program = "import sys; before = set(sys.modules); import randlora_jax.commands.main; "
-    program += "print(sorted(set(sys.modules) - before))"
-    found = subprocess.check_output([sys.executable, "-c", program], text=True)
-    assert found.strip() == str(
-        ["__future__", "randlora_jax", "randlora_jax.commands", "randlora_jax.commands.main"]
-    )
+    program += "print(*sorted(set(sys.modules) - before - {'__future__'}))"
+    found = subprocess.check_output([sys.executable, "-c", program], text=True).split()
+    assert found == ["randlora_jax", "randlora_jax.commands", "randlora_jax.commands.main"]
 
 
 # One call that lets no KeyboardInterrupt through for many seconds, as a large decomposition does.
@@ -261,7 +260,7 @@ def test_interrupted_while_copies_are_compared(tmp_path):
 
 @pytest.mark.parametrize("name", ["compact", "merge", "to-lora"])
 def test_an_interrupted_command_leaves_all_or_nothing(sources, tmp_path, name):
-    """At file operations all over the run; the next test of a kill looks closer."""
+    """At file operations all over the run."""
     assert main(command(name, sources, tmp_path / "whole")) == 0
     whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     step, found = 0, set()
@@ -352,7 +351,7 @@ def test_every_report_has_places_and_warnings(sources, tmp_path, capsys, name):
     weights.write_bytes(weights.read_bytes()[:-1])
     words = command(name, sources, tmp_path / "other", adapter)
     status, report = ask(capsys, *words)
-    assert status == 1 and "truncated" in report["error"] and report["good"] is False
+    assert status == 1 and str(weights) in report["error"] and report["good"] is False
     assert report["source"] == str(adapter)
 
 
