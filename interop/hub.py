@@ -31,7 +31,7 @@ def local_directory(
       AdapterFileError: there is no such directory, and the hub has no such repository or cannot be
         reached; or it has no such subfolder.
     """
-    if not isinstance(source, str | Path):
+    if not isinstance(source, str | Path) or not str(source).strip():
         raise AdapterFileError(
             f"expected a directory or the id of a hub repository, found {shown(source)}"
         )

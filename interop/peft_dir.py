@@ -30,7 +30,7 @@ from randlora_jax.interop.adapter import (
     derived_key,
 )
 from randlora_jax.interop.adapter_name import saving_folder
-from randlora_jax.interop.atomic import current_file, replacing_files
+from randlora_jax.interop.atomic import Replaced, current_file, replacing_files
 from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
 from randlora_jax.interop.errors import AdapterFileError, ConfigError, listed, shown
 from randlora_jax.interop.keys import BASE_PARTS, LAYER_PARTS, PREFIX, Role, roles_of
@@ -76,8 +76,8 @@ def write_adapter(
     directory: str | Path,
     adapter: Adapter,
     *,
-    overwrite: bool = True,
     confirm: Callable[[], object] = lambda: None,
+    allow: Callable[[Replaced], object] = lambda replaced: None,
 ) -> None:
     """Write an adapter so that every PEFT reader opens it, with one copy of the bases.
 
@@ -90,13 +90,12 @@ def write_adapter(
     Args:
       directory: made if missing.
       adapter: float32 lambda and gamma; nothing is cast.
-      overwrite: whether an adapter that is already there may be replaced.
       confirm: called when all is written and nothing in place yet; if it raises, all stays as it
         was.
+      allow: the last to be asked, as `replacing_files` does.
 
     Raises:
-      AdapterFileError: the adapter is unsound, holds NaN or infinity, or `directory` is a file,
-        or has an adapter and may not lose it.
+      AdapterFileError: the adapter is unsound, holds NaN or infinity, or `directory` is a file.
       ConfigError: the bases can neither be written nor drawn again by a reader.
     """
     folder = saving_folder(directory)
@@ -112,13 +111,7 @@ def write_adapter(
         metadata[METADATA_KEY] = provenance.to_json()
 
     arrays, dtypes = _file_tensors(adapter, bases)
-    with replacing_files(folder, entry=CONFIG_NAME) as staged:
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            if not overwrite and (folder / name).exists():
-                raise AdapterFileError(
-                    f"{folder / name}: exists and may not be overwritten; choose another "
-                    "directory or allow it"
-                )
+    with replacing_files(folder, entry=CONFIG_NAME, allow=allow) as staged:
         config.save_pretrained(staged)
         write_tensors(staged / WEIGHTS_NAME, arrays, metadata, dtypes)
         confirm()

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from randlora_jax.interop.errors import AdapterFileError, shown
+from randlora_jax.interop.placing import replacing_file
 
 # Levels of lists and objects within each other. What programs write has a few; and Python, which
 # takes a step of its stack for each, gives up at some hundreds.
@@ -149,14 +148,10 @@ def dump_object(value: Mapping[str, Any]) -> str:
     return json.dumps(thaw(value), indent=2, sort_keys=True, allow_nan=False)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader, or a crash, meets the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_text(path: Path, text: str, *, overwrite: bool = True) -> None:
+    """Write `text` to `path`, as `replacing_file` does."""
+    with (
+        replacing_file(path, overwrite=overwrite) as new,
+        open(new, "x", encoding="utf-8", newline="\n") as file,
+    ):
+        file.write(text)

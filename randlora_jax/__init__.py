@@ -4,18 +4,17 @@
 an adapter that this library or PyTorch PEFT saved. What they raise is a `RandLoraError`.
 """
 
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import os.path
 
 __version__ = "0.1.0.dev0"
 
 # A clone has the folder interop/ beside this one, an installed package inside it. Python started in
 # a clone finds this file there, whatever is installed.
-_folder = Path(__file__).parent
-if not (_folder / "interop").is_dir():
-    __path__.append(str(_folder.parent))
+_folder = os.path.dirname(__file__)
+if not os.path.isdir(os.path.join(_folder, "interop")):
+    __path__.append(os.path.dirname(_folder))
 
+TYPE_CHECKING = False  # as in typing; next to nothing is imported here, see commands/main.py
 if TYPE_CHECKING:
     from randlora_jax.core.contraction import Contraction as Contraction
     from randlora_jax.core.kernel_layout import KernelLayout as KernelLayout
@@ -53,7 +52,9 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"randlora_jax.{_HOMES[name]}"), name)

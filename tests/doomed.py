@@ -51,32 +51,59 @@ def forbid_exchange() -> None:
     atomic._exchange = refuse_exchange
 
 
-def die_before(step: int) -> None:
-    """Have this process killed just before its file operation number `step`."""
+def send_before(step: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have this process sent a signal just before its file operation number `step`."""
     steps = count()
 
     def hook(event: str, args: tuple) -> None:
         if event in OPERATIONS and next(steps) == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
     sys.addaudithook(hook)
 
 
-def command_and_die(command: list[str], step: int) -> None:
+def command_and_die(command: list[str], step: int, number: signal.Signals = signal.SIGKILL) -> None:
     """Exit with the command's status where it has not so many file operations."""
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    die_before(step)
+    send_before(step, number)
     os._exit(main(command))
 
 
-def save_and_die(directory: Path, version: int, in_place: bool, step: int) -> None:
-    """Exit 0 where saving has not so many file operations."""
+def save_and_die(
+    directory: Path,
+    version: int,
+    in_place: bool,
+    step: int,
+    number: signal.Signals = signal.SIGKILL,
+) -> None:
+    """Exit 0 where saving has not so many file operations, and 130 where it was interrupted."""
     adapter = adapter_of(version)
     if in_place:
         forbid_exchange()
-    die_before(step)
-    write_adapter(directory, adapter)
+    send_before(step, number)
+    try:
+        write_adapter(directory, adapter)
+    except KeyboardInterrupt:
+        os._exit(130)
     os._exit(0)
+
+
+def save_interrupted(parent: Path, old: int | None, in_place: bool) -> None:
+    """Save over version `old`, once for each file operation, in folders numbered like these.
+
+    Before that one Ctrl-C comes. Exits 0 after the first save that has not so many operations.
+    """
+    os.fsync = lambda handle: None  # no power is lost here, and it takes most of the time
+    for step in count():
+        folder = parent / str(step) / "a"
+        if old is not None:
+            write_adapter(folder, adapter_of(old))
+        child = os.fork()
+        if child == 0:
+            save_and_die(folder, 2, in_place, step, signal.SIGINT)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status != 130:
+            os._exit(status)
 
 
 def save_forever(directory: Path, first: int, in_place: bool) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from randlora_jax.commands.output import Output, holds_a_model
 from randlora_jax.commands.report import (
     Commands,
     Report,
     command_parser,
     existing_directory,
+    named,
     progress,
-    refuse_to_overwrite,
     size,
 )
 from randlora_jax.interop import promises
@@ -55,7 +57,7 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
     """Describe the command."""
     parser = command_parser(commands, "compact", "write an adapter with bases once", DESCRIPTION)
     parser.add_argument("src", metavar="SRC", type=existing_directory, help="adapter directory")
-    parser.add_argument("dst", metavar="DST", type=Path, help="where to write, made if missing")
+    parser.add_argument("dst", metavar="DST", type=named, help="where to write, made if missing")
     parser.add_argument(
         "--drop-bases", action="store_true", help="write none, if PyTorch can draw them again"
     )
@@ -76,9 +78,10 @@ def compact(src: Path, dst: Path, *, drop_bases: bool = False, force: bool = Fal
     Raises:
       AdapterFileError: `src` holds no sound adapter, or `drop_bases` and no known torch release
         draws its bases.
-      Misuse: `dst` holds an adapter and `force` is not set.
+      Misuse: `dst` holds an adapter and `force` is not set, or a model.
     """
-    refuse_to_overwrite(dst, [CONFIG_NAME, WEIGHTS_NAME], force=force)
+    output = Output(dst, force=force, refusal=holds_a_model)
+    output.expect([CONFIG_NAME, WEIGHTS_NAME])
     config, file = open_adapter(src)
     with file, progress("comparing copies", file.size) as file.advance:
         before = _content(config, file)
@@ -86,8 +89,8 @@ def compact(src: Path, dst: Path, *, drop_bases: bool = False, force: bool = Fal
         adapter, compare_copies = load_once(config, file)
         adapter = promises.check(adapter, src, None)
         adapter = replace(adapter, config=naming_in_full(adapter.config, adapter.layers))
-        with ThreadPoolExecutor(1) as beside:  # comparing is nearly all of the time
-            comparison = beside.submit(compare_copies)
+        with ThreadPoolExecutor(1) as beside, closing(file):  # which ends comparing, if need be
+            comparison = beside.submit(compare_copies)  # nearly all of the time
             check_finite(adapter, file.path)
             drawn: dict[str, Any] | None = None
             if drop_bases and adapter.bases is not None:
@@ -100,13 +103,13 @@ def compact(src: Path, dst: Path, *, drop_bases: bool = False, force: bool = Fal
                 }
                 notes = [f"drawn again from key {key} by {in_words(generation, dtypes)}", *notes]
                 notes.insert(1, FIRST_ONLY)
-            write_adapter(dst, adapter, overwrite=force, confirm=comparison.result)
+            write_adapter(dst, adapter, confirm=comparison.result, allow=output.allow)
     config, file = open_adapter(dst)
     with file:
         after = _content(config, file)
-    lines = [f"{src}: {_in_words(before)}", f"{dst}: {_in_words(after)}", *notes]
+    lines = [f"{src}: {_in_words(before)}", f"{dst}: {_in_words(after)}", *notes, *output.lines()]
     data = {"before": before, "after": after, "drawn_by_torch": drawn, "notes": notes}
-    return Report("\n".join(lines), {"source": str(src), "target": str(dst), **data})
+    return Report("\n".join(lines), data | output.data())
 
 
 def without_bases(

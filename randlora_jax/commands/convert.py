@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from randlora_jax.commands.inputs import deltas_of, read_showing_progress
+from randlora_jax.commands.output import Output, holds_a_model
 from randlora_jax.commands.report import (
     Commands,
     Misuse,
     Report,
     command_parser,
     existing_directory,
-    refuse_to_overwrite,
+    named,
 )
 from randlora_jax.interop.adapter import Adapter
 from randlora_jax.interop.base_model import BaseModel
@@ -50,9 +51,9 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
     """Describe the command."""
     parser = command_parser(commands, "convert", "rename layers, add missing bases", DESCRIPTION)
     parser.add_argument("src", metavar="SRC", type=existing_directory, help="adapter directory")
-    parser.add_argument("dst", metavar="DST", type=Path, help="where to write, made if missing")
+    parser.add_argument("dst", metavar="DST", type=named, help="where to write, made if missing")
     parser.add_argument("--to", required=True, choices=["jax", "torch"], help="whose names to give")
-    parser.add_argument("--names", metavar="FILE", type=Path, help="rules for the names, in JSON")
+    parser.add_argument("--names", metavar="FILE", type=named, help="rules for the names, in JSON")
     parser.add_argument(
         "--base",
         metavar="MODEL_DIR",
@@ -72,7 +73,8 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> Report:
     """Convert as the arguments say."""
-    refuse_to_overwrite(args.dst, [CONFIG_NAME, WEIGHTS_NAME], force=args.force)
+    output = Output(args.dst, force=args.force, refusal=holds_a_model)
+    output.expect([CONFIG_NAME, WEIGHTS_NAME])
     adapter, notes = read_showing_progress(args.src), []
     if adapter.bases is None:
         adapter = with_bases(adapter, args.src, args.base, args.torch_generation)
@@ -89,9 +91,10 @@ def run(args: argparse.Namespace) -> Report:
             f"{args.src} has its bases and no --names are given: nothing to convert. "
             "randlora-jax compact writes it smaller"
         )
-    write_adapter(args.dst, adapter, overwrite=args.force)
-    data = {"source": str(args.src), "target": str(args.dst), "layers": sorted(adapter.layers)}
-    return Report("\n".join([f"{args.src} -> {args.dst}", *notes]), {**data, "notes": notes})
+    write_adapter(args.dst, adapter, allow=output.allow)
+    lines = [f"{args.src} -> {args.dst}", *notes, *output.lines()]
+    data = {"layers": sorted(adapter.layers), "notes": notes}
+    return Report("\n".join(lines), data | output.data())
 
 
 def with_bases(adapter: Adapter, where: Path, base: Path | None, generation: str | None) -> Adapter:

@@ -18,6 +18,7 @@ from randlora_jax.commands.report import (
     Report,
     command_parser,
     existing_directory,
+    named,
     progress,
 )
 from randlora_jax.interop import promises
@@ -57,7 +58,7 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
         type=existing_directory,
         help="directory of the base model, in safetensors; only headers are read",
     )
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw a .png, .pdf or .svg")
+    parser.add_argument("--plot", metavar="FILE", type=named, help="draw a .png, .pdf or .svg")
     parser.add_argument(
         "--layer",
         metavar="NAME",
@@ -74,9 +75,8 @@ def run(args: argparse.Namespace) -> Report:
         raise Misuse("--layer chooses what --plot draws; add --plot FILE")
     if args.plot and not args.base:
         raise Misuse("--plot needs the layers' shapes; give the base model with --base MODEL_DIR")
-    if args.plot and args.plot.exists() and not args.force:
-        raise Misuse(f"{args.plot} exists; allow with --force that it is replaced")
-    return inspect(args.dir, base=args.base, plot=args.plot, layers=args.layer or ())
+    layers = args.layer or ()
+    return inspect(args.dir, base=args.base, plot=args.plot, layers=layers, force=args.force)
 
 
 def inspect(
@@ -85,6 +85,7 @@ def inspect(
     base: Path | None = None,
     plot: Path | None = None,
     layers: Sequence[str] = (),
+    force: bool = False,
 ) -> Report:
     """Look into an adapter directory; its report is not good if it holds NaN or infinity.
 
@@ -92,12 +93,15 @@ def inspect(
       base: the base model's directory, for the layers' shapes.
       plot: where to draw norms and spectra; needs `base`.
       layers: whose spectra, by name or the end of it; by default those that change most.
+      force: whether a file at `plot` may be replaced.
 
     Raises:
       AdapterFileError: the files are damaged, for other reasons than NaN or infinity.
       TargetError: the adapter does not fit the base model.
-      Misuse: a layer is not in the adapter.
+      Misuse: a layer is not in the adapter, or there is a file at `plot` and `force` is not set.
     """
+    if plot is not None:
+        inspect_plot.check_place(plot, force=force)
     config, file = open_adapter(directory)
     with file, progress("reading", file.size) as file.advance:
         adapter = load_adapter(config, file)
@@ -115,7 +119,7 @@ def inspect(
             else:
                 promises.check(adapter, directory, base_names(model, adapter))
         if plot is not None and good:
-            drawn = inspect_plot.draw(deltas, plot, layers)
+            drawn = inspect_plot.draw(deltas, plot, layers, force=force)
     data = {
         "directory": str(directory),
         "config": config.to_dict(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,11 +13,24 @@ import numpy as np
 from randlora_jax.commands.report import Misuse, plain, progress
 from randlora_jax.interop.errors import nearest, shown
 from randlora_jax.interop.numpy_delta import Deltas
+from randlora_jax.interop.placing import replacing_file
 
 SPECTRA = 4  # drawn where no layers are chosen
 
 
-def draw(deltas: Deltas, path: Path, chosen: Sequence[str]) -> dict[str, Any]:
+def check_place(path: Path, *, force: bool) -> None:
+    """Stop before any work is done for a picture that cannot be written to `path`.
+
+    Raises:
+      Misuse: it has no folder, or there is a file that may not be replaced.
+    """
+    if not path.parent.is_dir():
+        raise Misuse(f"{path}: there is no directory {path.parent}")
+    if os.path.lexists(path) and not force:
+        raise Misuse(f"{path} exists; allow with --force that it is replaced")
+
+
+def draw(deltas: Deltas, path: Path, chosen: Sequence[str], *, force: bool) -> dict[str, Any]:
     """Draw norm per layer and the singular values of some layers; returns the numbers drawn.
 
     A LoRA of rank R has R (in + out) numbers; its delta_W has rank R, and the best one keeps the
@@ -24,8 +38,8 @@ def draw(deltas: Deltas, path: Path, chosen: Sequence[str]) -> dict[str, Any]:
     the spectrum beside the rank of a LoRA of equal size shows what that LoRA would lose.
 
     Raises:
-      Misuse: matplotlib is missing or does not know the file's type, or a chosen layer is not the
-        adapter's.
+      Misuse: matplotlib is missing or does not know the file's type, a chosen layer is not the
+        adapter's, or a file has appeared at `path` and `force` is not set.
     """
     picked = [name for wanted in chosen for name in _matching(wanted, deltas)]
     figure_type = _figure_type(path)
@@ -44,7 +58,12 @@ def draw(deltas: Deltas, path: Path, chosen: Sequence[str]) -> dict[str, Any]:
     top, bottom = figure.subplots(2, 1)
     _draw_norms(top, norms)
     _draw_spectra(bottom, spectra)
-    figure.savefig(path)
+    try:
+        with replacing_file(path, overwrite=force) as new:
+            figure.savefig(new, format=path.suffix.lstrip("."))
+    except FileExistsError:  # it appeared meanwhile
+        check_place(path, force=force)
+        raise
     return {"file": str(path), "norms": norms, "spectra": spectra}
 
 

@@ -14,19 +14,19 @@ import numpy as np
 
 from randlora_jax.commands.inputs import add_inputs, deltas_of, read_showing_progress
 from randlora_jax.commands.merge_plan import MergePlan, plan
+from randlora_jax.commands.output import Output, holds_an_adapter
 from randlora_jax.commands.report import (
     Commands,
     Misuse,
     Report,
     command_parser,
+    named,
     plain,
     progress,
-    refuse_to_overwrite,
     size,
 )
 from randlora_jax.interop.atomic import replacing_files
 from randlora_jax.interop.base_model import MODEL_CONFIG, BaseModel
-from randlora_jax.interop.config import CONFIG_NAME
 from randlora_jax.interop.errors import AdapterFileError, shown
 from randlora_jax.interop.numpy_delta import Deltas
 from randlora_jax.interop.progress import Advance
@@ -48,11 +48,21 @@ time, besides the adapter. A merge into tied word embeddings is refused: it woul
 The base model's weights in other formats (.bin, .onnx, .gguf, ...) would be those without the
 adapter, so they are left out."""
 
-# What transformers loads a model from.
-_MODEL_FILES = ("model*.safetensors*", "pytorch_model*", "tf_model*", "flax_model*")
+# What transformers loads a model from, which goes with an old model: nothing that begins alike.
+_SHARD = f"-{'[0-9]' * 5}-of-{'[0-9]' * 5}"
+_MODEL_FILES = [
+    f"{stem}{part}"
+    for stem, end in {
+        "model": ".safetensors",
+        "pytorch_model": ".bin",
+        "tf_model": ".h5",
+        "flax_model": ".msgpack",
+    }.items()
+    for part in (end, f"{_SHARD}{end}", f"{end}.index.json")
+]
 # The base model's weights besides those that are merged; and an adapter, which transformers would
 # load on top. The second kind in subfolders, too, where the first is part of a pipeline.
-_OTHER_WEIGHTS = (*_MODEL_FILES, "*.safetensors*", "*.pt", "*.pth")
+_OTHER_WEIGHTS = ("*.safetensors*", "pytorch_model*", "tf_model*", "flax_model*", "*.pt", "*.pth")
 _ANYWHERE = ("*.onnx*", "*.gguf", "openvino_*", "adapter_*")
 
 
@@ -60,7 +70,7 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
     """Describe the command."""
     parser = command_parser(commands, "merge", "merge an adapter into its base model", DESCRIPTION)
     add_inputs(parser)
-    parser.add_argument("out", metavar="OUT", type=Path, help="where to write, made if missing")
+    parser.add_argument("out", metavar="OUT", type=named, help="where to write, made if missing")
     parser.add_argument("--force", action="store_true", help="replace a model in OUT")
     return parser
 
@@ -98,16 +108,23 @@ def merge(
       TargetError: the two do not fit, or the merged model would not compute what the adapter does.
       Misuse: `out` holds something that may not be replaced.
     """
-    out = Path(out)
-    _check_place(out, Path(base), force=force)
+    output = Output(out, force=force, refusal=holds_an_adapter)
+    out = output.folder
+    if out.resolve().is_relative_to(Path(base).resolve()):
+        raise Misuse(f"{out} is the base model or inside it; name a directory of its own")
+    old = [path.name for pattern in _MODEL_FILES for path in out.glob(pattern)]
+    output.expect([MODEL_CONFIG, *old])
     adapter = read_showing_progress(directory)
     with BaseModel(base) as model:
         deltas = deltas_of(adapter, model, torch_generation)
         todo = plan(deltas, model)
         keep, leave = _other_files(model)
+        output.expect(map(str, keep))
         total = sum(model.tensor(key).nbytes for key in model.home)
         with (
-            replacing_files(out, entry=MODEL_CONFIG, obsolete=_MODEL_FILES) as staged,
+            replacing_files(
+                out, entry=MODEL_CONFIG, obsolete=_MODEL_FILES, allow=output.allow
+            ) as staged,
             progress("merging", total) as advance,
         ):
             for name in model.files:
@@ -120,7 +137,9 @@ def merge(
                 (staged / MODEL_CONFIG).write_text(json.dumps(changed, indent=2) + "\n")
             if model.index is not None:
                 (staged / model.index).write_text(_index(model, model.index, todo))
-    return _report(deltas, todo, out, total, leave)
+    report = _report(deltas, todo, out, total, leave)
+    lines = [report.text, *output.lines()]
+    return Report("\n".join(lines), {"base": str(base), **report.data, **output.data()})
 
 
 def _write_file(
@@ -198,19 +217,6 @@ def _walk(folder: Path) -> Iterator[Path]:
         for name in sorted(files):
             if not name.startswith("."):
                 yield Path(parent, name).relative_to(folder)
-
-
-def _check_place(out: Path, base: Path, *, force: bool) -> None:
-    """Refuse places where the merged model would be mistaken, or destroy its source."""
-    if out.resolve().is_relative_to(base.resolve()):
-        raise Misuse(f"{out} is the base model or inside it; name a directory of its own")
-    if (out / CONFIG_NAME).exists():
-        raise Misuse(
-            f"{out} holds an adapter, which transformers would load on top of the merged model; "
-            "name another directory"
-        )
-    old = [path.name for pattern in _MODEL_FILES for path in out.glob(pattern)]
-    refuse_to_overwrite(out, [MODEL_CONFIG, *old], force=force)
 
 
 def _report(deltas: Deltas, todo: MergePlan, out: Path, total: int, leave: list[Path]) -> Report:

@@ -8,6 +8,7 @@ rest.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,33 +54,33 @@ def command_parser(
     )
 
 
+def named(text: str) -> Path:
+    """An argument that names a file or a directory; an empty one would be where one works."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"expected a name, found {text!r}")
+    return Path(text)
+
+
 def existing_directory(text: str) -> Path:
     """An argument that must name a directory."""
-    path = Path(text)
-    if not path.is_dir():
+    found = named(text)
+    if not found.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: no such directory")
-    return path
-
-
-def refuse_to_overwrite(directory: Path, names: list[str], *, force: bool) -> None:
-    """Stop before any work is done where it would end in overwriting.
-
-    Raises:
-      Misuse: `directory` is a file or lies in one, or has one of `names` and `force` is not set.
-    """
-    for place in (directory, *directory.parents):
-        if place.exists() and not place.is_dir():
-            raise Misuse(f"{directory}: expected a directory, but {place} is a file; name another")
-    there = [name for name in names if (directory / name).exists()]
-    if there and not force:
-        raise Misuse(f"{directory / there[0]} exists; allow with --force that it is replaced")
+    return found
 
 
 @contextmanager
 def progress(doing: str, total: int) -> Iterator[Advance]:
-    """Show how many of `total` bytes are done, on stderr, once it has taken two seconds."""
+    """Show on a terminal how many of `total` bytes are done, once it has taken two seconds."""
     with tqdm(
-        desc=doing, total=total, delay=2, mininterval=0.5, unit="B", unit_scale=True, leave=False
+        desc=doing,
+        total=total,
+        delay=2,
+        mininterval=0.5,
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        disable=sys.stderr is None or not sys.stderr.isatty(),
     ) as bar:
         yield bar.update
 

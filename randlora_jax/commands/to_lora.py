@@ -15,13 +15,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from randlora_jax.commands.inputs import add_inputs, deltas_of, read_showing_progress
-from randlora_jax.commands.report import (
-    Commands,
-    Report,
-    command_parser,
-    progress,
-    refuse_to_overwrite,
-)
+from randlora_jax.commands.output import Output, holds_a_model
+from randlora_jax.commands.report import Commands, Report, command_parser, named, progress
 from randlora_jax.interop.atomic import replacing_files
 from randlora_jax.interop.base_model import BaseModel
 from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
@@ -78,7 +73,7 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
     """Describe the command."""
     parser = command_parser(commands, "to-lora", "turn an adapter into LoRA", DESCRIPTION)
     add_inputs(parser)
-    parser.add_argument("out", metavar="OUT", type=Path, help="where to write, made if missing")
+    parser.add_argument("out", metavar="OUT", type=named, help="where to write, made if missing")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--rank", metavar="R", type=_rank, help="of every layer that is as large")
     size.add_argument("--energy", metavar="SHARE", type=_share, help="to keep in every layer")
@@ -119,9 +114,10 @@ def to_lora(
     Raises:
       AdapterFileError: the adapter or the checkpoint is damaged.
       TargetError: the two do not fit.
-      Misuse: `out` holds an adapter that may not be replaced.
+      Misuse: `out` holds an adapter that may not be replaced, or a model.
     """
-    refuse_to_overwrite(Path(out), [CONFIG_NAME, WEIGHTS_NAME], force=force)
+    output = Output(out, force=force, refusal=holds_a_model)
+    output.expect([CONFIG_NAME, WEIGHTS_NAME])
     adapter = read_showing_progress(directory)
     found: dict[str, Factors] = {}
     with BaseModel(base) as model:
@@ -142,10 +138,10 @@ def to_lora(
     for name, factors in found.items():
         arrays[f"{PREFIX}{name}.lora_A.weight"] = factors.A
         arrays[f"{PREFIX}{name}.lora_B.weight"] = factors.B
-    with replacing_files(out, entry=CONFIG_NAME) as staged:
+    with replacing_files(out, entry=CONFIG_NAME, allow=output.allow) as staged:
         write_text(staged / CONFIG_NAME, dump_object(config))
         write_tensors(staged / WEIGHTS_NAME, arrays, {"format": "pt"})
-    return _report(found, Path(out))
+    return _report(found, output)
 
 
 def factor(delta: np.ndarray, choose: Choose) -> Factors:
@@ -202,15 +198,17 @@ def lora_config(config: RandLoraConfig, ranks: dict[str, int], conv1d: bool) -> 
     }
 
 
-def _report(found: dict[str, Factors], out: Path) -> Report:
+def _report(found: dict[str, Factors], output: Output) -> Report:
     total = sum(factors.energy for factors in found.values())
     share = sum(factors.kept for factors in found.values()) / total if total else 1.0
     width = max(map(len, found))
     lines = [f"{'layer':{width}}  rank  energy kept"]
     lines += [f"{name:{width}}  {x.rank:4}  {x.share:.4%}" for name, x in found.items()]
-    lines.append(f"{out}: LoRA of {len(found)} layers, keeps {share:.4%} of the energy of delta_W")
+    out, kept = output.folder, f"{share:.4%} of the energy of delta_W"
+    lines += [f"{out}: LoRA of {len(found)} layers, keeps {kept}", *output.lines()]
     layers = {name: {"rank": x.rank, "energy_kept": x.share} for name, x in found.items()}
-    return Report("\n".join(lines), {"energy_kept": share, "layers": layers})
+    data = {"energy_kept": share, "layers": layers}
+    return Report("\n".join(lines), data | output.data())
 
 
 def _rank(text: str) -> int:

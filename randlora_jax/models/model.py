@@ -9,6 +9,7 @@ import dataclasses
 import tempfile
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path as FilePath
 from typing import Any, cast
 
@@ -156,9 +157,9 @@ class RandLoraModel(AdaptedModel):
             for name, adapter in adapters.items():
                 write_adapter(folders[name], adapter)
                 card = folders[name] / hub.CARD_NAME
-                if not card.exists():  # the user's own words stay
-                    numbers = states[name].size()
-                    write_text(card, hub.model_card(adapter.config, len(adapter.layers), numbers))
+                text = hub.model_card(adapter.config, len(adapter.layers), states[name].size())
+                with suppress(FileExistsError):  # the user's own words stay
+                    write_text(card, text, overwrite=False)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str | None:
         """Saves to the Hugging Face hub, in one commit; see `interop.hub.push` for the options.

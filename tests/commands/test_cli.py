@@ -152,7 +152,8 @@ def test_warnings_are_lines_on_stderr(tmp_path, capsys):
     assert line.startswith("randlora-jax: warning: ") and "a_new_field" in line
 
 
-def test_progress_shows_bytes_after_two_seconds(capsys):
+def test_progress_shows_bytes_after_two_seconds(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with progress("reading", 4_000_000) as advance:
         advance(1_000_000)
         assert capsys.readouterr().err == ""

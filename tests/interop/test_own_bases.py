@@ -9,6 +9,7 @@ import peft
 import pytest
 from peft_nets import TARGETS, WEIGHTS, Net, jax_adapter, peft_net
 from randlora_jax.interop.adapter import Adapter, bases_digest, derived_key
+from randlora_jax.interop.config import CONFIG_NAME
 from randlora_jax.interop.errors import AdapterFileError, ConfigError
 from randlora_jax.interop.peft_dir import read_adapter, write_adapter
 from safetensors import safe_open
@@ -75,8 +76,16 @@ def test_what_cannot_be_written(tmp_path, rng):
     assert list(tmp_path.iterdir()) == []
 
     write_adapter(tmp_path, adapter)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def refuse(replaced):
+        assert replaced.overwritten == (CONFIG_NAME, WEIGHTS) and not replaced.removed
+        raise AdapterFileError("may not be overwritten")
+
+    stronger = dataclasses.replace(adapter.config, randlora_alpha=99)
     with pytest.raises(AdapterFileError, match="may not be overwritten"):
-        write_adapter(tmp_path, adapter, overwrite=False)
+        write_adapter(tmp_path, dataclasses.replace(adapter, config=stronger), allow=refuse)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_bases_without_loss_only(tmp_path, rng):
