@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from randlora_jax.commands import inspect_plot
-from randlora_jax.commands.inputs import deltas_of
+from randlora_jax.commands.inputs import add_draw, deltas_of
 from randlora_jax.commands.inspect_text import in_words
 from randlora_jax.commands.report import (
     Commands,
@@ -55,6 +55,7 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
         type=existing_directory,
         help="directory of the base model, in safetensors; only headers are read",
     )
+    add_draw(parser)
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw a .png, .pdf or .svg")
     parser.add_argument(
         "--layer",
@@ -74,7 +75,19 @@ def run(args: argparse.Namespace) -> Report:
         raise Misuse("--plot needs the layers' shapes; give the base model with --base MODEL_DIR")
     if args.plot and args.plot.exists() and not args.force:
         raise Misuse(f"{args.plot} exists; allow with --force that it is replaced")
-    return inspect(args.dir, base=args.base, plot=args.plot, layers=args.layer or ())
+    if (args.torch_generation or args.base_dtype) and not args.base:
+        raise Misuse(
+            "--torch-generation and --base-dtype say how bases are drawn for a base model; give it "
+            "with --base MODEL_DIR"
+        )
+    return inspect(
+        args.dir,
+        base=args.base,
+        plot=args.plot,
+        layers=args.layer or (),
+        torch_generation=args.torch_generation,
+        base_dtype=args.base_dtype,
+    )
 
 
 def inspect(
@@ -83,6 +96,8 @@ def inspect(
     base: Path | None = None,
     plot: Path | None = None,
     layers: Sequence[str] = (),
+    torch_generation: str | None = None,
+    base_dtype: str | None = None,
 ) -> Report:
     """Look into an adapter directory; its report is not good if it holds NaN or infinity.
 
@@ -90,6 +105,7 @@ def inspect(
       base: the base model's directory, for the layers' shapes.
       plot: where to draw norms and spectra; needs `base`.
       layers: whose spectra, by name or the end of it; by default those that change most.
+      torch_generation, base_dtype: as for `Deltas`.
 
     Raises:
       AdapterFileError: the files are damaged, for other reasons than NaN or infinity.
@@ -107,7 +123,8 @@ def inspect(
         with BaseModel(base) as model:
             shapes = {name: layer.shape for name, layer in model.layers(adapter).items()}
             if adapter.bases is not None or plot is not None:
-                deltas = deltas_of(adapter, model)  # checks the extents of the bases
+                # checks the extents of the bases
+                deltas = deltas_of(adapter, model, torch_generation, base_dtype)
         if plot is not None and good:
             drawn = inspect_plot.draw(deltas, plot, layers)
     data = {
