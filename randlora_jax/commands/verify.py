@@ -64,7 +64,7 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> Report:
     """Do what `DESCRIPTION` says."""
-    # huggingface_hub looks at this when it is imported, which is not yet
+    # no connection for anything; read once, when transformers is imported
     os.environ["HF_HUB_OFFLINE"] = "1"
     return verify(
         args.dir,
