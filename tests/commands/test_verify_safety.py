@@ -137,11 +137,10 @@ def test_a_process_of_its_own_asks_nothing_and_connects_to_nothing(pair):
         "sys.addaudithook(see)\n"
     )
     paths = [str(pair / "hook"), os.environ.get("PYTHONPATH", "")]
+    command = ["-m", "randlora_jax", "verify", str(pair / "adapter"), "--json"]
+    command += ["--base", str(pair / "base")]
     done = subprocess.run(
-        [
-            sys.executable,
-            *f"-m randlora_jax verify {pair}/adapter --base {pair}/base --json".split(),
-        ],
+        [sys.executable, *command],
         input="y\n" * 9,
         capture_output=True,
         text=True,
