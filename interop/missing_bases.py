@@ -11,8 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from randlora_jax.interop.adapter import Adapter, Provenance, StoredPair, bases_digest
-from randlora_jax.interop.errors import AdapterFileError, shown, warn
+import numpy.typing as npt
+from randlora_jax.interop.adapter import (
+    BASE_DTYPES,
+    Adapter,
+    Provenance,
+    StoredPair,
+    bases_digest,
+)
+from randlora_jax.interop.errors import AdapterFileError, ConfigError, shown, warn
 from randlora_jax.interop.progress import Progress, silent
 from randlora_jax.interop.torch_rng import (
     Generation,
@@ -24,6 +31,7 @@ from randlora_jax.interop.torch_rng import (
 
 ASSUMED = Generation.BF16_24BIT
 CHOOSE = "torch_generation= or, on the command line, --torch-generation"
+CHOOSE_DTYPE = "base_dtype= or, on the command line, --base-dtype"
 
 
 @dataclass(frozen=True)
@@ -48,28 +56,40 @@ def draw_missing(
     generation: str | None,
     where: object,
     progress: Progress = silent,
+    *,
+    base_dtype: npt.DTypeLike | None = None,
 ) -> DrawnPair:
     """The pair that PyTorch draws from an adapter's key, which holds no bases.
 
     Dense bases are drawn as `generation` says, else as the adapter's metadata does, else, with a
-    warning, as torch 2.12 and later draw them. All torch releases draw sparse ones alike.
+    warning, as torch 2.12 and later draw them. All torch releases draw sparse ones alike. PEFT
+    rounds them to the dtype that the base model was loaded in: `base_dtype`, else the one that the
+    metadata's digest tells, else, with a warning where it matters, the first of `dtypes`.
 
     Args:
       adapter: without bases.
       MIN, MAX: the extents that PEFT gives the pair in this base model.
-      dtypes: of the base model's layers, to which PEFT casts the bases; the first one counts, but
-        where the metadata has a digest, the first whose draw has it.
+      dtypes: of the base model's layers, the likeliest first.
       generation: a `Generation` or None.
       where: the adapter's directory, or another name for it, for messages.
       progress: shows how far the draw is.
+      base_dtype: float32, float16 or bfloat16, or None.
 
     Raises:
       AdapterFileError: the draw is not what the metadata recorded, or the bases were not PyTorch's.
-      ConfigError: `generation` is none, or PyTorch has no finite bases of these extents.
+      ConfigError: `generation` or `base_dtype` is none, or PyTorch has no finite bases of these
+        extents.
     """
     config, recorded = adapter.config, adapter.provenance
     chosen = _generation(adapter, generation, where)
-    for dtype in dtypes if recorded else dtypes[:1]:
+    # PEFT casts to no other dtypes: not to integers, and float64 holds what float32 does
+    possible = dict.fromkeys(x if x in BASE_DTYPES else np.dtype(np.float32) for x in dtypes)
+    tried = list(possible) if recorded else list(possible)[:1]
+    if base_dtype is not None:
+        tried = [_known_dtype(base_dtype)]
+    elif recorded is None:
+        _warn_of_dtype(TorchDraw(config.kind, chosen, tried[0]), where)
+    for dtype in tried:
         with progress("drawing PyTorch's bases", word_bytes(config.r, MIN, MAX)) as advance:
             pair = torch_bases(
                 config.projection_prng_key,
@@ -86,11 +106,25 @@ def draw_missing(
     assert recorded is not None
     raise AdapterFileError(
         f"{where}: the bases drawn from key {config.projection_prng_key} as "
-        f"{chosen or config.kind}, for a base model in {' or '.join(map(str, dtypes))}, are not "
+        f"{chosen or config.kind}, for a base model in {' or '.join(map(str, tried))}, are not "
         f"those it was trained on (recorded as {shown(recorded.source)}, digest "
-        f"{shown(recorded.digest[:16])}...): choose another {CHOOSE}, or give the base model in "
-        "the dtype it was trained in"
+        f"{shown(recorded.digest[:16])}...): choose another {CHOOSE}, or the dtype that the base "
+        f"model was trained in: {CHOOSE_DTYPE}"
     )
+
+
+def refuse_in_vain(adapter: Adapter, generation: object, base_dtype: object) -> None:
+    """Refuse to be told how the bases were drawn of an adapter that holds them.
+
+    Raises:
+      ConfigError: one of the two is not None, and the adapter has its bases.
+    """
+    for told, given in (("torch_generation", generation), ("base_dtype", base_dtype)):
+        if given is not None and adapter.bases is not None:
+            raise ConfigError(
+                f"{told} {shown(str(given))}: the adapter holds its bases, so that nothing is "
+                "drawn; leave it out"
+            )
 
 
 def _generation(adapter: Adapter, given: str | None, where: object) -> Generation | None:
@@ -114,6 +148,30 @@ def _generation(adapter: Adapter, given: str | None, where: object) -> Generatio
         "the model that was trained to check"
     )
     return ASSUMED
+
+
+def _known_dtype(given: npt.DTypeLike) -> np.dtype:
+    try:
+        if np.dtype(given) in BASE_DTYPES:
+            return np.dtype(given)
+    except (TypeError, ValueError):
+        pass
+    raise ConfigError(
+        f"base_dtype {shown(given)}: expected the dtype that the base model was loaded in for "
+        f"training, one of {', '.join(map(str, BASE_DTYPES))}"
+    )
+
+
+def _warn_of_dtype(draw: TorchDraw, where: object) -> None:
+    """Say that the dtype is assumed, where another one would give other bases."""
+    known = torch_draw(*draw)
+    if known.kind == "dense" and known.base_dtype == np.float32:
+        return
+    warn(
+        f"{where} holds a key instead of its bases, and PEFT rounds {draw.kind} ones to the dtype "
+        f"that the base model was loaded in for training; assuming {draw.base_dtype}, its dtype "
+        f"here. {CHOOSE_DTYPE} chooses; compare an output with the model that was trained to check"
+    )
 
 
 def _recorded_generation(recorded: Provenance, where: object) -> Generation:

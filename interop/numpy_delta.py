@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from randlora_jax.interop.adapter import BASE_DTYPES, Adapter, StoredPair
 from randlora_jax.interop.base_model import BaseModel
-from randlora_jax.interop.errors import AdapterFileError, ConfigError
-from randlora_jax.interop.missing_bases import draw_missing
+from randlora_jax.interop.errors import AdapterFileError
+from randlora_jax.interop.missing_bases import draw_missing, refuse_in_vain
 from randlora_jax.interop.progress import Progress, silent
 from randlora_jax.interop.torch_rng import TorchDraw
 
@@ -31,33 +31,43 @@ class Deltas:
         base: BaseModel,
         generation: str | None = None,
         progress: Progress = silent,
+        *,
+        base_dtype: str | None = None,
     ) -> None:
         """Fit an adapter to a base model.
 
         Args:
           generation: how PyTorch drew bases that the adapter lacks, see `torch_rng.Generation`.
           progress: shows how far a draw is.
+          base_dtype: the dtype that the base model was loaded in for training, to which PEFT casts
+            such bases; None: as the adapter's record says, else the one it is stored in.
 
         Raises:
           TargetError: the base model has other layers.
           AdapterFileError: the bases are of other sizes, or the draw is not the recorded one.
-          ConfigError: `generation` is given for an adapter that has its bases.
+          ConfigError: `generation` or `base_dtype` is unknown, or given for an adapter that has its
+            bases.
         """
         self.adapter = adapter
         self.layers = base.layers(adapter)
         self.draw: TorchDraw | None = None
+        refuse_in_vain(adapter, generation, base_dtype)
         shapes = [layer.shape for layer in self.layers.values()]
         MIN, MAX = sorted(max(sides) for sides in zip(*shapes, strict=True))
         if adapter.bases is None:
-            # PEFT casts to the dtype the base model is loaded in: the one it is stored in, unless
-            # the adapter's record says otherwise.
             stored = next(iter(self.layers.values())).tensor.dtype
-            dtypes = list(dict.fromkeys((stored, *BASE_DTYPES)))
-            drawn = draw_missing(adapter, MIN, MAX, dtypes, generation, "the adapter", progress)
+            drawn = draw_missing(
+                adapter,
+                MIN,
+                MAX,
+                (stored, *BASE_DTYPES),
+                generation,
+                "the adapter",
+                progress,
+                base_dtype=base_dtype,
+            )
             self.bases, self.draw = drawn.pair, drawn.draw
             return
-        if generation is not None:
-            raise ConfigError(f"the adapter holds its bases: they are not drawn as {generation}")
         _check_extents(adapter.bases, MAX, MIN, base.folder)
         self.bases = adapter.bases
 

@@ -51,6 +51,23 @@ def save_adapter(family, base, folder, dtype=torch.float32, auto=None, **changes
     return model
 
 
+def save_both(model, folder, load=None, **changes):
+    """Any model in ``folder/base`` and an adapter of it in ``folder/adapter``; the PEFT model.
+
+    Args:
+      load: the dtype to train in, where it is not the model's.
+    """
+    torch.manual_seed(7)
+    model.save_pretrained(folder / "base")
+    if load is not None:
+        model = type(model).from_pretrained(folder / "base", torch_dtype=load)
+    settings = {"r": 5, "randlora_alpha": 10, "projection_prng_key": 3, **changes}
+    model = peft.get_peft_model(model, peft.RandLoraConfig(**settings)).eval()
+    randomise(model)
+    model.save_pretrained(folder / "adapter")
+    return model
+
+
 def randomise(model):
     torch.manual_seed(1)
     with torch.no_grad():

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from randlora_jax.commands.inputs import deltas_of, read_showing_progress
+from randlora_jax.commands.inputs import add_draw, deltas_of, read_showing_progress
 from randlora_jax.commands.output import Output, holds_a_model
 from randlora_jax.commands.report import (
     Commands,
@@ -21,14 +21,13 @@ from randlora_jax.commands.report import (
 from randlora_jax.interop.adapter import Adapter
 from randlora_jax.interop.base_model import BaseModel
 from randlora_jax.interop.config import CONFIG_NAME
-from randlora_jax.interop.errors import AdapterFileError, shown
+from randlora_jax.interop.errors import AdapterFileError, ConfigError, shown
 from randlora_jax.interop.expressions import fault
 from randlora_jax.interop.keys import file_key, is_path, trained_tensors
-from randlora_jax.interop.missing_bases import DrawnPair
+from randlora_jax.interop.missing_bases import DrawnPair, refuse_in_vain
 from randlora_jax.interop.peft_dir import WEIGHTS_NAME, write_adapter
 from randlora_jax.interop.strict_json import read_object
 from randlora_jax.interop.targets import naming_in_full
-from randlora_jax.interop.torch_rng import Generation
 
 DESCRIPTION = """\
 Rename the layers of the adapter in SRC and make it whole, and write it to DST. What it computes
@@ -36,7 +35,8 @@ stays the same.
 
   randlora-jax convert theirs ours --to jax --base my-model
       an adapter saved without its bases (save_projection=False) gets them, so that nobody has to
-      guess which torch drew them; --torch-generation says it where the file does not
+      guess how they were drawn; --torch-generation and --base-dtype say it where the file
+      does not
   randlora-jax convert ours theirs --to torch --names rules.json
       layers named as in a JAX model get the names of the PyTorch one
   randlora-jax convert theirs ours --to jax --names rules.json
@@ -60,13 +60,7 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
         type=existing_directory,
         help="directory of the base model: needed to draw bases that SRC lacks",
     )
-    parser.add_argument(
-        "--torch-generation",
-        metavar="GENERATION",
-        choices=[str(generation) for generation in Generation],
-        help="how PyTorch drew the bases of an adapter that was saved without them: "
-        + ", ".join(Generation),
-    )
+    add_draw(parser)
     parser.add_argument("--force", action="store_true", help="replace an adapter in DST")
     return parser
 
@@ -76,8 +70,13 @@ def run(args: argparse.Namespace) -> Report:
     output = Output(args.dst, force=args.force, refusal=holds_a_model)
     output.expect([CONFIG_NAME, WEIGHTS_NAME])
     adapter, notes = read_showing_progress(args.src), []
+    drawn = {"generation": args.torch_generation, "base_dtype": args.base_dtype}
+    try:
+        refuse_in_vain(adapter, **drawn)
+    except ConfigError as error:
+        raise Misuse(str(error)) from error
     if adapter.bases is None:
-        adapter = with_bases(adapter, args.src, args.base, args.torch_generation)
+        adapter = with_bases(adapter, args.src, args.base, **drawn)
         assert adapter.provenance is not None
         notes.append(f"bases drawn as {adapter.provenance.source} and written")
     if args.names:
@@ -97,7 +96,13 @@ def run(args: argparse.Namespace) -> Report:
     return Report("\n".join(lines), data | output.data())
 
 
-def with_bases(adapter: Adapter, where: Path, base: Path | None, generation: str | None) -> Adapter:
+def with_bases(
+    adapter: Adapter,
+    where: Path,
+    base: Path | None,
+    generation: str | None = None,
+    base_dtype: str | None = None,
+) -> Adapter:
     """The adapter with the bases that PyTorch draws from its key.
 
     Raises:
@@ -107,7 +112,7 @@ def with_bases(adapter: Adapter, where: Path, base: Path | None, generation: str
     if base is None:
         raise Misuse(f"{where} has no bases; to draw them, give the base model's directory: --base")
     with BaseModel(base) as model:
-        deltas = deltas_of(adapter, model, generation)
+        deltas = deltas_of(adapter, model, generation, base_dtype)
         shapes = {name: layer.shape for name, layer in deltas.layers.items()}
     assert deltas.draw is not None
     drawn = DrawnPair(deltas.bases, deltas.draw)

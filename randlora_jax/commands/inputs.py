@@ -7,7 +7,7 @@ from pathlib import Path
 
 from randlora_jax.commands.report import Misuse, existing_directory, progress
 from randlora_jax.interop import promises
-from randlora_jax.interop.adapter import Adapter
+from randlora_jax.interop.adapter import BASE_DTYPES, Adapter
 from randlora_jax.interop.base_model import BaseModel
 from randlora_jax.interop.base_names import base_names
 from randlora_jax.interop.errors import ConfigError
@@ -17,7 +17,7 @@ from randlora_jax.interop.torch_rng import Generation
 
 
 def add_inputs(parser: argparse.ArgumentParser) -> None:
-    """Describe the arguments DIR, --base and --torch-generation."""
+    """Describe the arguments DIR and --base, and those of `add_draw`."""
     parser.add_argument("dir", metavar="DIR", type=existing_directory, help="adapter directory")
     parser.add_argument(
         "--base",
@@ -26,6 +26,11 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="directory of the base model, in safetensors",
     )
+    add_draw(parser)
+
+
+def add_draw(parser: argparse.ArgumentParser) -> None:
+    """Describe the arguments that say how PyTorch drew bases: those of an adapter without them."""
     parser.add_argument(
         "--torch-generation",
         metavar="GENERATION",
@@ -33,19 +38,31 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
         help="how PyTorch drew the bases of an adapter that was saved without them: "
         + ", ".join(Generation),
     )
+    parser.add_argument(
+        "--base-dtype",
+        metavar="DTYPE",
+        choices=list(map(str, BASE_DTYPES)),
+        help="the dtype that the base model of such an adapter was loaded in for training, if it "
+        "is not the one it is stored in: " + ", ".join(map(str, BASE_DTYPES)),
+    )
 
 
-def deltas_of(adapter: Adapter, base: BaseModel, generation: str | None = None) -> Deltas:
+def deltas_of(
+    adapter: Adapter,
+    base: BaseModel,
+    generation: str | None = None,
+    base_dtype: str | None = None,
+) -> Deltas:
     """As `Deltas`, with a progress bar where bases must be drawn, and all promises checked.
 
     Raises:
       AdapterFileError: the adapter lacks what its config promises of this base model.
-      Misuse: `generation` is given for an adapter that has its bases.
+      Misuse: `generation` or `base_dtype` is given for an adapter that has its bases.
     """
     base.layers(adapter)  # settles the names
     promises.check(adapter, "the adapter", base_names(base, adapter))
     try:
-        return Deltas(adapter, base, generation, progress)
+        return Deltas(adapter, base, generation, progress, base_dtype=base_dtype)
     except ConfigError as error:
         raise Misuse(str(error)) from error
 

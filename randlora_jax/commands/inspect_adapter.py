@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from randlora_jax.commands import inspect_plot
-from randlora_jax.commands.inputs import deltas_of
+from randlora_jax.commands.inputs import add_draw, deltas_of
 from randlora_jax.commands.inspect_text import in_words
 from randlora_jax.commands.report import (
     Commands,
@@ -58,6 +58,7 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
         type=existing_directory,
         help="directory of the base model, in safetensors; only headers are read",
     )
+    add_draw(parser)
     parser.add_argument("--plot", metavar="FILE", type=named, help="draw a .png, .pdf or .svg")
     parser.add_argument(
         "--layer",
@@ -75,8 +76,20 @@ def run(args: argparse.Namespace) -> Report:
         raise Misuse("--layer chooses what --plot draws; add --plot FILE")
     if args.plot and not args.base:
         raise Misuse("--plot needs the layers' shapes; give the base model with --base MODEL_DIR")
-    layers = args.layer or ()
-    return inspect(args.dir, base=args.base, plot=args.plot, layers=layers, force=args.force)
+    if (args.torch_generation or args.base_dtype) and not args.base:
+        raise Misuse(
+            "--torch-generation and --base-dtype say how bases are drawn for a base model; give it "
+            "with --base MODEL_DIR"
+        )
+    return inspect(
+        args.dir,
+        base=args.base,
+        plot=args.plot,
+        layers=args.layer or (),
+        force=args.force,
+        torch_generation=args.torch_generation,
+        base_dtype=args.base_dtype,
+    )
 
 
 def inspect(
@@ -86,6 +99,8 @@ def inspect(
     plot: Path | None = None,
     layers: Sequence[str] = (),
     force: bool = False,
+    torch_generation: str | None = None,
+    base_dtype: str | None = None,
 ) -> Report:
     """Look into an adapter directory; its report is not good if it holds NaN or infinity.
 
@@ -94,6 +109,7 @@ def inspect(
       plot: where to draw norms and spectra; needs `base`.
       layers: whose spectra, by name or the end of it; by default those that change most.
       force: whether a file at `plot` may be replaced.
+      torch_generation, base_dtype: as for `Deltas`.
 
     Raises:
       AdapterFileError: the files are damaged, for other reasons than NaN or infinity.
@@ -115,7 +131,8 @@ def inspect(
         with BaseModel(base) as model:
             shapes = {name: layer.shape for name, layer in model.layers(adapter).items()}
             if adapter.bases is not None or plot is not None:
-                deltas = deltas_of(adapter, model)  # checks the extents of the bases
+                # checks the extents of the bases
+                deltas = deltas_of(adapter, model, torch_generation, base_dtype)
             else:
                 promises.check(adapter, directory, base_names(model, adapter))
         if plot is not None and good:

@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> Report:
         base=args.base,
         out=args.out,
         torch_generation=args.torch_generation,
+        base_dtype=args.base_dtype,
         force=args.force,
     )
 
@@ -92,6 +93,7 @@ def merge(
     base: str | Path,
     out: str | Path,
     torch_generation: str | None = None,
+    base_dtype: str | None = None,
     force: bool = False,
 ) -> Report:
     """Write the base model in directory `base`, with an adapter merged into it, to `out`.
@@ -100,7 +102,7 @@ def merge(
     some blocks of `Deltas.add_to`.
 
     Args:
-      torch_generation: as for `Deltas`.
+      torch_generation, base_dtype: as for `Deltas`.
       force: whether a model in `out` may be replaced.
 
     Raises:
@@ -116,7 +118,7 @@ def merge(
     output.expect([MODEL_CONFIG, *old])
     adapter = read_showing_progress(directory)
     with BaseModel(base) as model:
-        deltas = deltas_of(adapter, model, torch_generation)
+        deltas = deltas_of(adapter, model, torch_generation, base_dtype)
         todo = plan(deltas, model)
         keep, leave = _other_files(model)
         output.expect(map(str, keep))

@@ -17,7 +17,10 @@ from randlora_jax.interop.keys import trained_tensors
 from randlora_jax.interop.numpy_delta import Deltas
 
 # The last layers of classifiers, whose rows are the labels.
-HEAD = re.compile(r"(^|\.)(classifier|score|qa_outputs|classifier\.out_proj)\.weight$")
+HEAD = re.compile(
+    r"(^|\.)(classifier|score|qa_outputs|logits_proj|(classifier|classification_head)\.out_proj)"
+    r"\.weight$"
+)
 _DEFAULT_LABELS = 2  # of transformers, which leaves them out of config.json
 _TASK_CLASSES = {
     "SEQ_CLS": "ForSequenceClassification",

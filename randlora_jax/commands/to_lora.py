@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> Report:
         out=args.out,
         choose=partial(at_energy, args.energy) if args.rank is None else lambda shares: args.rank,
         torch_generation=args.torch_generation,
+        base_dtype=args.base_dtype,
         force=args.force,
     )
 
@@ -100,6 +101,7 @@ def to_lora(
     out: str | Path,
     choose: Choose,
     torch_generation: str | None = None,
+    base_dtype: str | None = None,
     force: bool = False,
 ) -> Report:
     """Write an adapter as a PEFT LoRA directory.
@@ -108,7 +110,7 @@ def to_lora(
       base: the base model's directory; only headers are read.
       choose: the rank of a layer, from the shares of its energy that ranks 1, 2, ... keep; what is
         beyond the layer's smaller side means all of it.
-      torch_generation: as for `Deltas`.
+      torch_generation, base_dtype: as for `Deltas`.
       force: whether an adapter in `out` may be replaced.
 
     Raises:
@@ -121,7 +123,7 @@ def to_lora(
     adapter = read_showing_progress(directory)
     found: dict[str, Factors] = {}
     with BaseModel(base) as model:
-        deltas = deltas_of(adapter, model, torch_generation)
+        deltas = deltas_of(adapter, model, torch_generation, base_dtype)
         sizes = {name: 4 * prod(layer.shape) for name, layer in deltas.layers.items()}
         with progress("factoring", sum(sizes.values())) as advance:
             for name, nbytes in sizes.items():

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from randlora_jax.commands.flax_twin import FlaxTwin
 from randlora_jax.commands.inputs import add_inputs, deltas_of, read_showing_progress
 from randlora_jax.commands.peft_model import PeftTwin
 from randlora_jax.commands.report import Commands, Misuse, Report, command_parser
+from randlora_jax.commands.torch_model import NotCompared, open_model
 from randlora_jax.interop.base_model import BaseModel
 from randlora_jax.interop.keys import trained_tensors
+from randlora_jax.interop.numpy_delta import Deltas
 
 DELTAS, LOGITS = 1e-5, 1e-5
 TWINS = 1e-3  # base models that differ by more are not the same model
@@ -29,7 +34,10 @@ class for the model, logits. Needs PyTorch:  pip install "randlora-jax[torch,hf]
 
 Tolerances are relative to the largest number there: {DELTAS:g} for delta_W, none for tensors, for
 logits {LOGITS:g} or twice what the base models differ by without an adapter. Exit status 1 if
-anything is beyond them."""
+anything is beyond them. Where the model's class is none of transformers', or has no Flax twin, less
+is compared, at least every delta_W, and a note says why.
+
+Nothing is fetched, and no code that comes with the base model is run."""
 
 
 @dataclass(frozen=True)
@@ -56,22 +64,57 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> Report:
     """Do what `DESCRIPTION` says."""
-    return verify(args.dir, base=args.base, torch_generation=args.torch_generation)
+    # no connection for anything; read once, when transformers is imported
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    return verify(
+        args.dir,
+        base=args.base,
+        torch_generation=args.torch_generation,
+        base_dtype=args.base_dtype,
+    )
 
 
 def verify(
-    directory: str | Path, *, base: str | Path, torch_generation: str | None = None
+    directory: str | Path,
+    *,
+    base: str | Path,
+    torch_generation: str | None = None,
+    base_dtype: str | None = None,
 ) -> Report:
     """Compare PEFT's reading of an adapter with ours; the report is good where they agree.
 
     Args:
       base: the base model's directory.
-      torch_generation: as for `Deltas`.
+      torch_generation, base_dtype: as for `Deltas`.
 
     Raises:
-      RandLoraError: we cannot read the adapter, or it does not fit the base model.
+      RandLoraError: we or PEFT cannot read the adapter, or it does not fit the base model.
       Misuse: PyTorch, transformers or PEFT cannot be imported.
     """
+    _import_pytorch()
+    adapter = read_showing_progress(directory)
+    notes: list[str] = []
+    twin = opened = None
+    with BaseModel(base) as model:
+        deltas = deltas_of(adapter, model, torch_generation, base_dtype)
+        with _noting(notes):
+            opened = open_model(model, adapter, deltas.layers)
+            twin = FlaxTwin(opened)
+        theirs = PeftTwin(directory, deltas, opened)
+        found, one_sided = _compare_deltas(deltas, theirs)
+    if theirs.bare:
+        notes.append("layers compared with PEFT's on bare ones of the base model's shapes")
+        notes += ["tensors trained whole not compared"] if adapter.saved else []
+    else:
+        whole, missing = _compare_whole(trained_tensors(adapter.saved), theirs)
+        found, one_sided = found + whole, one_sided | missing
+    if twin is not None and not theirs.bare:
+        with _noting(notes):
+            found.append(_compare_logits(twin, theirs, directory, deltas))
+    return _report(found, sorted(one_sided), theirs.refused, notes)
+
+
+def _import_pytorch() -> None:
     for name in ("torch", "transformers", "peft"):
         try:
             import_module(name)
@@ -80,27 +123,14 @@ def verify(
                 f"verify compares with PyTorch PEFT, and {name} cannot be imported ({error}): "
                 'pip install "randlora-jax[torch,hf]"'
             ) from error
-    adapter = read_showing_progress(directory)
-    with BaseModel(base) as model:
-        deltas = deltas_of(adapter, model, torch_generation)
-        theirs = PeftTwin(adapter, directory, base)
-        layers, tensors = theirs.deltas(), theirs.saved()
-        found = [
-            difference("delta_W", name, deltas.of(name), layers[name], DELTAS)
-            for name in deltas.layers
-            if name in layers
-        ]
-    whole = trained_tensors(adapter.saved)
-    # PEFT rounds to the base model's dtype, which is kept only where PEFT has to draw the bases
-    allowed = 0.0 if adapter.bases is not None else 2**-8
-    found += [
-        difference("trained tensors", key, value.astype(np.float32), tensors[key], allowed)
-        for key, value in whole.items()
-        if key in tensors
-    ]
-    one_sided = (layers.keys() ^ deltas.layers.keys()) | (whole.keys() - tensors.keys())
-    logits, note = _logits(theirs, directory, torch_generation)
-    return _report(found + logits, sorted(one_sided), note)
+
+
+@contextmanager
+def _noting(notes: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except NotCompared as reason:
+        notes.append(f"logits not compared: {reason}")
 
 
 def difference(
@@ -113,43 +143,54 @@ def difference(
     return Difference(kind, what, float(np.abs(ours - theirs).max()) / scale, allowed)
 
 
-def _logits(
-    theirs: PeftTwin, directory: str | Path, torch_generation: str | None
-) -> tuple[list[Difference], str]:
-    """Compare logits of random tokens; or say why not."""
-    if theirs.flax is None:
-        return [], f"logits not compared: {theirs.why_not}"
-    import jax
+def _compare_deltas(deltas: Deltas, theirs: PeftTwin) -> tuple[list[Difference], set[str]]:
+    """How far every delta_W is off; and the layers that only one side has."""
+    layers = theirs.deltas()
+    found = [
+        difference("delta_W", name, deltas.of(name), layers[name], DELTAS)
+        for name in deltas.layers
+        if name in layers
+    ]
+    return found, layers.keys() ^ deltas.layers.keys()
 
-    from randlora_jax import RandLoraModel
 
-    inputs = theirs.inputs
-    with jax.default_matmul_precision("highest"):
-        try:
-            before = _first(theirs.flax(**inputs))
-        except Exception as error:  # without any adapter, so it says nothing about this one
-            return [], f"logits not compared: {type(theirs.flax).__name__} fails ({error})"
-        twins = difference("logits", "", before, theirs.before, TWINS)
-        if not twins.good:
-            return [], (
-                f"logits not compared: without an adapter {type(theirs.flax).__name__} and PyTorch "
-                f"differ by {twins.found:.1e} of the largest, so they are not the same model"
-            )
-        ours: Any = RandLoraModel.from_pretrained(
-            theirs.flax, directory, torch_generation=torch_generation
+def _compare_whole(
+    whole: Mapping[str, np.ndarray], theirs: PeftTwin
+) -> tuple[list[Difference], set[str]]:
+    """How far tensors that were trained whole are off; and those that PEFT's model lacks."""
+    tensors = theirs.saved(whole)
+    found = [
+        difference("trained tensors", key, whole[key].astype(np.float32), value, 0.0)
+        for key, value in tensors.items()
+    ]
+    return found, whole.keys() - tensors.keys()
+
+
+def _compare_logits(
+    twin: FlaxTwin, theirs: PeftTwin, directory: str | Path, deltas: Deltas
+) -> Difference:
+    """How far logits of random tokens are off.
+
+    Raises:
+      NotCompared: they are without the adapter, or the Flax model does not take it.
+    """
+    before = difference("logits", "", twin.ours, twin.theirs, TWINS)
+    if not before.good:
+        raise NotCompared(
+            f"without an adapter {twin.name} and PyTorch differ by {before.found:.1e} of the "
+            "largest, so they are not the same model"
         )
-        after = _first(ours(**inputs))
-    allowed = max(LOGITS, 2 * twins.found)
-    return [difference("logits", "random tokens", after, theirs.logits(), allowed)], ""
+    after = twin.adapted(directory, deltas.draw)
+    allowed = max(LOGITS, 2 * before.found)
+    return difference("logits", "random tokens", after, twin.logits_of(theirs.model), allowed)
 
 
-def _first(outputs: Any) -> np.ndarray:
-    return np.asarray(outputs[0], np.float32)
-
-
-def _report(found: list[Difference], one_sided: list[str], note: str) -> Report:
+def _report(
+    found: list[Difference], one_sided: list[str], refused: str, notes: list[str]
+) -> Report:
     wrong = [item for item in found if not item.good]
-    lines = [
+    lines = [f"PEFT refuses the adapter {refused}"] if refused else []
+    lines += [
         f"{x.kind} of {x.what}: differs by {x.found:.1e}, allowed {x.allowed:.1e}" for x in wrong
     ]
     lines += [f"{name}: in only one of PEFT's model and the adapter's file" for name in one_sided]
@@ -158,12 +199,17 @@ def _report(found: list[Difference], one_sided: list[str], note: str) -> Report:
             (x for x in found if x.kind == kind), key=lambda x: (x.found != x.found, x.found)
         )
         lines.append(f"{kind}: largest difference {worst.found:.1e} of the largest, {worst.what}")
-    lines += [note] if note else []
-    good = not wrong and not one_sided
+    lines += notes
+    good = not (wrong or one_sided or refused)
     lines.append("PEFT and randlora-jax agree" if good else "PEFT and randlora-jax do not agree")
     differences = [
         {**asdict(x), "found": x.found if isfinite(x.found) else None, "good": x.good}
         for x in found
     ]
-    data = {"differences": differences, "one_sided": one_sided, "note": note}
+    data = {
+        "differences": differences,
+        "one_sided": one_sided,
+        "refused": refused,
+        "note": "; ".join(notes),
+    }
     return Report("\n".join(lines), data, good)

@@ -58,7 +58,7 @@ class AdaptedModel(ABC):
         base = store.base_leaves()
         layers = list({layer.name: layer for layer in registry.select(config).values()}.values())
         extents = basis_source.pair_extents([layer.matrix for layer in layers], config.r)
-        dtype = files.base_dtype(base, layers)
+        dtype = files.kernel_dtype(base, layers)
         identity, kept = basis_source.fresh(config, extents, dtype)
         scaling = config.scaling * basis_source.product_unit(identity, kept)
         spec = AdapterSpec(adapter_name, scaling, config.randlora_dropout, identity, extents)

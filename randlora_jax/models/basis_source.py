@@ -15,10 +15,10 @@ import numpy.typing as npt
 from jax.sharding import NamedSharding
 
 from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents, draw, used_extents
-from randlora_jax.interop.adapter import Adapter, StoredPair, bases_digest
+from randlora_jax.interop.adapter import BASE_DTYPES, Adapter, StoredPair, bases_digest
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import ConfigError
-from randlora_jax.interop.missing_bases import draw_missing
+from randlora_jax.interop.missing_bases import draw_missing, refuse_in_vain
 from randlora_jax.interop.torch_rng import (
     Generation,
     TorchDraw,
@@ -79,19 +79,38 @@ def fresh(
 
 
 def of_adapter(
-    adapter: Adapter, extents: Extents, dtype: np.dtype, generation: str | None, where: object
+    adapter: Adapter,
+    extents: Extents,
+    dtype: np.dtype,
+    generation: str | None,
+    base_dtype: npt.DTypeLike | None,
+    where: object,
 ) -> tuple[BasisIdentity, KeptPairs, RandLoraConfig]:
     """The pair of an adapter that was read, what of it must be kept, and its config completed.
 
     A file that has its bases is believed. One that has none says only a key; see
     `interop.missing_bases` for how they are drawn.
 
+    Args:
+      dtype: of the kernels in this model.
+      generation, base_dtype: what the user says of the draw, or None.
+
     Raises:
       AdapterFileError: the bases must be drawn, and the draw is not what the metadata recorded.
+      ConfigError: `generation` or `base_dtype` is unknown, or nothing needs to be drawn.
     """
+    refuse_in_vain(adapter, generation, base_dtype)
     config, recorded = adapter.config, adapter.provenance
     if adapter.bases is None:
-        drawn = draw_missing(adapter, extents.min, extents.max, (dtype,), generation, where)
+        drawn = draw_missing(
+            adapter,
+            extents.min,
+            extents.max,
+            (dtype, *BASE_DTYPES),
+            generation,
+            where,
+            base_dtype=base_dtype,
+        )
         return *_kept(config, drawn.draw, drawn.pair), _sourced(config, drawn.draw.generation)
 
     if recorded is not None and recorded.source == "jax":

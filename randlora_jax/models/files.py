@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from randlora_jax.core.bases import used_extents
 from randlora_jax.interop import promises, targets
@@ -162,11 +163,13 @@ def restore(
     directory: str | FilePath,
     adapter_name: str,
     torch_generation: str | None,
+    base_dtype: npt.DTypeLike | None,
 ) -> Restored:
     """Reads an adapter directory and fits it to a model; changes nothing.
 
     Raises:
       AdapterFileError: the files are damaged, or hold other tensors than their config asks for.
+      ConfigError: as `basis_source.of_adapter`.
       TargetError: the adapter's layers and the model's do not fit together.
     """
     with _about(directory):
@@ -187,9 +190,9 @@ def restore(
                     f"need {(extents.max, extents.min)} in this model, and PEFT would refuse "
                     "anything else: it was trained on another model"
                 )
-        dtype = base_dtype(base, chosen.values())
+        dtype = kernel_dtype(base, chosen.values())
         identity, kept, config = basis_source.of_adapter(
-            adapter, extents, dtype, torch_generation, directory
+            adapter, extents, dtype, torch_generation, base_dtype, directory
         )
         scaling = config.scaling * basis_source.product_unit(identity, kept)
         spec = AdapterSpec(adapter_name, scaling, config.randlora_dropout, identity, extents)
@@ -214,7 +217,7 @@ def _about(directory: str | FilePath) -> Iterator[None]:
         raise type(error)(f"{directory}: {error}") from error
 
 
-def base_dtype(base: Mapping[Path, jax.Array], layers: Iterable[Layer]) -> np.dtype:
+def kernel_dtype(base: Mapping[Path, jax.Array], layers: Iterable[Layer]) -> np.dtype:
     """The dtype of the kernels of `layers`, to which PEFT casts PyTorch's bases.
 
     PEFT moves one shared pair along layer by layer, so the last layer decides; here they agree.

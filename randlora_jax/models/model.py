@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
+import numpy.typing as npt
 
 from randlora_jax.core.mesh import alone_among_processes
 from randlora_jax.core.update import Update
@@ -50,7 +51,7 @@ class RandLoraModel(AdaptedModel):
         return {
             layer.name: LayerRun(
                 layer.type.call if layer.type else None,
-                files.base_dtype(base, [layer]),
+                files.kernel_dtype(base, [layer]),
             )
             for layer in layers
         }
@@ -182,6 +183,7 @@ class RandLoraModel(AdaptedModel):
         *,
         rngs: Any = None,
         torch_generation: str | None = None,
+        base_dtype: npt.DTypeLike | None = None,
         revision: str | None = None,
         subfolder: str | None = None,
     ) -> None:
@@ -192,17 +194,25 @@ class RandLoraModel(AdaptedModel):
             its `subfolder`.
           torch_generation: for a file without bases (``save_projection=False``), the draw of the
             torch release it was trained under, such as "bf16-8bit" (``docs/torch-generations.md``).
+          base_dtype: for such a file, the dtype that the base model was loaded in for training,
+            which PEFT gives the bases; by default the one recorded, else this model's.
 
         Raises:
           AdapterFileError: the files are damaged, incomplete or hold non-finite numbers.
-          ConfigError: the name is taken, or no adapter can have it.
+          ConfigError: the name is taken, or no adapter can have it; `torch_generation` or
+            `base_dtype` is unknown, or given for a file that has its bases.
           TargetError: the adapter's layers and this model's do not fit together.
         """
         self._check_new(adapter_name, rngs)
         folder = hub.local_directory(directory, revision, subfolder)
         store = self._store
         found = files.restore(
-            self._registry, store.base_leaves(), folder, adapter_name, torch_generation
+            self._registry,
+            store.base_leaves(),
+            folder,
+            adapter_name,
+            torch_generation,
+            base_dtype,
         )
         if not is_trainable:
             config = dataclasses.replace(found.config, inference_mode=True)
@@ -226,6 +236,7 @@ class RandLoraModel(AdaptedModel):
         optional: Sequence[str] = (),
         sample_inputs: Any = None,
         torch_generation: str | None = None,
+        base_dtype: npt.DTypeLike | None = None,
         revision: str | None = None,
         subfolder: str | None = None,
     ) -> Any:
@@ -236,7 +247,7 @@ class RandLoraModel(AdaptedModel):
           is_trainable: the adapter's numbers are trained on; else they are frozen like the base.
           apply, token_axes, rngs, views, names, layer_types, optional, sample_inputs: as for
             `get_peft_model`.
-          torch_generation, revision, subfolder: as for `load_adapter`.
+          torch_generation, base_dtype, revision, subfolder: as for `load_adapter`.
         """
         rules = WrapRules.stated(
             apply, token_axes, views, names, layer_types, optional, sample_inputs
@@ -248,6 +259,7 @@ class RandLoraModel(AdaptedModel):
             is_trainable,
             rngs=rngs,
             torch_generation=torch_generation,
+            base_dtype=base_dtype,
             revision=revision,
             subfolder=subfolder,
         )

@@ -39,8 +39,8 @@ def same(found: DrawnPair, expected: DrawnPair) -> bool:
     return all(map(np.array_equal, found.pair, expected.pair)) and found.draw == expected.draw
 
 
-def draw(case: Adapter, dtypes=(F32,), generation=None) -> DrawnPair:
-    return draw_missing(case, MIN, MAX, dtypes, generation, "here")
+def draw(case: Adapter, dtypes=(F32,), generation=None, **told) -> DrawnPair:
+    return draw_missing(case, MIN, MAX, dtypes, generation, "here", **told)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -122,3 +122,34 @@ def test_what_pytorch_does_not_draw_is_refused(source, message):
     recorded = replace(drawn("dense", Generation.BF16_8BIT, F32).provenance(KEY, {}), source=source)
     with pytest.raises(AdapterFileError, match=message):
         draw(adapter("dense", recorded))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "very_sparse"])
+@pytest.mark.parametrize("told", ["float16", BF16, np.float32])
+def test_a_dtype_that_is_told_counts(kind, told):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = draw(adapter(kind), (F32, F16), base_dtype=told)
+    assert same(found, drawn(kind, None, np.dtype(told)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_a_dtype_that_is_assumed_is_said_where_it_matters(kind, dtype):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        draw(adapter(kind), (dtype,), None if kind != "dense" else "bf16-24bit")
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == (kind != "dense" or dtype == F16)
+    assert all(f"assuming {dtype}, " in text and "--base-dtype chooses" in text for text in told)
+
+
+def test_other_dtypes_round_nothing():
+    for dtype in map(np.dtype, (np.float64, np.int8)):
+        assert same(draw(adapter("sparse"), (dtype,)), drawn("sparse", None, F32))
+
+
+@pytest.mark.parametrize("told", ["fp16", "float64", np.int8, object(), {"a": 1}, "bf16"])
+def test_what_no_base_model_is_trained_in_is_refused(told):
+    with pytest.raises(ConfigError, match=r"base_dtype .*one of float32, float16, bfloat16"):
+        draw(adapter("sparse"), base_dtype=told)

@@ -150,3 +150,37 @@ def test_an_unnamed_draw_is_refused(pair):
         RandLoraConfig(projection_source="torch:2.13")
     with pytest.raises(ConfigError, match="Keep save_projection=True"):
         RandLoraConfig(save_projection=False)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "very_sparse"])
+def test_sparse_bases_of_a_base_model_in_another_dtype(pair, kind, tmp_path):
+    base = torch_base(pair).bfloat16()
+    theirs = peft.get_peft_model(
+        base, peft.RandLoraConfig(**settings(kind, save_projection=False, init_weights=False))
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default").detach().numpy()
+        for name, module in theirs.named_modules()
+        if hasattr(module, "randlora_lambda")
+    }
+
+    def furthest(folder, **told):
+        model = RandLoraModel.from_pretrained(pair.flax, folder, **told)
+        found = model.delta_weights()
+        assert found.keys() == expected.keys()
+        return model, max(np.abs(found[k] - x).max() / np.abs(x).max() for k, x in expected.items())
+
+    with pytest.warns(UserWarning, match=r"assuming float32.* base_dtype= or"):
+        assert furthest(tmp_path / "theirs")[1] > 1e-4
+    model, distance = furthest(tmp_path / "theirs", base_dtype="bfloat16")
+    assert distance <= 1e-6
+    model.save_pretrained(tmp_path / "ours")  # with a record of the dtype
+    assert furthest(tmp_path / "ours")[1] <= 1e-6
+    with pytest.raises(AdapterFileError, match="not those it was trained on"):
+        furthest(tmp_path / "ours", base_dtype="float32")
+    with pytest.raises(ConfigError, match="base_dtype 'half'"):
+        furthest(tmp_path / "theirs", base_dtype="half")
+    peft_adapter(pair, tmp_path / "whole", kind)
+    with pytest.raises(ConfigError, match="holds its bases"):
+        furthest(tmp_path / "whole", base_dtype="float32")
