@@ -121,10 +121,9 @@ def test_nothing_is_kept_of_nothing(directions):
 
 
 def test_terms_that_cancel_tell_no_energy(directions):
-    """Columns of B that are alike: what is left of them is nearly nothing, and not what is summed."""
+    """Equal columns of B, and rows of A that nearly cancel in their sum."""
     left, right = directions
     layers = {"layer": ((HIGH, SIDE), np.ones((SIDE, 1), "f4"), np.ones((1, SIDE), "f4"))}
-    # ones times rows that sum to a thousandth of their size
     rows = right.T - right.T.mean(0) * (1 - 1e-3)
     deltas = deltas_of(layers, rows[:, None].astype("f4"), np.ones_like(left)[:, None])
     delta = DeltaFactors(deltas, "layer", SharedB(deltas))

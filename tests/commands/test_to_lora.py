@@ -204,7 +204,7 @@ def test_large_layers_by_energy(large, capsys):
 BEYOND = {
     "alpha": ({"randlora_alpha": 1e308}, 1, 1),
     "alpha, float32's": ({"randlora_alpha": 1e39}, 1, 1),
-    "lambda": ({}, 1e38, 1),
+    "lambda": ({"randlora_alpha": 1000}, 1e38, 1),
     "lambda and gamma": ({}, 1e30, 1e30),
 }
 
