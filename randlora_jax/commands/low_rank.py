@@ -21,6 +21,7 @@ Choose: TypeAlias = Callable[[np.ndarray], int]
 """A rank, from the shares of the energy that ranks 1, 2, ... keep; beyond them: a higher one."""
 
 SEED = 0
+ROWS = 1024  # of a matrix that are in float64 at a time
 SMALL = 512  # smaller sides are soon decomposed whole
 FEWEST = 24  # random vectors, and
 OVERSAMPLING = 8  # random vectors besides those that are wanted
@@ -77,7 +78,7 @@ def factor(matrix: np.ndarray, choose: Choose, scale: float = 1.0) -> Factors:
     n_out, n_in = matrix.shape
     if n_out < n_in:
         return factor(matrix.T, choose, scale).T
-    parts = [slice(at, at + SMALL) for at in range(0, n_out, SMALL)]
+    parts = [slice(at, at + ROWS) for at in range(0, n_out, ROWS)]
     gram = np.zeros((n_in, n_in))
     for part in parts:
         block = matrix[part].astype(np.float64)
@@ -103,8 +104,10 @@ def factor_leading(delta: DeltaFactors, choose: Choose) -> Factors | None:
     if side < SMALL or choose(np.ones(side)) > most:
         return None
     energy = delta.energy()
-    if not energy:
-        return None if energy is None else _factors(*map(_nothing, (side, delta.shape[0])), 0, 1)
+    if energy is None:
+        return None
+    if energy == 0:
+        return _factors(np.zeros((side, 1)), np.zeros((delta.shape[0], 1)), 0, scale=1)
     wanted = choose(np.arange(1, side + 1) / side)  # where all directions have the same energy
     space = _Krylov(delta, max(FEWEST, min(wanted, side // 16)) + OVERSAMPLING)
     history: list[np.ndarray] = []
@@ -195,7 +198,3 @@ def _factors(vectors: np.ndarray, images: np.ndarray, energy: float, scale: floa
         A, B = (np.ascontiguousarray(x, dtype=np.float32) for x in (right, left))
     # the energy was summed otherwise, and rounding must not make it the smaller of the two
     return Factors(A, B, max(energy, kept) * scale * scale, kept * scale * scale, largest)
-
-
-def _nothing(length: int) -> np.ndarray:
-    return np.zeros((length, 1), np.float32)
