@@ -25,7 +25,7 @@ ROWS = 1024  # of a matrix that are in float64 at a time
 SMALL = 512  # smaller sides are soon decomposed whole
 FEWEST = 24  # random vectors, and
 OVERSAMPLING = 8  # random vectors besides those that are wanted
-TOLERANCE = 1e-4  # share of the kept energy that more steps may still add
+TOLERANCE = 1e-5  # share of the kept energy that more steps may still add
 ROUNDING = 1e-6  # what is below it may be float32's
 
 
@@ -149,10 +149,7 @@ class _Krylov:
         inside = known @ images
         self._projected[:stop, start:stop] = inside
         self._projected[start:stop, :stop] = inside.T
-        # Made orthogonal twice, the second time as unit vectors: what little is left of an image
-        # that lies in the space already may point anywhere.
-        rest = np.linalg.qr(images - known.T @ inside)[0]
-        self._next = np.linalg.qr(rest - known.T @ (known @ rest))[0]
+        self._next = _outside(known, images - known.T @ inside)
         return True
 
     def values(self) -> np.ndarray:
@@ -163,6 +160,19 @@ class _Krylov:
         """(side, count), orthonormal: the eigenvectors with the largest eigenvalues."""
         vectors = np.linalg.eigh(self._projected[: self._size, : self._size])[1][:, ::-1]
         return self._basis[: self._size].T @ vectors[:, :count].astype(np.float32)
+
+
+def _outside(known: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """An orthonormal basis of `vectors` (side, k) less what the rows of `known` span of them.
+
+    Repeated where little is left, since rounding may have made that little.
+    """
+    while True:
+        vectors = vectors - known.T @ (known @ vectors)
+        sizes = np.linalg.norm(vectors, axis=0)
+        vectors, triangle = np.linalg.qr(vectors)
+        if (np.abs(triangle.diagonal()) > 0.1 * sizes).all():
+            return vectors
 
 
 def _at_most(values: np.ndarray, side: int) -> np.ndarray:

@@ -139,7 +139,7 @@ def factor_all(deltas: Deltas, choose: Choose, *, exact: bool) -> dict[str, Fact
             factors = None if exact else factor_leading(delta, choose)
             if factors is None:
                 factors = factor(delta.formed(), choose, delta.scale)
-            if not factors.largest <= np.finfo(np.float32).max:
+            if not factors.largest <= float(np.finfo(np.float32).max):
                 raise too_strong(deltas.adapter, name)
             found[name] = factors.T if delta.transposed else factors
             advance(sizes[name])

@@ -12,7 +12,7 @@ from randlora_jax.interop.numpy_delta import flat_a
 
 from randlora_jax.commands.low_rank import at_energy, factor, factor_leading
 
-HIGH, SIDE, RANK = 900, 640, 40
+HIGH, SIDE, RANK = 900, 640, 16
 
 
 def deltas_of(layers, a, b, alpha=1.0):
@@ -71,10 +71,13 @@ def test_it_keeps_what_the_best_keeps(name, directions):
     values = SPECTRA[name].astype("f4")
     delta = with_singular_values(values, directions)
     found = factor_leading(delta, lambda shares: RANK)
+    if name == "falls in a line":  # so flat that it would take more than half of all directions
+        assert found is None
+        return
     energies = np.sort(np.square(values, dtype="f8"))[::-1]
-    assert found is not None and found.rank == RANK
+    assert found.rank == RANK
     assert found.energy == pytest.approx(energies.sum(), rel=1e-5)
-    assert 0.9995 <= found.kept / energies[:RANK].sum() <= 1 + 1e-5
+    assert 1 - 1e-4 <= found.kept / energies[:RANK].sum() <= 1 + 1e-5
     assert found.largest == pytest.approx(energies[0] ** 0.5, rel=1e-3)
     exact = delta.formed().astype("f8") * delta.scale
     lost = np.square(exact - product(found)).sum()
@@ -92,7 +95,7 @@ def test_the_rank_for_an_energy_is_the_lowest(name, energy, directions):
     found = factor_leading(
         with_singular_values(SPECTRA[name], directions), partial(at_energy, energy)
     )
-    if rank > SIDE // 8:  # then the whole decomposition costs less
+    if rank > SIDE // 11:  # then the whole decomposition costs less
         assert found is None
     else:
         assert found.rank == rank
@@ -100,12 +103,12 @@ def test_the_rank_for_an_energy_is_the_lowest(name, energy, directions):
 
 
 def test_ranks_that_do_not_pay_are_left_to_the_whole_decomposition(directions):
-    delta = with_singular_values(NOISE, directions)
+    delta = with_singular_values(SPECTRA["falls"], directions)
     assert factor_leading(delta, lambda shares: SIDE // 8) is not None
     assert factor_leading(delta, lambda shares: SIDE // 8 + 1) is None
     whole = factor(delta.formed(), lambda shares: RANK, delta.scale)
-    assert whole.kept == pytest.approx(np.square(NOISE[:RANK]).sum(), rel=1e-5)
-    assert whole.energy == pytest.approx(np.square(NOISE).sum(), rel=1e-5)
+    assert whole.kept == pytest.approx(np.square(SPECTRA["falls"][:RANK]).sum(), rel=1e-5)
+    assert whole.energy == pytest.approx(np.square(SPECTRA["falls"]).sum(), rel=1e-5)
 
 
 def test_small_matrices_are_decomposed_whole():

@@ -99,7 +99,7 @@ def test_ranks_by_energy(tmp_path, capsys):
     assert_same_logits(logits(full), logits(model), logits(load("llama", base)))
 
 
-@pytest.mark.parametrize("energy", ["0.5", "0.9", "0.97"])
+@pytest.mark.parametrize("energy", ["0.9", "0.97"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_r_is_the_largest_rank(family, energy, tmp_path):
     """Servers size their memory by r, and scale every layer by lora_alpha / r."""
@@ -115,7 +115,7 @@ def test_r_is_the_largest_rank(family, energy, tmp_path):
     assert len(config["rank_pattern"]) == sum(r != config["r"] for r in ranks.values())
     for name, delta in found.items():
         B, A = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "BA")
-        expected = (B @ A).numpy()
+        expected = (B @ A).T.numpy() if config["fan_in_fan_out"] else (B @ A).numpy()
         assert np.abs(delta - expected).max() <= 1e-6 * np.abs(expected).max(), name
 
 
@@ -175,18 +175,21 @@ def large(tmp_path_factory):
 
 def test_large_layers_are_nearly_as_good_as_exact(large, capsys):
     folder, model = large
-    reports, shares = {}, {}
+    reports, shares, written = {}, {}, {}
     for name, more in {"nearly": (), "exact": ("--exact",)}.items():
         assert run(folder, "--rank", "48", "--json", "--force", *more) == 0
         reports[name] = json.loads(capsys.readouterr().out)
+        written[name] = (folder / "lora" / "adapter_model.safetensors").read_bytes()
         found = deltas(open_lora("llama", folder))
         for layer, delta in deltas(model).items():
             shares[name, layer] = 1 - np.square(delta - found[layer]).sum() / np.square(delta).sum()
     for layer, exact in reports["exact"]["layers"].items():
         nearly = reports["nearly"]["layers"][layer]
-        assert 0.999 * exact["energy_kept"] <= nearly["energy_kept"] < exact["energy_kept"]
+        ratio = nearly["energy_kept"] / exact["energy_kept"]
+        assert 0.9999 <= ratio <= 1 + 1e-6  # the energies were summed otherwise
         assert nearly["energy_kept"] == pytest.approx(shares["nearly", layer], rel=1e-4)
         assert exact["energy_kept"] == pytest.approx(shares["exact", layer], rel=1e-4)
+    assert written["nearly"] != written["exact"]
 
 
 def test_large_layers_by_energy(large, capsys):
@@ -203,7 +206,7 @@ def test_large_layers_by_energy(large, capsys):
 
 BEYOND = {
     "alpha": ({"randlora_alpha": 1e308}, 1, 1),
-    "alpha, float32's": ({"randlora_alpha": 1e39}, 1, 1),
+    "alpha, float32's": ({"randlora_alpha": 1e41}, 1, 1),
     "lambda": ({"randlora_alpha": 1000}, 1e38, 1),
     "lambda and gamma": ({}, 1e30, 1e30),
 }
