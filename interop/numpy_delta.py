@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from randlora_jax.interop.adapter import BASE_DTYPES, Adapter, StoredPair
 from randlora_jax.interop.base_model import BaseModel
-from randlora_jax.interop.errors import AdapterFileError
+from randlora_jax.interop.errors import AdapterFileError, shown
 from randlora_jax.interop.missing_bases import draw_missing, refuse_in_vain
 from randlora_jax.interop.progress import Progress, silent
 from randlora_jax.interop.torch_rng import TorchDraw
@@ -72,10 +72,16 @@ class Deltas:
         self.bases = adapter.bases
 
     def of(self, name: str) -> np.ndarray:
-        """delta_W of a layer, (out, in) in float32, scaling included."""
+        """delta_W of a layer, (out, in) in float32, scaling included.
+
+        Raises:
+          AdapterFileError: it is beyond float32.
+        """
         layer = self.layers[name]
         found = np.zeros(layer.tensor.shape, np.float32)
         self.add_to(name, found)
+        if not (np.isfinite(found.min()) and np.isfinite(found.max())):
+            raise too_strong(self.adapter, name)
         return found.T if layer.conv1d else found
 
     def add_to(self, name: str, weight: np.ndarray) -> None:
@@ -88,20 +94,35 @@ class Deltas:
         a, b = self.bases
         r, n = lam.shape
         smallest = gamma.shape[1]
-        a_flat = lam[:, :, None] * a[:, :, :smallest].astype(np.float32) * gamma
-        a_flat = a_flat.reshape(r * n, smallest)
+        a_flat = flat_a(lam, gamma, a[:, :, :smallest])
         n_out, n_in = self.layers[name].shape
         matrix = weight.T if self.layers[name].conv1d else weight  # (out, in)
         matrix = matrix if n_in <= n_out else matrix.T  # (max, min), as M
         rows = max(1, BLOCK // (4 * max(r * n, smallest)))
-        for start in range(0, max(n_out, n_in), rows):
-            part = slice(start, min(start + rows, max(n_out, n_in)))
-            b_flat = b[part, :n].astype(np.float32).reshape(-1, n * r)
-            block = b_flat @ a_flat
-            block *= self.adapter.config.scaling
-            sum_dtype = np.promote_types(weight.dtype, np.float32)
-            with np.errstate(over="ignore"):  # what overflows float16 becomes inf, for all to see
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is inf, for all to see
+            for start in range(0, max(n_out, n_in), rows):
+                part = slice(start, min(start + rows, max(n_out, n_in)))
+                b_flat = b[part, :n].astype(np.float32).reshape(-1, n * r)
+                block = b_flat @ a_flat
+                block *= self.adapter.config.scaling
+                sum_dtype = np.promote_types(weight.dtype, np.float32)
                 matrix[part] = (matrix[part].astype(sum_dtype) + block).astype(weight.dtype)
+
+
+def flat_a(lam: np.ndarray, gamma: np.ndarray, a: np.ndarray) -> np.ndarray:
+    """A_flat (r * n, min), rank slow and basis fast, of A (r, 1, min)."""
+    with np.errstate(over="ignore", invalid="ignore"):  # for all to see
+        product = lam[:, :, None] * a.astype(np.float32) * gamma
+    return product.reshape(-1, product.shape[2])
+
+
+def too_strong(adapter: Adapter, name: str) -> AdapterFileError:
+    """The error of a layer whose delta_W float32 cannot hold."""
+    return AdapterFileError(
+        f"{shown(name)}: delta_W is too large for float32, with randlora_alpha "
+        f"{adapter.config.randlora_alpha:g} and r {adapter.config.r}. Training diverged, or "
+        "adapter_config.json was changed; use an earlier save, or a smaller randlora_alpha"
+    )
 
 
 def _check_extents(pair: StoredPair, MAX: int, MIN: int, where: Path) -> None:

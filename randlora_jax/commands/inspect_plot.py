@@ -38,6 +38,7 @@ def draw(deltas: Deltas, path: Path, chosen: Sequence[str], *, force: bool) -> d
     the spectrum beside the rank of a LoRA of equal size shows what that LoRA would lose.
 
     Raises:
+      AdapterFileError: a delta_W is beyond float32.
       Misuse: matplotlib is missing or does not know the file's type, a chosen layer is not the
         adapter's, or a file has appeared at `path` and `force` is not set.
     """
@@ -46,7 +47,8 @@ def draw(deltas: Deltas, path: Path, chosen: Sequence[str], *, force: bool) -> d
     norms: dict[str, float] = {}
     with progress("forming delta_W", sum(_nbytes(deltas, name) for name in deltas.layers)) as done:
         for name in deltas.layers:
-            norms[name] = float(np.linalg.norm(deltas.of(name)))
+            delta = deltas.of(name)
+            norms[name] = float(np.sqrt(np.einsum("ij,ij->", delta, delta, dtype=np.float64)))
             done(_nbytes(deltas, name))
     picked = picked or _largest_of_each_kind(norms)
     spectra: dict[str, dict[str, Any]] = {}

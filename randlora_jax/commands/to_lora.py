@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from randlora_jax.commands.inputs import add_inputs, deltas_of, read_showing_progress
+from randlora_jax.commands.low_rank import Choose, Factors, at_energy, factor, factor_leading
 from randlora_jax.commands.output import Output, holds_a_model
 from randlora_jax.commands.report import Commands, Report, command_parser, named, progress
 from randlora_jax.interop.atomic import replacing_files
 from randlora_jax.interop.base_model import BaseModel
 from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
+from randlora_jax.interop.delta_factors import DeltaFactors, SharedB
 from randlora_jax.interop.keys import PREFIX, file_key, trained_tensors
+from randlora_jax.interop.numpy_delta import Deltas, too_strong
 from randlora_jax.interop.peft_dir import WEIGHTS_NAME
 from randlora_jax.interop.strict_json import dump_object, thaw, write_text
 from randlora_jax.interop.targets import by_full_names
@@ -28,45 +28,19 @@ from randlora_jax.interop.tensor_writer import write_tensors
 
 DESCRIPTION = """\
 Write the adapter in DIR as a PEFT LoRA adapter, for programs that know no RandLoRA. A RandLoRA
-update has full rank, so a LoRA of lower rank loses some of it. This takes each layer's best one, by
-singular value decomposition, and says what share of the update's energy (squared Frobenius norm)
-it keeps.
+update has full rank, so a LoRA of lower rank loses some of it. This takes each layer's best one and
+says what share of the update's energy (squared Frobenius norm) it keeps.
 
   randlora-jax to-lora my-adapter --base my-model lora --rank 64
   randlora-jax to-lora my-adapter --base my-model lora --energy 0.99     as low as keeps 99 %
+  randlora-jax to-lora my-adapter --base my-model lora --rank 64 --exact
+
+Large layers are decomposed from random vectors, always the same, until more work would add next to
+nothing: that keeps at least 99.9 % of what the best LoRA of that rank keeps. --exact decomposes
+them whole, many times as long; so are layers whose rank is above an eighth of their smaller side.
 
 Modules trained whole and biases are carried over. Factors are in float32, scaled so that each
-layer's alpha equals its rank."""
-
-
-Choose: TypeAlias = Callable[[np.ndarray], int]
-
-
-@dataclass(frozen=True)
-class Factors:
-    """One layer of a LoRA.
-
-    Attributes:
-      A: (r, in) float32.
-      B: (out, r) float32; B @ A is what it adds to the weight.
-      energy: squared Frobenius norm of the delta_W it stands for.
-      kept: that of B @ A.
-    """
-
-    A: np.ndarray
-    B: np.ndarray
-    energy: float
-    kept: float
-
-    @property
-    def rank(self) -> int:
-        """The inner dimension."""
-        return len(self.A)
-
-    @property
-    def share(self) -> float:
-        """Kept energy by energy; 1 where there was nothing to keep."""
-        return self.kept / self.energy if self.energy else 1.0
+layer's alpha equals its rank; the config's r is the largest rank."""
 
 
 def add_parser(commands: Commands) -> argparse.ArgumentParser:
@@ -77,6 +51,7 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--rank", metavar="R", type=_rank, help="of every layer that is as large")
     size.add_argument("--energy", metavar="SHARE", type=_share, help="to keep in every layer")
+    parser.add_argument("--exact", action="store_true", help="the very best LoRA, which takes long")
     parser.add_argument("--force", action="store_true", help="replace an adapter in OUT")
     return parser
 
@@ -88,6 +63,7 @@ def run(args: argparse.Namespace) -> Report:
         base=args.base,
         out=args.out,
         choose=partial(at_energy, args.energy) if args.rank is None else lambda shares: args.rank,
+        exact=args.exact,
         torch_generation=args.torch_generation,
         base_dtype=args.base_dtype,
         force=args.force,
@@ -100,6 +76,7 @@ def to_lora(
     base: str | Path,
     out: str | Path,
     choose: Choose,
+    exact: bool = False,
     torch_generation: str | None = None,
     base_dtype: str | None = None,
     force: bool = False,
@@ -110,25 +87,21 @@ def to_lora(
       base: the base model's directory; only headers are read.
       choose: the rank of a layer, from the shares of its energy that ranks 1, 2, ... keep; what is
         beyond the layer's smaller side means all of it.
+      exact: whether large layers are decomposed whole.
       torch_generation, base_dtype: as for `Deltas`.
       force: whether an adapter in `out` may be replaced.
 
     Raises:
-      AdapterFileError: the adapter or the checkpoint is damaged.
+      AdapterFileError: the adapter or the checkpoint is damaged, or delta_W is beyond float32.
       TargetError: the two do not fit.
       Misuse: `out` holds an adapter that may not be replaced, or a model.
     """
     output = Output(out, force=force, refusal=holds_a_model)
     output.expect([CONFIG_NAME, WEIGHTS_NAME])
     adapter = read_showing_progress(directory)
-    found: dict[str, Factors] = {}
     with BaseModel(base) as model:
         deltas = deltas_of(adapter, model, torch_generation, base_dtype)
-        sizes = {name: 4 * prod(layer.shape) for name, layer in deltas.layers.items()}
-        with progress("factoring", sum(sizes.values())) as advance:
-            for name, nbytes in sizes.items():
-                found[name] = factor(deltas.of(name), choose)
-                advance(nbytes)
+        found = factor_all(deltas, choose, exact=exact)
         conv1d = any(layer.conv1d for layer in deltas.layers.values())
     ranks = {name: factors.rank for name, factors in found.items()}
     config = lora_config(adapter.config, ranks, conv1d)
@@ -146,47 +119,45 @@ def to_lora(
     return _report(found, output)
 
 
-def factor(delta: np.ndarray, choose: Choose) -> Factors:
-    """The best approximation of `delta` (out, in) of the rank that `choose` chooses.
+def factor_all(deltas: Deltas, choose: Choose, *, exact: bool) -> dict[str, Factors]:
+    """Each layer's delta_W as a product of two thin matrices; arguments as for `to_lora`.
 
-    Projects on the leading right singular vectors of M (max, min), the eigenvectors of M.T M. In
-    float64 these are as good as float32 can use, and cost a third of a full decomposition of M.
+    Memory: the bases, two matrices of the size of the smaller side squared, and some blocks; where
+    a layer is decomposed whole, its delta_W and two such matrices in float64 besides.
+
+    Raises:
+      AdapterFileError: a delta_W is beyond float32.
     """
-    is_wide = delta.shape[0] < delta.shape[1]
-    M = (delta.T if is_wide else delta).astype(np.float64)
-    vectors = np.linalg.eigh(M.T @ M)[1][:, ::-1]
-    images = M @ vectors  # singular value times left singular vector
-    energies = np.square(images).sum(0)
-    total = float(energies.sum())
-    cumulated = np.cumsum(energies)
-    rank = min(choose(cumulated / total), len(energies)) if total else 1
-    # both factors get the root of the singular value
-    roots = energies[:rank] ** 0.25
-    left = images[:, :rank] / np.where(roots > 0, roots, 1)
-    right = (vectors[:, :rank] * roots).T
-    B, A = (right.T, left.T) if is_wide else (left, right)
-    A, B = (np.ascontiguousarray(x, dtype=np.float32) for x in (A, B))
-    return Factors(A, B, energy=total, kept=float(cumulated[rank - 1]))
-
-
-def at_energy(energy: float, shares: np.ndarray) -> int:
-    """The smallest rank that keeps at least `energy`, from the shares that ranks 1, 2, ... keep."""
-    return int(np.searchsorted(shares, energy)) + 1
+    shared = SharedB(deltas)
+    sizes = {name: 4 * prod(layer.shape) for name, layer in deltas.layers.items()}
+    found: dict[str, Factors] = {}
+    with progress("factoring", sum(sizes.values())) as advance:
+        # in this order `shared` can add to what it has
+        for name in sorted(sizes, key=lambda name: max(deltas.layers[name].shape)):
+            delta = DeltaFactors(deltas, name, shared)
+            factors = None if exact else factor_leading(delta, choose)
+            if factors is None:
+                factors = factor(delta.formed(), choose, delta.scale)
+            if not factors.largest <= float(np.finfo(np.float32).max):
+                raise too_strong(deltas.adapter, name)
+            found[name] = factors.T if delta.transposed else factors
+            advance(sizes[name])
+    return {name: found[name] for name in deltas.layers}
 
 
 def lora_config(config: RandLoraConfig, ranks: dict[str, int], conv1d: bool) -> dict[str, Any]:
     """PEFT's LoraConfig, as JSON, for layers of these ranks, that adapts what `config` does."""
-    common = Counter(ranks.values()).most_common(1)[0][0]
+    largest = max(ranks.values())  # what servers that read only this must have room for
     # PEFT reads these keys as patterns that may begin after any dot
-    others = {"^" + re.escape(name): r for name, r in ranks.items() if r != common}
+    others = {"^" + re.escape(name): r for name, r in ranks.items() if r != largest}
     return {
         "peft_type": "LORA",
         "task_type": config.task_type,
         "auto_mapping": thaw(config.auto_mapping),
         "revision": config.revision,
         "inference_mode": True,
-        "r": common,
-        "lora_alpha": common,
+        "r": largest,
+        "lora_alpha": largest,
         "rank_pattern": others,
         "alpha_pattern": others,
         "lora_dropout": config.randlora_dropout,

@@ -10,9 +10,10 @@ import torch
 from families import FAMILIES
 from peft_side import assert_same_logits, load, logits, save_adapter, save_base
 from randlora_jax.interop.config import CONFIG_NAME
+from safetensors.torch import load_file, save_file
 
+from randlora_jax.commands.low_rank import at_energy, factor
 from randlora_jax.commands.main import main
-from randlora_jax.commands.to_lora import at_energy, factor
 
 pytestmark = pytest.mark.torch
 
@@ -98,6 +99,26 @@ def test_ranks_by_energy(tmp_path, capsys):
     assert_same_logits(logits(full), logits(model), logits(load("llama", base)))
 
 
+@pytest.mark.parametrize("energy", ["0.9", "0.97"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_r_is_the_largest_rank(family, energy, tmp_path):
+    """Servers size their memory by r, and scale every layer by lora_alpha / r."""
+    base = save_base(family, tmp_path / "base")
+    save_adapter(family, base, tmp_path / "adapter")
+    assert run(tmp_path, "--energy", energy) == 0
+    config = json.loads((tmp_path / "lora" / CONFIG_NAME).read_text())
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    found = deltas(open_lora(family, tmp_path))
+    ranks = {name: len(tensors[f"base_model.model.{name}.lora_A.weight"]) for name in found}
+    assert len(set(ranks.values())) > 1
+    assert config["r"] == config["lora_alpha"] == max(ranks.values())
+    assert len(config["rank_pattern"]) == sum(r != config["r"] for r in ranks.values())
+    for name, delta in found.items():
+        B, A = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "BA")
+        expected = (B @ A).T.numpy() if config["fan_in_fan_out"] else (B @ A).numpy()
+        assert np.abs(delta - expected).max() <= 1e-6 * np.abs(expected).max(), name
+
+
 def test_ranks_belong_to_layers_by_their_whole_name(tmp_path):
     """One layer's name may end in another's, and dots are no wildcards."""
     from randlora_jax import RandLoraConfig
@@ -138,6 +159,109 @@ def test_a_low_rank_is_found_as_it_is(rng):
         np.testing.assert_allclose(  # and both factors are of one size
             np.linalg.norm(found.A, axis=1), np.linalg.norm(found.B, axis=0), rtol=1e-4
         )
+
+
+WIDE = {"hidden_size": 768, "intermediate_size": 832, "num_hidden_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Layers so large that they are not decomposed whole, of (out, in) 768 to 832 and back."""
+    folder = tmp_path_factory.mktemp("large")
+    base = save_base("llama", folder / "base", num_attention_heads=4, **WIDE)
+    targets = ["q_proj", "gate_proj", "down_proj"]
+    return folder, save_adapter("llama", base, folder / "adapter", r=32, target_modules=targets)
+
+
+def test_large_layers_are_nearly_as_good_as_exact(large, capsys):
+    folder, model = large
+    reports, shares, written = {}, {}, {}
+    for name, more in {"nearly": (), "exact": ("--exact",)}.items():
+        assert run(folder, "--rank", "48", "--json", "--force", *more) == 0
+        reports[name] = json.loads(capsys.readouterr().out)
+        written[name] = (folder / "lora" / "adapter_model.safetensors").read_bytes()
+        found = deltas(open_lora("llama", folder))
+        for layer, delta in deltas(model).items():
+            shares[name, layer] = 1 - np.square(delta - found[layer]).sum() / np.square(delta).sum()
+    for layer, exact in reports["exact"]["layers"].items():
+        nearly = reports["nearly"]["layers"][layer]
+        ratio = nearly["energy_kept"] / exact["energy_kept"]
+        assert 0.9999 <= ratio <= 1 + 1e-6  # the energies were summed otherwise
+        assert nearly["energy_kept"] == pytest.approx(shares["nearly", layer], rel=1e-4)
+        assert exact["energy_kept"] == pytest.approx(shares["exact", layer], rel=1e-4)
+    assert written["nearly"] != written["exact"]
+
+
+def test_large_layers_by_energy(large, capsys):
+    """Of full rank and all alike: no LoRA of low rank keeps 0.3, and one does that keeps 0.05."""
+    folder, model = large
+    for energy in (0.05, 0.3):
+        assert run(folder, "--energy", str(energy), "--json", "--force") == 0
+        report = json.loads(capsys.readouterr().out)
+        for name, delta in deltas(model).items():
+            s = np.linalg.svd(delta, compute_uv=False).astype("f8") ** 2
+            layer, best = report["layers"][name], at_energy(energy, np.cumsum(s) / s.sum())
+            assert layer["energy_kept"] >= energy and layer["rank"] == best
+
+
+BEYOND = {
+    "alpha": ({"randlora_alpha": 1e308}, 1, 1),
+    "alpha, float32's": ({"randlora_alpha": 1e41}, 1, 1),
+    "lambda": ({"randlora_alpha": 1000}, 1e38, 1),
+    "lambda and gamma": ({}, 1e30, 1e30),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(BEYOND))
+def test_numbers_beyond_float32_are_refused(kind, tmp_path, capsys):
+    """By every command that forms delta_W, in words, with nothing written."""
+    changes, lam, gamma = BEYOND[kind]
+    base = save_base("llama", tmp_path / "base")
+    save_adapter("llama", base, tmp_path / "adapter")
+    multiply(tmp_path / "adapter", lam, gamma, **changes)
+    inputs = [tmp_path / "adapter", "--base", base]
+    for line in (
+        ["to-lora", *inputs, tmp_path / "lora", "--rank", "4"],
+        ["to-lora", *inputs, tmp_path / "lora", "--energy", "0.5", "--exact"],
+        ["merge", *inputs, tmp_path / "merged"],
+        ["inspect", *inputs, "--plot", tmp_path / "plot.png"],
+        ["verify", *inputs],
+    ):
+        assert main([*map(str, line), "--json"]) == 1, line
+        out, err = capsys.readouterr()
+        report = json.loads(out)
+        assert not report["good"], line
+        assert "too large" in report["error"] or "too strong" in report["error"], line
+        assert "Warning" not in err and "overflow encountered" not in err, line
+    assert not any((tmp_path / name).exists() for name in ("lora", "merged", "plot.png"))
+
+
+def test_numbers_that_float32_can_hold_are_kept(tmp_path, capsys):
+    base = save_base("llama", tmp_path / "base")
+    save_adapter("llama", base, tmp_path / "adapter")
+    multiply(tmp_path / "adapter", 1e20, 1e12)
+    model = peft.PeftModel.from_pretrained(load("llama", base), tmp_path / "adapter")
+    assert run(tmp_path, "--rank", "1000", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["energy_kept"] == pytest.approx(1)
+    found = deltas(open_lora("llama", tmp_path))
+    for name, delta in deltas(model).items():
+        assert 1e28 < np.abs(delta).max() < np.inf
+        assert np.abs(found[name] - delta).max() <= 1e-6 * np.abs(delta).max(), name
+    command = ["inspect", tmp_path / "adapter", "--base", base, "--plot", tmp_path / "plot.png"]
+    assert main([*map(str, command), "--json"]) == 0
+    norms = json.loads(capsys.readouterr().out)["plot"]["norms"]
+    for name, delta in deltas(model).items():
+        assert norms[name] == pytest.approx(np.linalg.norm(delta.astype("f8")), rel=1e-5)
+
+
+def multiply(folder, lam, gamma, **changes):
+    """Change an adapter's numbers by factors, and fields of its config."""
+    path = folder / "adapter_model.safetensors"
+    factors = {"randlora_lambda": lam, "randlora_gamma": gamma}
+    tensors = {k: x * factors.get(k.rpartition(".")[2], 1) for k, x in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    (folder / CONFIG_NAME).write_text(json.dumps(config | changes))
 
 
 def test_misuse(tmp_path, capsys):
