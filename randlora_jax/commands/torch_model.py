@@ -18,7 +18,8 @@ from typing import Any
 
 from randlora_jax.commands.merge_plan import HEAD
 from randlora_jax.interop.adapter import Adapter
-from randlora_jax.interop.base_model import INDEX, MODEL_CONFIG, SINGLE, BaseLayer, BaseModel
+from randlora_jax.interop.base_model import MODEL_CONFIG, BaseLayer, BaseModel
+from randlora_jax.interop.checkpoint_files import INDEX, SINGLE
 from randlora_jax.interop.errors import listed, shown
 from randlora_jax.interop.keys import trained_tensors
 from randlora_jax.interop.strict_json import dump_object, write_text
