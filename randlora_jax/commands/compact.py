@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from randlora_jax.commands.inputs import keeping_promises
 from randlora_jax.commands.report import (
     Commands,
     Report,
@@ -19,7 +20,6 @@ from randlora_jax.commands.report import (
     refuse_to_overwrite,
     size,
 )
-from randlora_jax.interop import promises
 from randlora_jax.interop.adapter import Adapter, check_finite
 from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
 from randlora_jax.interop.draws import agreeing_dtypes, in_words
@@ -84,7 +84,7 @@ def compact(src: Path, dst: Path, *, drop_bases: bool = False, force: bool = Fal
         before = _content(config, file)
         notes = [*_widened(config, file), *_others(src)]
         adapter, compare_copies = load_once(config, file)
-        adapter = promises.check(adapter, src, None)
+        adapter = keeping_promises(adapter, src, None)
         adapter = replace(adapter, config=naming_in_full(adapter.config, adapter.layers))
         with ThreadPoolExecutor(1) as beside:  # comparing is nearly all of the time
             comparison = beside.submit(compare_copies)

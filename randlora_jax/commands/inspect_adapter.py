@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from randlora_jax.commands import inspect_plot
-from randlora_jax.commands.inputs import deltas_of
+from randlora_jax.commands.inputs import deltas_of, keeping_promises
 from randlora_jax.commands.inspect_text import in_words
 from randlora_jax.commands.report import (
     Commands,
@@ -20,10 +20,8 @@ from randlora_jax.commands.report import (
     existing_directory,
     progress,
 )
-from randlora_jax.interop import promises
 from randlora_jax.interop.adapter import Adapter, not_finite
 from randlora_jax.interop.base_model import BaseModel
-from randlora_jax.interop.base_names import base_names
 from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
 from randlora_jax.interop.draws import base_dtypes, generations
 from randlora_jax.interop.keys import BASE_PARTS, roles_of
@@ -106,14 +104,14 @@ def inspect(
     drawn: dict[str, Any] | None = None
     shapes = adapter.provenance.shapes if adapter.provenance else {}
     if base is None:
-        promises.check(adapter, directory, None)
+        keeping_promises(adapter, directory, None)
     else:
         with BaseModel(base) as model:
             shapes = {name: layer.shape for name, layer in model.layers(adapter).items()}
             if adapter.bases is not None or plot is not None:
                 deltas = deltas_of(adapter, model)  # checks the extents of the bases
             else:
-                promises.check(adapter, directory, base_names(model, adapter))
+                keeping_promises(adapter, directory, model)
         if plot is not None and good:
             drawn = inspect_plot.draw(deltas, plot, layers)
     data = {
