@@ -203,17 +203,17 @@ def assert_same_weights(found, expected):
 @pytest.mark.parametrize("command", ["compact", "to-lora", "merge"])
 @pytest.mark.parametrize("older", [False, True])
 def test_layers_of_experts_are_written_in_full(mixtral, tmp_path, command, older, capsys):
-    """PEFT 0.18 and 0.21 read layers_to_transform differently; nothing is left to read."""
+    """PEFT 0.19 and 0.20 read layers_to_transform differently; nothing is left to read."""
     (tmp_path / "base").symlink_to(mixtral / "base")
     given = {"target_modules": ["w1", "w2"], "layers_to_transform": [1]}
-    if older:  # what was trained in 0.18, where 1 is an expert
+    if older:  # what was trained in 0.19, where 1 is an expert
         expected = peft_adapter(tmp_path, target_modules=r".*experts\.1\.w[12]")
         change_config(tmp_path / "adapter", **given)
     else:
         expected = peft_adapter(tmp_path, **given, layers_pattern="layers")
     status, said = ask(tmp_path, command, capsys)
     assert status == 0, said
-    assert ("up to 0.18" in said) == older
+    assert ("up to 0.19" in said) == older
     assert_same_weights(weights_of(tmp_path, command), expected)
     if command != "merge":
         written = json.loads((tmp_path / "out" / CONFIG).read_text())
