@@ -130,11 +130,11 @@ def _needs_a_model(config: RandLoraConfig) -> bool:
 
 
 def _readings(config: RandLoraConfig) -> list[RandLoraConfig]:
-    """`config` as PEFT 0.21 reads it, and as older releases did where that may be something else.
+    """`config` as PEFT reads it now, and as older releases did where that may be something else.
 
-    Of the numbers in a name, layers_to_transform meant the last one up to 0.18, and means the first
-    one now: ``layers.1.experts.0.w1`` was in layer 0 and is in layer 1. With all that trains whole
-    in modules_to_save, which keeps it from being adapted.
+    Of the numbers in a name, layers_to_transform meant the last one up to 0.19, and means the first
+    one from 0.20 on: ``layers.1.experts.0.w1`` was in layer 0 and is in layer 1. With all that is
+    trained whole in modules_to_save, which keeps it from being adapted.
     """
     if task_heads(config.task_type):
         config = replace(config, modules_to_save=saved_modules(config))
@@ -149,8 +149,8 @@ def _readings(config: RandLoraConfig) -> list[RandLoraConfig]:
 def _as_trained(config: RandLoraConfig, layers: Iterable[str], where: object) -> RandLoraConfig:
     warn(
         f"{where}: layers_to_transform={shown(config.layers_to_transform)} fits the file's tensors "
-        "only as PEFT up to 0.18 read it, by the last number in a layer's name. They are taken; "
-        "PEFT 0.21 reads the first number and would adapt other layers. `randlora-jax compact` "
+        "only as PEFT up to 0.19 read it, by the last number in a layer's name. They are taken; "
+        "PEFT 0.20 and later read the first one and would adapt others. `randlora-jax compact` "
         "writes the adapter so that every release reads it alike"
     )
     return naming_in_full(config, layers)

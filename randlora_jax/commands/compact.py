@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from randlora_jax.commands.inputs import keeping_promises
 from randlora_jax.commands.output import Output, holds_a_model
 from randlora_jax.commands.report import (
     Commands,
@@ -21,7 +22,6 @@ from randlora_jax.commands.report import (
     progress,
     size,
 )
-from randlora_jax.interop import promises
 from randlora_jax.interop.adapter import Adapter, check_finite
 from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
 from randlora_jax.interop.draws import agreeing_dtypes, in_words
@@ -87,7 +87,7 @@ def compact(src: Path, dst: Path, *, drop_bases: bool = False, force: bool = Fal
         before = _content(config, file)
         notes = [*_widened(config, file), *_others(src)]
         adapter, compare_copies = load_once(config, file)
-        adapter = promises.check(adapter, src, None)
+        adapter = keeping_promises(adapter, src, None)
         adapter = replace(adapter, config=naming_in_full(adapter.config, adapter.layers))
         with ThreadPoolExecutor(1) as beside, closing(file):  # which ends comparing, if need be
             comparison = beside.submit(compare_copies)  # nearly all of the time

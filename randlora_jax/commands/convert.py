@@ -8,7 +8,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from randlora_jax.commands.inputs import add_draw, deltas_of, read_showing_progress
+from randlora_jax.commands.inputs import (
+    add_draw,
+    deltas_of,
+    keeping_promises,
+    read_showing_progress,
+)
 from randlora_jax.commands.output import Output, holds_a_model
 from randlora_jax.commands.report import (
     Commands,
@@ -58,7 +63,8 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
         "--base",
         metavar="MODEL_DIR",
         type=existing_directory,
-        help="directory of the base model: needed to draw bases that SRC lacks",
+        help="directory of the base model: needed to draw bases that SRC lacks; else it tells "
+        "whether SRC is whole",
     )
     add_draw(parser)
     parser.add_argument("--force", action="store_true", help="replace an adapter in DST")
@@ -79,6 +85,11 @@ def run(args: argparse.Namespace) -> Report:
         adapter = with_bases(adapter, args.src, args.base, **drawn)
         assert adapter.provenance is not None
         notes.append(f"bases drawn as {adapter.provenance.source} and written")
+    elif args.base is None:
+        adapter = keeping_promises(adapter, args.src, None)
+    else:
+        with BaseModel(args.base) as model:
+            adapter = keeping_promises(adapter, args.src, model)
     if args.names:
         rules = read_rules(args.names)
         renamed = rename(adapter, rules if args.to == "torch" else backwards(rules))

@@ -59,12 +59,24 @@ def deltas_of(
       AdapterFileError: the adapter lacks what its config promises of this base model.
       Misuse: `generation` or `base_dtype` is given for an adapter that has its bases.
     """
-    base.layers(adapter)  # settles the names
-    promises.check(adapter, "the adapter", base_names(base, adapter))
+    keeping_promises(adapter, "the adapter", base)
     try:
         return Deltas(adapter, base, generation, progress, base_dtype=base_dtype)
     except ConfigError as error:
         raise Misuse(str(error)) from error
+
+
+def keeping_promises(adapter: Adapter, where: object, base: BaseModel | None) -> Adapter:
+    """As `promises.check`, with what a base model's directory tells, if one is given.
+
+    Raises:
+      AdapterFileError: the adapter lacks what its config promises.
+      TargetError: the base model has other layers.
+    """
+    if base is None:
+        return promises.check(adapter, where, None)
+    base.layers(adapter)  # settles how the adapter's names become the checkpoint's
+    return promises.check(adapter, where, base_names(base, adapter))
 
 
 def read_showing_progress(directory: str | Path) -> Adapter:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from randlora_jax.commands import inspect_plot
-from randlora_jax.commands.inputs import add_draw, deltas_of
+from randlora_jax.commands.inputs import add_draw, deltas_of, keeping_promises
 from randlora_jax.commands.inspect_text import in_words
 from randlora_jax.commands.report import (
     Commands,
@@ -21,10 +21,8 @@ from randlora_jax.commands.report import (
     named,
     progress,
 )
-from randlora_jax.interop import promises
 from randlora_jax.interop.adapter import Adapter, not_finite
 from randlora_jax.interop.base_model import BaseModel
-from randlora_jax.interop.base_names import base_names
 from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
 from randlora_jax.interop.draws import base_dtypes, generations
 from randlora_jax.interop.keys import BASE_PARTS, roles_of
@@ -126,7 +124,7 @@ def inspect(
     drawn: dict[str, Any] | None = None
     shapes = adapter.provenance.shapes if adapter.provenance else {}
     if base is None:
-        promises.check(adapter, directory, None)
+        keeping_promises(adapter, directory, None)
     else:
         with BaseModel(base) as model:
             shapes = {name: layer.shape for name, layer in model.layers(adapter).items()}
@@ -134,7 +132,7 @@ def inspect(
                 # checks the extents of the bases
                 deltas = deltas_of(adapter, model, torch_generation, base_dtype)
             else:
-                promises.check(adapter, directory, base_names(model, adapter))
+                keeping_promises(adapter, directory, model)
         if plot is not None and good:
             drawn = inspect_plot.draw(deltas, plot, layers, force=force)
     data = {

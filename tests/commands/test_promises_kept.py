@@ -27,9 +27,10 @@ WITH_BASE = {
 ALONE = {
     "inspect alone": ["inspect", "{adapter}"],
     "compact": ["compact", "{adapter}", "{out}"],
-    "convert": ["convert", "{adapter}", "{out}", "--to", "jax", "--names", "{rules}"],
+    "convert": ["convert", "{adapter}", "{out}", "--to", "torch", "--names", "{rules}"],
 }
 COMMANDS = WITH_BASE | ALONE
+QUICK = [command for command in COMMANDS if command != "verify"]  # where they come to their end
 
 
 def ask(folder, command, capsys):
@@ -59,11 +60,14 @@ def refused(folder, command, capsys, *words) -> None:
 
 
 @pytest.fixture
-def bert(tmp_path):
+def bert(tmp_path, request):
     save_base("bert", tmp_path / "base")
-    settings = {"target_modules": ["query", "value"], "bias": "all"}
+    settings = {"target_modules": ["query", "value"], "bias": getattr(request, "param", "none")}
     save_adapter("bert", tmp_path / "base", tmp_path / "adapter", **settings)
     return tmp_path
+
+
+all_biases = pytest.mark.parametrize("bert", ["all"], indirect=True)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -79,7 +83,8 @@ def test_half_a_head(bert, command, lost, capsys):
     refused(bert, command, capsys, f"expected '{lost}'")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@all_biases
+@pytest.mark.parametrize("command", QUICK)
 def test_biases_that_the_file_never_had(bert, command, capsys):
     """As PEFT before 0.21 wrote it: going on, and saying so."""
     rewrite(
@@ -92,6 +97,7 @@ def test_biases_that_the_file_never_had(bert, command, capsys):
     assert "bias='all' says that biases were trained, and the file has none" in line
 
 
+@all_biases
 @pytest.mark.parametrize("command", WITH_BASE)
 def test_a_bias_that_the_file_lost(bert, command, capsys):
     rewrite(bert / "adapter", without("layer.1.output.LayerNorm.bias"))
@@ -115,8 +121,9 @@ def test_targets_that_are_wider_than_the_tensors(bert, command, lost, capsys):
 def test_a_field_that_changes_the_update(bert, command, capsys):
     change_config(bert / "adapter", use_dora=True)
     refused(bert, command, capsys, "use_dora", CONFIG)
-    change_config(bert / "adapter", use_dora=False)
-    assert ask(bert, command, capsys)[0] == 0
+    if command in QUICK:
+        change_config(bert / "adapter", use_dora=False)
+        assert ask(bert, command, capsys)[0] == 0
 
 
 def test_a_base_model_that_has_more_than_the_adapters_class(tmp_path, capsys):
@@ -124,12 +131,12 @@ def test_a_base_model_that_has_more_than_the_adapters_class(tmp_path, capsys):
     torch.manual_seed(0)
     config = transformers.BertConfig(**WIDTHS, intermediate_size=52, max_position_embeddings=40)
     transformers.BertForPreTraining(config).save_pretrained(tmp_path / "base")
-    settings = {"target_modules": ["dense"], "bias": "all"}
-    save_adapter("bert", tmp_path / "base", tmp_path / "adapter", **settings)
+    save_adapter("bert", tmp_path / "base", tmp_path / "adapter", target_modules=["dense"])
     for command in ("inspect", "to-lora", "inspect alone"):
         status, said = ask(tmp_path, command, capsys)
         assert (status, "warning" in said) == (0, False), said
     rewrite(tmp_path / "adapter", without("layer.0.output.dense.randlora_"))
+    (tmp_path / "out").rename(tmp_path / "lora")
     refused(tmp_path, "inspect", capsys, "expected tensors of 'bert.encoder.layer.0.output.dense'")
 
 
@@ -196,22 +203,22 @@ def assert_same_weights(found, expected):
 @pytest.mark.parametrize("command", ["compact", "to-lora", "merge"])
 @pytest.mark.parametrize("older", [False, True])
 def test_layers_of_experts_are_written_in_full(mixtral, tmp_path, command, older, capsys):
-    """PEFT 0.18 and 0.21 read layers_to_transform differently; nothing is left to read."""
+    """PEFT 0.19 and 0.20 read layers_to_transform differently; nothing is left to read."""
     (tmp_path / "base").symlink_to(mixtral / "base")
     given = {"target_modules": ["w1", "w2"], "layers_to_transform": [1]}
-    if older:  # what was trained in 0.18, where 1 is an expert
+    if older:  # what was trained in 0.19, where 1 is an expert
         expected = peft_adapter(tmp_path, target_modules=r".*experts\.1\.w[12]")
         change_config(tmp_path / "adapter", **given)
     else:
         expected = peft_adapter(tmp_path, **given, layers_pattern="layers")
     status, said = ask(tmp_path, command, capsys)
     assert status == 0, said
-    assert ("up to 0.18" in said) == older
+    assert ("up to 0.19" in said) == older
     assert_same_weights(weights_of(tmp_path, command), expected)
     if command != "merge":
         written = json.loads((tmp_path / "out" / CONFIG).read_text())
         assert written["layers_to_transform"] is None and written["layers_pattern"] is None
-        assert written["target_modules"].count("|") == 5  # two of three experts or layers
+        assert written["target_modules"].count("|") == (3 if older else 5)
 
 
 # --- metadata -------------------------------------------------------------------------------------

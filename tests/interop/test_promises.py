@@ -113,9 +113,9 @@ def config_of(**settings) -> RandLoraConfig:
 
 
 def test_layers_as_older_releases_counted_them():
-    """PEFT 0.16 to 0.18 took expert 1 of all layers, 0.21 takes all experts of layer 1."""
+    """PEFT up to 0.19 took expert 1 of all layers, 0.20 and later take all experts of layer 1."""
     trained = [name for name in NAMES if ".experts.1." in name]
-    with pytest.warns(UserWarning, match=r"here: layers_to_transform=\(1,\) fits .* up to 0\.18"):
+    with pytest.warns(UserWarning, match=r"here: layers_to_transform=\(1,\) fits .* up to 0\.19"):
         settled = settled_config(config_of(layers_to_transform=[1]), trained, "here")
     assert full_names(settled.target_modules) == tuple(trained)
     assert settled.layers_to_transform is None and settled.layers_pattern is None
@@ -123,7 +123,7 @@ def test_layers_as_older_releases_counted_them():
         config = config_of(layers_to_transform=[1], layers_pattern=pattern)
         assert settled_config(config, trained, "here") is config
     deep = ["model.layers.0.layers.1.w1", "model.layers.1.layers.1.w1"]
-    with pytest.warns(UserWarning, match=r"up to 0\.18"):
+    with pytest.warns(UserWarning, match=r"up to 0\.19"):
         config = config_of(layers_to_transform=1, layers_pattern="layers")
         assert full_names(settled_config(config, deep, "here").target_modules) == tuple(deep)
 
@@ -166,7 +166,7 @@ def test_of_two_readings_the_base_model_tells_which_one_is_meant():
     names = [f"model.layers.{i}.experts.{k}.w1" for i in range(2) for k in range(3)]
     trained = [name for name in names if "experts.2" not in name]
     adapter = adapter_of(config_of(layers_to_transform=[0, 1]), trained)
-    with pytest.warns(UserWarning, match=r"up to 0\.18"):
+    with pytest.warns(UserWarning, match=r"up to 0\.19"):
         found = check(adapter, "here", base_of(names))
     assert full_names(found.config.target_modules) == tuple(trained)
 

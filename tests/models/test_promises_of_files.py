@@ -41,9 +41,13 @@ def bert(tmp_path_factory):
 
 
 @pytest.fixture
-def adapter(bert, tmp_path):
-    save_adapter("bert", bert.path, tmp_path, target_modules=["query", "value"], bias="all")
+def adapter(bert, tmp_path, request):
+    settings = {"target_modules": ["query", "value"], "bias": getattr(request, "param", "none")}
+    save_adapter("bert", bert.path, tmp_path, **settings)
     return tmp_path
+
+
+all_biases = pytest.mark.parametrize("adapter", ["all"], indirect=True)
 
 
 def refused(bert, folder, *words) -> None:
@@ -65,7 +69,6 @@ def refused(bert, folder, *words) -> None:
         "classifier": "expected tensors of 'classifier' or 'score'",
         "classifier.bias": "expected 'classifier.bias'",
         "classifier.weight": "expected 'classifier.weight'",
-        "layer.0.attention.output.dense.bias": "expected 'bert.encoder.layer.0.attention.output",
         "layer.1.attention.self.value.randlora": "bert.encoder.layer.1.attention.self.value",
         "value.randlora": "expected tensors of 'bert.encoder.layer.0.attention.self.value'",
     }.items(),
@@ -73,6 +76,13 @@ def refused(bert, folder, *words) -> None:
 def test_what_a_file_lost_is_named(bert, adapter, lost, named):
     rewrite(adapter, without(lost))
     refused(bert, adapter, named)
+
+
+@all_biases
+@pytest.mark.parametrize("lost", ["bert.encoder.layer.0.output.dense", "bert.pooler.dense"])
+def test_a_bias_that_a_file_lost_is_named(bert, adapter, lost):
+    rewrite(adapter, without(f"{lost}.bias"))
+    refused(bert, adapter, f"expected '{lost}.bias'")
 
 
 @pytest.mark.parametrize(
@@ -90,6 +100,7 @@ def test_what_a_config_says_otherwise_is_named(bert, adapter, change, named):
     refused(bert, adapter, named)
 
 
+@all_biases
 def test_biases_that_a_file_never_had_are_said(bert, adapter):
     rewrite(
         adapter,
