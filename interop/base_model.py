@@ -24,7 +24,12 @@ FLOATS = tuple(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16, np.flo
 
 # What layers are called that make a language model's logits, where they have no tensor of their own
 # because they use the embedding's.
-LM_HEADS = {"lm_head", "decoder", "proj_out", "embed_out", "output_projection", "lm_loss"}
+LM_HEADS = {
+    *("lm_head", "decoder", "proj_out", "embed_out", "output_projection", "lm_loss"),
+    *("vocab_projector", "generator_lm_head"),
+}
+# What embeddings are called whose rows are no tokens, but may be as many.
+_NO_TOKENS = re.compile(r"pos|wpe|type")
 
 # The embedding that encoder and decoder have in common, by the names of T5, BART and their kin, and
 # the places that use it. (A decoder alone, as OPT's, calls its own by the last name.)
@@ -229,7 +234,7 @@ class BaseModel:
             return None
         others = [other for other in self._vocabulary if other != mine]
         if not has_head:
-            others = [other for other in others if _module_name(other) not in LM_HEADS]
+            others = [other for other in others if _USES_SHARED.search(_module(other))]
         if not others:  # a checkpoint without the other side, if there is one
             if _SHARED.search(module):
                 return "the embeddings of encoder and decoder"
@@ -254,6 +259,7 @@ class BaseModel:
             for key in self.home
             if not any(part.isdecimal() for part in key.split("."))
             and key.endswith(".weight")
+            and not _NO_TOKENS.search(_module(key).rpartition(".")[2])
             and len(self.tensor(key).shape) == 2
             and self.tensor(key).shape[0] == rows
         ]
@@ -304,5 +310,5 @@ def base_shapes(directory: str | Path, names: Iterable[str]) -> dict[str, tuple[
         return {name: base.layer(name).shape for name in names}
 
 
-def _module_name(key: str) -> str:
-    return key.split(".")[-2]
+def _module(key: str) -> str:
+    return key.rpartition(".")[0]

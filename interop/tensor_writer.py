@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import BufferedWriter
 from math import prod
 from pathlib import Path
 
@@ -69,14 +70,17 @@ def write_stream(
     with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key, entry in entries.items():
-            made = make(key)
-            if isinstance(made, Stored):
-                made.file.copy(made.tensor, file)
-            else:
-                assert made.shape == entry.shape, key
-                for piece in pieces(made):
-                    file.write(bytes_of(piece.astype(entry.dtype, copy=False)))
+            _append(file, make(key), entry)
             advance(entry.nbytes)
+
+
+def _append(file: BufferedWriter, made: np.ndarray | Stored, entry: Entry) -> None:
+    if isinstance(made, Stored):
+        made.file.copy(made.tensor, file)
+        return
+    assert made.shape == entry.shape
+    for piece in pieces(made):
+        file.write(bytes_of(piece.astype(entry.dtype, copy=False)))
 
 
 def write_tensors(

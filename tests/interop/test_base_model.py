@@ -125,6 +125,14 @@ def test_tied_weights(tmp_path):
         assert base.tied("lm_head.weight") is None
 
 
+def test_positions_that_are_as_many_as_tokens_share_nothing(tmp_path):
+    make("gpt2", n_positions=97).save_pretrained(tmp_path)
+    with BaseModel(tmp_path) as base:
+        assert base.tied("transformer.wte.weight") == "the output layer"
+        assert base.tied("transformer.wte.weight", has_head=False) is None
+        assert base.tied("transformer.wpe.weight") is None
+
+
 def test_a_head_saved_beside_the_embedding_it_is_tied_to(tmp_path):
     make("opt").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"

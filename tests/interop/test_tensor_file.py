@@ -1,6 +1,8 @@
 """safetensors files as we open and write them, beside the safetensors package."""
 
+import errno
 import os
+import weakref
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +12,7 @@ from randlora_jax.interop.errors import AdapterFileError
 from randlora_jax.interop.peft_dir import WEIGHTS_NAME, open_adapter
 from randlora_jax.interop.tensor_file import TensorFile
 from randlora_jax.interop.tensor_format import CODES, DTYPES
-from randlora_jax.interop.tensor_writer import Entry, write_stream, write_tensors
+from randlora_jax.interop.tensor_writer import Entry, Stored, write_stream, write_tensors
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -119,3 +121,64 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(tmp_path):
         os.truncate(tmp_path / "x", 4096)
         with pytest.raises(AdapterFileError, match=r"'a': the file ends inside it, .* bytes short"):
             file.read(file.tensors["a"])
+
+
+@pytest.fixture
+def stored(tmp_path, rng):
+    arrays = {"a": rng.normal(size=(300, 70)), "scalar": np.array(2.5), "none": np.zeros((0, 3))}
+    write_tensors(tmp_path / "from", arrays, {})
+    return tmp_path, arrays
+
+
+@pytest.mark.parametrize("call", [True, False])
+def test_tensors_are_taken_over_bit_for_bit(call, stored, monkeypatch):
+    folder, arrays = stored
+    if not call:  # as on systems that cannot copy within themselves, or only a part of it
+        done = os.copy_file_range if hasattr(os, "copy_file_range") else None
+
+        def refuse(source, target, count, offset_src):
+            if done is None or offset_src % 2:
+                raise OSError(errno.EXDEV, "not on one filesystem")
+            return done(source, target, min(count, 1001), offset_src)
+
+        monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    with TensorFile(folder / "from") as file:
+        entries = {key: Entry("F64", x.shape) for key, x in arrays.items()}
+        new = {"b": arrays["a"] + 1}
+        entries["b"] = Entry("F64", new["b"].shape)
+        write_stream(
+            folder / "to",
+            entries,
+            {},
+            lambda key: new[key] if key in new else Stored(file, file.tensors[key]),
+        )
+    with TensorFile(folder / "to") as file:
+        for key, array in (arrays | new).items():
+            assert file.tensors[key].shape == array.shape
+            assert file.holds(file.tensors[key], array)
+
+
+def test_a_tensor_whose_file_ends_early_is_not_taken_over(stored):
+    folder, arrays = stored
+    with TensorFile(folder / "from") as file:
+        os.truncate(folder / "from", file.size - 8)
+        with pytest.raises(AdapterFileError, match="the file ends inside it, 8 bytes short"):
+            write_stream(
+                folder / "to",
+                {key: Entry("F64", x.shape) for key, x in arrays.items()},
+                {},
+                lambda key: Stored(file, file.tensors[key]),
+            )
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path):
+    made = []
+
+    def make(key):
+        assert all(earlier() is None for earlier in made)
+        array = np.ones((100, 100), np.float32)
+        made.append(weakref.ref(array))
+        return array
+
+    write_stream(tmp_path / "x", {key: Entry("F32", (100, 100)) for key in "abc"}, {}, make)
+    assert len(made) == 3
