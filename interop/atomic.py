@@ -40,7 +40,7 @@ from pathlib import Path
 from stat import S_IMODE
 
 from randlora_jax.interop.errors import RandLoraError
-from randlora_jax.interop.placing import remove, sync, take_mode, uninterrupted
+from randlora_jax.interop.placing import remove, set_mode, sync, take_mode, uninterrupted
 
 try:
     import fcntl
@@ -318,10 +318,9 @@ def _take_modes(staged: Path, target: Path, replaced: Replaced) -> None:
         with suppress(OSError):  # a link to nowhere
             most &= (target / name).stat().st_mode | 0o700
     for name in _files(staged):
-        mode = S_IMODE((staged / name).stat().st_mode)
-        (staged / name).chmod(mode & most)
+        set_mode(staged / name, S_IMODE((staged / name).stat().st_mode) & most)
         take_mode(staged / name, target / name)
-    staged.chmod(S_IMODE(target.stat().st_mode) | 0o700)
+    set_mode(staged, S_IMODE(target.stat().st_mode) | 0o700)
 
 
 @contextmanager

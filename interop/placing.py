@@ -50,7 +50,13 @@ def take_mode(new: Path, old: Path) -> None:
     if (now.st_uid, now.st_gid) != (status.st_uid, status.st_gid):
         with suppress(OSError):
             os.chown(new, status.st_uid, status.st_gid)
-    new.chmod(S_IMODE(status.st_mode) & 0o777)
+    set_mode(new, status.st_mode & 0o777)
+
+
+def set_mode(path: Path, mode: int) -> None:
+    """Change a mode where it is another; not every filesystem has modes to change."""
+    if S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
 
 
 def _add(new: Path, path: Path) -> None:

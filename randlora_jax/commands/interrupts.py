@@ -60,8 +60,9 @@ def leaving_soon(arguments: Sequence[str]) -> Iterator[threading.Event]:
         return
 
     def note(number: int, frame: FrameType | None) -> None:
-        came.set()
-        handler(number, frame)
+        if not came.is_set():  # what cleans up after the first one is not interrupted again
+            came.set()
+            handler(number, frame)
 
     reading, writing = os.pipe()
     os.set_blocking(writing, False)

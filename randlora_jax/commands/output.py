@@ -17,7 +17,10 @@ _WEIGHTS = (
     *("*.safetensors", "*.bin", "*.h5", "*.msgpack", "*.index.json"),
     *("*.gguf", "*.onnx", "*.pt", "*.pth", "*.ckpt*"),
 )
-_NO_WEIGHTS = ("adapter_*", "training_args.*", "optimizer.*", "scheduler.*", "scaler.*", "rng_*")
+_NO_WEIGHTS = (
+    *("adapter_*", "non_lora_trainables*", "training_args.*"),
+    *("optimizer.*", "scheduler.*", "scaler.*", "rng_*"),
+)
 
 
 class Output:

@@ -71,6 +71,7 @@ WEIGHTS_OF_MODELS = [
 NO_WEIGHTS = [
     "adapter_model.bin",
     "adapter_model.safetensors",
+    "non_lora_trainables.bin",
     "training_args.bin",
     "optimizer.pt",
     "scheduler.pt",
