@@ -101,9 +101,9 @@ def quiet() -> Iterator[None]:
 
 
 def in_short(error: Exception) -> str:
-    """What kind of error it is, and the first line of what it says."""
-    line = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {line[:300]}" if line else type(error).__name__
+    """What kind of error it is, and the beginning of what it says, in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
 def _lay_out(base: BaseModel, folder: Path) -> None:
