@@ -90,7 +90,7 @@ class BaseModel:
         self.files: dict[str, TensorFile] = {}
         self.home: dict[str, str] = {}
         self.naming = Naming()
-        self.config = read_object(self.folder / MODEL_CONFIG)
+        self.config = read_object(self.folder / MODEL_CONFIG, finite=False)
         try:
             for name in _file_names(self.folder):
                 self._open(name)

@@ -118,7 +118,7 @@ def merge(
                 (staged / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(model.folder / path, staged / path)
             if todo.config:
-                changed = read_object(staged / MODEL_CONFIG) | todo.config
+                changed = read_object(staged / MODEL_CONFIG, finite=False) | todo.config
                 (staged / MODEL_CONFIG).write_text(json.dumps(changed, indent=2) + "\n")
             if (model.folder / INDEX).exists():
                 (staged / INDEX).write_text(_index(model, todo))

@@ -8,6 +8,7 @@ else.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,6 @@ from randlora_jax.interop.adapter import Adapter
 from randlora_jax.interop.base_model import INDEX, MODEL_CONFIG, SINGLE, BaseLayer, BaseModel
 from randlora_jax.interop.errors import listed, shown
 from randlora_jax.interop.keys import trained_tensors
-from randlora_jax.interop.strict_json import dump_object, write_text
 
 _AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -108,12 +108,12 @@ def in_short(error: Exception) -> str:
 
 def _lay_out(base: BaseModel, folder: Path) -> None:
     """Fill a folder with what transformers may see of a base model."""
-    write_text(folder / MODEL_CONFIG, dump_object(_harmless(base.config)))
+    (folder / MODEL_CONFIG).write_text(json.dumps(_harmless(base.config)))
     single = len(base.files) == 1
     for name, file in base.files.items():
         (folder / (SINGLE if single else name)).symlink_to(file.path.resolve())
     if not single:
-        write_text(folder / INDEX, dump_object({"metadata": {}, "weight_map": base.home}))
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": base.home}))
 
 
 def _harmless(config: Any) -> Any:
