@@ -103,7 +103,7 @@ def quiet() -> Iterator[None]:
 def in_short(error: Exception) -> str:
     """What kind of error it is, and the beginning of what it says, in one line."""
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 def _lay_out(base: BaseModel, folder: Path) -> None:
@@ -138,9 +138,11 @@ def _classes(adapter: Adapter, config: Mapping[str, Any]) -> Iterator[tuple[str,
     library = str(mapping.get("parent_library"))
     if library.startswith("transformers.models."):  # a file must not choose what is imported
         yield library, str(mapping.get("base_model_class"))
-    named = config.get("architectures")
-    for name in named if isinstance(named, list) else []:
-        yield "transformers", str(name)
+    # transformers writes Qwen2-VL's into the part for text
+    for part in (config, *config.values()):
+        named = part.get("architectures") if isinstance(part, dict) else None
+        for name in named if isinstance(named, list) else []:
+            yield "transformers", str(name)
     if typed:
         yield "transformers", "AutoModel"
 
