@@ -77,6 +77,8 @@ def open_model(base: BaseModel, adapter: Adapter, layers: Mapping[str, BaseLayer
             if not lacking:
                 return model.eval()
             why.append(f"{name} has no linear layer {listed(lacking, 1)}")
+    if not _is_typed(base.config):
+        why.append(f"model_type {shown(base.config.get('model_type'))} is unknown")
     if "auto_map" in base.config:
         why.append("code that comes with a model is never run")
     raise NotCompared(f"transformers does not open the base model ({'; '.join(why)})")
@@ -131,7 +133,7 @@ def _names_another(config: Any) -> bool:
 
 def _classes(adapter: Adapter, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The modules and names of classes that the adapter may have been trained on, likely first."""
-    typed = isinstance(config.get("model_type"), str)  # else transformers guesses, from the path
+    typed = _is_typed(config)
     if typed and adapter.config.task_type in _AUTO:
         yield "transformers", _AUTO[adapter.config.task_type]
     mapping = adapter.config.auto_mapping or {}
@@ -145,6 +147,14 @@ def _classes(adapter: Adapter, config: Mapping[str, Any]) -> Iterator[tuple[str,
             yield "transformers", str(name)
     if typed:
         yield "transformers", "AutoModel"
+
+
+def _is_typed(config: Mapping[str, Any]) -> bool:
+    """Whether transformers can tell the configuration's class, without guessing from the path."""
+    from transformers import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    return isinstance(kind, str) and kind in CONFIG_MAPPING
 
 
 def _class(library: str, name: str) -> Any:
