@@ -141,7 +141,7 @@ LOST = {
     "half a model": ({"num_hidden_layers": 1}, {}, "has no linear layer 'model.layers.1"),
     "backbone": ({"vision_config": {"backbone": "someone/model"}}, {}, "backbone"),
 }
-IN_A_PART = {"text_config": {"architectures": ["LlamaForCausalLM"]}}
+IN_A_PART = {"part": {"architectures": ["LlamaForCausalLM"]}}
 FOUND = {
     "auto_mapping to nowhere": ({}, {"task_type": None, "auto_mapping": NOWHERE}),
     "auto_mapping to a function": ({}, {"task_type": None, "auto_mapping": FUNCTION}),
