@@ -89,7 +89,7 @@ class BaseModel:
         self.folder = Path(directory)
         self.files: dict[str, TensorFile] = {}
         self.home: dict[str, str] = {}
-        self.config = read_object(self.folder / MODEL_CONFIG)
+        self.config = read_object(self.folder / MODEL_CONFIG, finite=False)
         refuse_quantised(self.folder, self.config)
         found = weight_files(self.folder, self.config)
         self.index = found.index

@@ -84,8 +84,11 @@ def is_too_deep(value: Any) -> bool:
     return True
 
 
-def parse_object(text: str, where: str) -> dict[str, Any]:
+def parse_object(text: str, where: str, *, finite: bool = True) -> dict[str, Any]:
     """`text` as a JSON object; `where` names its source in errors.
+
+    Args:
+      finite: whether NaN and Infinity, which are no JSON, are refused. transformers writes them.
 
     Raises:
       AdapterFileError: broken JSON, a repeated key, a number that is not finite, a value other
@@ -103,15 +106,15 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
             result[key] = value
         return result
 
-    def finite(literal: str) -> float:
-        number = float(literal)
-        if not math.isfinite(number):
+    def number(literal: str) -> float:
+        value = float(literal)
+        if finite and not math.isfinite(value):
             raise AdapterFileError(f"{where}: expected finite numbers, found {literal}.")
-        return number
+        return value
 
     try:
         value = json.loads(
-            text, object_pairs_hook=without_repeats, parse_float=finite, parse_constant=finite
+            text, object_pairs_hook=without_repeats, parse_float=number, parse_constant=number
         )
     except AdapterFileError:
         raise
@@ -128,8 +131,11 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
     return value
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, *, finite: bool = True) -> dict[str, Any]:
     """The JSON object in the file `path`.
+
+    Args:
+      finite: as for `parse_object`.
 
     Raises:
       AdapterFileError: as `parse_object`, and where the file is missing or not UTF-8.
@@ -140,7 +146,7 @@ def read_object(path: Path) -> dict[str, Any]:
         raise AdapterFileError(f"{path}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
         raise AdapterFileError(f"{path}: expected UTF-8 text ({error}).") from error
-    return parse_object(text, str(path))
+    return parse_object(text, str(path), finite=finite)
 
 
 def dump_object(value: Mapping[str, Any]) -> str:

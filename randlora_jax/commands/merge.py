@@ -135,7 +135,7 @@ def merge(
                 (staged / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(model.folder / path, staged / path)
             if todo.config:
-                changed = read_object(staged / MODEL_CONFIG) | todo.config
+                changed = read_object(staged / MODEL_CONFIG, finite=False) | todo.config
                 (staged / MODEL_CONFIG).write_text(json.dumps(changed, indent=2) + "\n")
             if model.index is not None:
                 (staged / model.index).write_text(_index(model, model.index, todo))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +55,20 @@ class PeftTwin:
                         f"({in_short(error)})"
                     ) from error
 
-    def deltas(self) -> dict[str, np.ndarray]:
-        """delta_W of every layer that PEFT adapted, (out, in) in float32."""
-        found = {}
-        for name, module in self.model.named_modules():
-            if hasattr(module, "randlora_lambda"):
-                delta = _numpy(module.get_delta_weight("default"))
-                delta = delta.T if module.fan_in_fan_out else delta
-                found[name.removeprefix(PREFIX)] = delta
-        return found
+    @property
+    def layers(self) -> Mapping[str, Any]:
+        """The modules that PEFT adapted, by the base model's names."""
+        return {
+            name.removeprefix(PREFIX): module
+            for name, module in self.model.named_modules()
+            if hasattr(module, "randlora_lambda")
+        }
+
+    @staticmethod
+    def delta(layer: Any) -> np.ndarray:
+        """delta_W of one of `layers`, (out, in) in float32."""
+        found = _numpy(layer.get_delta_weight("default"))
+        return found.T if layer.fan_in_fan_out else found
 
     def saved(self, keys: Collection[str]) -> dict[str, np.ndarray]:
         """What it has of these parameters of the base model; of two copies the trained one."""

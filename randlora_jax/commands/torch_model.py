@@ -8,6 +8,7 @@ else.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,6 @@ from randlora_jax.interop.base_model import MODEL_CONFIG, BaseLayer, BaseModel
 from randlora_jax.interop.checkpoint_files import INDEX, SINGLE
 from randlora_jax.interop.errors import listed, shown
 from randlora_jax.interop.keys import trained_tensors
-from randlora_jax.interop.strict_json import dump_object, write_text
 
 _AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -78,6 +78,8 @@ def open_model(base: BaseModel, adapter: Adapter, layers: Mapping[str, BaseLayer
             if not lacking:
                 return model.eval()
             why.append(f"{name} has no linear layer {listed(lacking, 1)}")
+    if not _is_typed(base.config):
+        why.append(f"model_type {shown(base.config.get('model_type'))} is unknown")
     if "auto_map" in base.config:
         why.append("code that comes with a model is never run")
     raise NotCompared(f"transformers does not open the base model ({'; '.join(why)})")
@@ -102,19 +104,19 @@ def quiet() -> Iterator[None]:
 
 
 def in_short(error: Exception) -> str:
-    """What kind of error it is, and the first line of what it says."""
-    line = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {line[:300]}" if line else type(error).__name__
+    """What kind of error it is, and the beginning of what it says, in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 def _lay_out(base: BaseModel, folder: Path) -> None:
     """Fill a folder with what transformers may see of a base model."""
-    write_text(folder / MODEL_CONFIG, dump_object(_harmless(base.config)))
+    (folder / MODEL_CONFIG).write_text(json.dumps(_harmless(base.config)))
     single = len(base.files) == 1
     for name, file in base.files.items():
         (folder / (SINGLE if single else name)).symlink_to(file.path.resolve())
     if not single:
-        write_text(folder / INDEX, dump_object({"metadata": {}, "weight_map": base.home}))
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": base.home}))
 
 
 def _harmless(config: Any) -> Any:
@@ -132,18 +134,28 @@ def _names_another(config: Any) -> bool:
 
 def _classes(adapter: Adapter, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The modules and names of classes that the adapter may have been trained on, likely first."""
-    typed = isinstance(config.get("model_type"), str)  # else transformers guesses, from the path
+    typed = _is_typed(config)
     if typed and adapter.config.task_type in _AUTO:
         yield "transformers", _AUTO[adapter.config.task_type]
     mapping = adapter.config.auto_mapping or {}
     library = str(mapping.get("parent_library"))
     if library.startswith("transformers.models."):  # a file must not choose what is imported
         yield library, str(mapping.get("base_model_class"))
-    named = config.get("architectures")
-    for name in named if isinstance(named, list) else []:
-        yield "transformers", str(name)
+    # transformers writes Qwen2-VL's into the part for text
+    for part in (config, *config.values()):
+        named = part.get("architectures") if isinstance(part, dict) else None
+        for name in named if isinstance(named, list) else []:
+            yield "transformers", str(name)
     if typed:
         yield "transformers", "AutoModel"
+
+
+def _is_typed(config: Mapping[str, Any]) -> bool:
+    """Whether transformers can tell the configuration's class, without guessing from the path."""
+    from transformers import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    return isinstance(kind, str) and kind in CONFIG_MAPPING
 
 
 def _class(library: str, name: str) -> Any:

@@ -145,9 +145,9 @@ def difference(
 
 def _compare_deltas(deltas: Deltas, theirs: PeftTwin) -> tuple[list[Difference], set[str]]:
     """How far every delta_W is off; and the layers that only one side has."""
-    layers = theirs.deltas()
+    layers = theirs.layers
     found = [
-        difference("delta_W", name, deltas.of(name), layers[name], DELTAS)
+        difference("delta_W", name, deltas.of(name), theirs.delta(layers[name]), DELTAS)
         for name in deltas.layers
         if name in layers
     ]

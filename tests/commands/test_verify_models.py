@@ -141,10 +141,12 @@ LOST = {
     "half a model": ({"num_hidden_layers": 1}, {}, "has no linear layer 'model.layers.1"),
     "backbone": ({"vision_config": {"backbone": "someone/model"}}, {}, "backbone"),
 }
+IN_A_PART = {"part": {"architectures": ["LlamaForCausalLM"]}}
 FOUND = {
     "auto_mapping to nowhere": ({}, {"task_type": None, "auto_mapping": NOWHERE}),
     "auto_mapping to a function": ({}, {"task_type": None, "auto_mapping": FUNCTION}),
     "class alone": ({"model_type": None}, {}),
+    "class in a part": ({"model_type": None, "architectures": None, **IN_A_PART}, {}),
     "type alone": ({"architectures": ["NoSuch"]}, {}),
 }
 
@@ -217,9 +219,18 @@ def test_bare_layers_find_what_differs(family, target, tmp_path, monkeypatch, ca
     assert [what for what, good in deltas(said).items() if not good] == [one]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
-@pytest.mark.parametrize("kind", [{}, {"sparse": True}, {"very_sparse": True}], ids=str)
-@pytest.mark.parametrize("stored", [True, False], ids=["with-bases", "without"])
+@pytest.mark.parametrize(
+    ("dtype", "kind", "stored"),
+    [
+        (torch.bfloat16, {}, True),
+        (torch.bfloat16, {}, False),
+        (torch.bfloat16, {"sparse": True}, False),
+        (torch.float16, {}, False),
+        (torch.float16, {"sparse": True}, True),
+        (torch.float16, {"very_sparse": True}, False),
+    ],
+    ids=str,
+)
 def test_low_precision_is_no_false_alarm(dtype, kind, stored, tmp_path, capsys):
     settings = {
         "target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"],

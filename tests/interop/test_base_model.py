@@ -155,3 +155,10 @@ def test_layernorm_names_from_before_pytorch(tmp_path):
     with BaseModel(tmp_path) as base:
         found = base.find("bert.embeddings.LayerNorm.bias")
         assert found == "bert.embeddings.LayerNorm.beta"
+
+
+def test_a_configuration_with_numbers_that_are_no_json(tmp_path):
+    """As transformers writes for Mamba 2."""
+    save_file({"a.weight": torch.ones(3, 4)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"time_step_limit": [0.0, Infinity], "x": NaN}')
+    assert base_shapes(tmp_path, ["a"]) == {"a": (3, 4)}

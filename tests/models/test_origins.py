@@ -172,15 +172,15 @@ def test_sparse_bases_of_a_base_model_in_another_dtype(pair, kind, tmp_path):
         return model, max(np.abs(found[k] - x).max() / np.abs(x).max() for k, x in expected.items())
 
     with pytest.warns(UserWarning, match=r"assuming float32.* base_dtype= or"):
-        assert furthest(tmp_path / "theirs")[1] > 1e-4
+        assert furthest(tmp_path / "theirs")[1] > 2e-5
     model, distance = furthest(tmp_path / "theirs", base_dtype="bfloat16")
     assert distance <= 1e-6
     model.save_pretrained(tmp_path / "ours")  # with a record of the dtype
     assert furthest(tmp_path / "ours")[1] <= 1e-6
     with pytest.raises(AdapterFileError, match="not those it was trained on"):
         furthest(tmp_path / "ours", base_dtype="float32")
-    with pytest.raises(ConfigError, match="base_dtype 'half'"):
-        furthest(tmp_path / "theirs", base_dtype="half")
+    with pytest.raises(ConfigError, match="base_dtype 'fp16'"):
+        furthest(tmp_path / "theirs", base_dtype="fp16")
     peft_adapter(pair, tmp_path / "whole", kind)
     with pytest.raises(ConfigError, match="holds its bases"):
         furthest(tmp_path / "whole", base_dtype="float32")
