@@ -25,7 +25,8 @@ ROWS = 1024  # of a matrix that are in float64 at a time
 SMALL = 512  # smaller sides are soon decomposed whole
 FEWEST = 24  # random vectors, and
 OVERSAMPLING = 8  # random vectors besides those that are wanted
-TOLERANCE = 1e-5  # share of the kept energy that more steps may still add
+TOLERANCE = 2e-4  # share of the kept energy that more steps may still add
+CAUTION = 3  # by which more may come than the last gains tell
 ROUNDING = 1e-6  # what is below it may be float32's
 
 
@@ -95,9 +96,10 @@ def factor(matrix: np.ndarray, choose: Choose, scale: float = 1.0) -> Factors:
 def factor_leading(delta: DeltaFactors, choose: Choose) -> Factors | None:
     """Nearly the best approximation of M of the rank that `choose` chooses.
 
-    It keeps at least 0.999 of what the best one keeps; the energy is M's own. The same on every
-    run. None where the whole decomposition costs less: for small matrices, and for ranks above an
-    eighth of the smaller side.
+    It keeps at least 0.999 of what the best one keeps. The energy is M's own, and the rank the one
+    it would be for the best one, if that is no close thing. The same on every run. None where the
+    whole decomposition costs less: for small matrices, and for ranks above an eighth of the smaller
+    side.
     """
     side = delta.shape[1]
     most = side // 8
@@ -113,10 +115,12 @@ def factor_leading(delta: DeltaFactors, choose: Choose) -> Factors | None:
     history: list[np.ndarray] = []
     while space.grow():
         history.append(space.values())
-        rank = choose(np.cumsum(history[-1]) / energy)
+        sums = np.cumsum(history[-1])
+        rank = choose(sums / energy)
         if len(history) > 1 and choose(_at_most(history[-1], side) / energy) > most:
             return None
-        if _settled(history, rank):
+        more = _to_come(history, rank)
+        if more <= TOLERANCE * sums[:rank][-1] and choose((sums + more) / energy) == rank:
             vectors = space.vectors(rank + 1)  # one more, as rounding may ask for it
             images = delta.times(vectors)
             energies = np.square(images, dtype=np.float64).sum(0)
@@ -165,12 +169,11 @@ class _Krylov:
 def _outside(known: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     """An orthonormal basis of `vectors` (side, k) less what the rows of `known` span of them.
 
-    Repeated where little is left, since rounding may have made that little.
+    Repeated where little is left of one, since that little may be rounding's.
     """
     while True:
-        vectors = vectors - known.T @ (known @ vectors)
         sizes = np.linalg.norm(vectors, axis=0)
-        vectors, triangle = np.linalg.qr(vectors)
+        vectors, triangle = np.linalg.qr(vectors - known.T @ (known @ vectors))
         if (np.abs(triangle.diagonal()) > 0.1 * sizes).all():
             return vectors
 
@@ -181,19 +184,20 @@ def _at_most(values: np.ndarray, side: int) -> np.ndarray:
     return np.cumsum(np.concatenate([sure, np.full(side - len(sure), sure[-1])]))
 
 
-def _settled(history: list[np.ndarray], rank: int) -> bool:
-    """Whether more steps would add next to nothing to the energy of the first `rank` values.
+def _to_come(history: list[np.ndarray], rank: int) -> float:
+    """What more steps would add to the energy of the first `rank` values, probably at most.
 
-    If each gain is to the one before as the last was to its own (Aitken, 1926). Lanczos does
-    better: its gains fall faster the longer it goes on. Gains that still rise show nothing.
+    Aitken (1926): as if each gain were to the one before as the last to its own. Lanczos does
+    better in the end, but the ratio may rise before; and where a few large values have just been
+    found, it is too low, so the last gain may come again. Gains that grow tell nothing: infinite.
     """
     if len(history) < 3 or 2 * rank > len(history[-1]):
-        return False
+        return np.inf
     before, last, now = (float(values[:rank].sum()) for values in history[-3:])
     gain, earlier = now - last, last - before
     if gain <= ROUNDING * now:
-        return True
-    return earlier > gain and gain * gain / (earlier - gain) <= TOLERANCE * now
+        return 0.0
+    return gain * max(1.0, CAUTION * gain / (earlier - gain)) if gain < earlier else np.inf
 
 
 def _factors(vectors: np.ndarray, images: np.ndarray, energy: float, scale: float) -> Factors:
