@@ -74,6 +74,7 @@ class Deltas:
             raise too_strong(self.adapter, name)
         return found.T if layer.conv1d else found
 
+    @np.errstate(over="ignore", invalid="ignore")  # what overflows is infinite, for all to see
     def add_to(self, name: str, weight: np.ndarray) -> None:
         """Add delta_W to a layer's weight as the base model stores it, in place.
 
@@ -89,20 +90,19 @@ class Deltas:
         matrix = weight.T if self.layers[name].conv1d else weight  # (out, in)
         matrix = matrix if n_in <= n_out else matrix.T  # (max, min), as M
         rows = max(1, BLOCK // (4 * max(r * n, smallest)))
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is inf, for all to see
-            for start in range(0, max(n_out, n_in), rows):
-                part = slice(start, min(start + rows, max(n_out, n_in)))
-                b_flat = b[part, :n].astype(np.float32).reshape(-1, n * r)
-                block = b_flat @ a_flat
-                block *= self.adapter.config.scaling
-                sum_dtype = np.promote_types(weight.dtype, np.float32)
+        for start in range(0, max(n_out, n_in), rows):
+            part = slice(start, min(start + rows, max(n_out, n_in)))
+            b_flat = b[part, :n].astype(np.float32).reshape(-1, n * r)
+            block = b_flat @ a_flat
+            block *= self.adapter.config.scaling
+            sum_dtype = np.promote_types(weight.dtype, np.float32)
+            with np.errstate(over="ignore"):  # what overflows float16 becomes inf, for all to see
                 matrix[part] = (matrix[part].astype(sum_dtype) + block).astype(weight.dtype)
 
 
 def flat_a(lam: np.ndarray, gamma: np.ndarray, a: np.ndarray) -> np.ndarray:
     """A_flat (r * n, min), rank slow and basis fast, of A (r, 1, min)."""
-    with np.errstate(over="ignore", invalid="ignore"):  # for all to see
-        product = lam[:, :, None] * a.astype(np.float32) * gamma
+    product = lam[:, :, None] * a.astype(np.float32) * gamma
     return product.reshape(-1, product.shape[2])
 
 
