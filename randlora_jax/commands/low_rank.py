@@ -25,6 +25,8 @@ ROWS = 1024  # of a matrix that are in float64 at a time
 SMALL = 512  # smaller sides are soon decomposed whole
 FEWEST = 24  # random vectors, and
 OVERSAMPLING = 8  # random vectors besides those that are wanted
+LARGEST = 6  # times as many vectors are held
+STEPS = 40  # after which the whole decomposition costs less
 TOLERANCE = 2e-4  # share of the kept energy that more steps may still add
 CAUTION = 3  # by which more may come than the last gains tell
 ROUNDING = 1e-6  # what is below it may be float32's
@@ -113,7 +115,8 @@ def factor_leading(delta: DeltaFactors, choose: Choose) -> Factors | None:
     wanted = choose(np.arange(1, side + 1) / side)  # where all directions have the same energy
     space = _Krylov(delta, max(FEWEST, min(wanted, side // 16)) + OVERSAMPLING)
     history: list[np.ndarray] = []
-    while space.grow():
+    for _ in range(STEPS):
+        space.grow()
         history.append(space.values())
         sums = np.cumsum(history[-1])
         rank = choose(sums / energy)
@@ -130,22 +133,27 @@ def factor_leading(delta: DeltaFactors, choose: Choose) -> Factors | None:
 
 
 class _Krylov:
-    """What M.T @ M makes of random vectors in several steps, and M.T @ M there."""
+    """What M.T @ M makes of random vectors in several steps, and M.T @ M there.
+
+    Where that grows too large, its leading eigenvectors stand for it (the thick restart of Wu and
+    Simon, 2000), which hardly costs a step more.
+    """
 
     def __init__(self, delta: DeltaFactors, width: int) -> None:
         self._times = delta.gram_times
+        self._width = width
         side = delta.shape[1]
-        self._basis = np.empty((side // 2, side), np.float32)  # orthonormal rows, `_size` of them
-        self._projected = np.zeros((side // 2, side // 2))
-        self._size = 0
+        self._basis = np.empty((LARGEST * width, side), np.float32)  # orthonormal rows, of which
+        self._size = 0  # are there
+        self._projected = np.zeros((LARGEST * width, LARGEST * width))
         start = np.random.default_rng(SEED).standard_normal((side, width), np.float32)
         self._next = np.linalg.qr(start)[0]
 
-    def grow(self) -> bool:
-        """Take one step; False where that would go beyond half of all directions."""
-        start, stop = self._size, self._size + self._next.shape[1]
-        if stop > len(self._basis):
-            return False
+    def grow(self) -> None:
+        """Take one step."""
+        if self._size == len(self._basis):
+            self._restart(2 * self._width)
+        start, stop = self._size, self._size + self._width
         self._basis[start:stop] = self._next.T
         self._size = stop
         known = self._basis[:stop]
@@ -154,7 +162,11 @@ class _Krylov:
         self._projected[:stop, start:stop] = inside
         self._projected[start:stop, :stop] = inside.T
         self._next = _outside(known, images - known.T @ inside)
-        return True
+
+    def _restart(self, count: int) -> None:
+        self._basis[:count] = self.vectors(count).T
+        self._projected[:count, :count] = np.diag(self.values()[:count])
+        self._size = count
 
     def values(self) -> np.ndarray:
         """The eigenvalues there, largest first."""
