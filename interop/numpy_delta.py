@@ -102,7 +102,8 @@ class Deltas:
 
 def flat_a(lam: np.ndarray, gamma: np.ndarray, a: np.ndarray) -> np.ndarray:
     """A_flat (r * n, min), rank slow and basis fast, of A (r, 1, min)."""
-    product = lam[:, :, None] * a.astype(np.float32) * gamma
+    product = lam[:, :, None] * a.astype(np.float32)
+    product *= gamma
     return product.reshape(-1, product.shape[2])
 
 
