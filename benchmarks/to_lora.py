@@ -182,7 +182,9 @@ def measure(folder: Path, shapes: Shapes, r: int, rank: int, *, exact: bool) -> 
     with ProcessPoolExecutor(1) as pool:
         torch = pool.submit(torch_side, folder, shapes, rank, scaling).result()
     low, high = sorted(max(sides) for sides in zip(*shapes.values(), strict=True))
-    factor = 4 * high * -(-low // r) * r / 1e6
+    stored, used = (
+        4 * high * -(-side // r) * r / 1e6 for side in (low, max(map(min, shapes.values())))
+    )
     theirs = torch["forming"] + torch["decomposing"]
     print(f"\n{len(shapes)} layers, r {r}, rank {rank}, {os.cpu_count()} cores")
     print(f"to-lora                        {seconds}")
@@ -192,8 +194,8 @@ def measure(folder: Path, shapes: Shapes, r: int, rank: int, *, exact: bool) -> 
         print(f"to-lora --exact                {whole}  {most:.0f} MB at most")
     print(f"to-lora / PyTorch {seconds.wall / theirs.wall:.2f}, of processor time ", end="")
     print(f"{seconds.cpu / theirs.cpu:.2f}")
-    print(f"memory of to-lora: {peak:.0f} MB at most, of which {alone:.0f} before it begins;")
-    print(f"the largest factor, B_flat, has {factor:.0f} MB, so two of them {2 * factor:.0f}")
+    print(f"memory of to-lora {peak:.0f} MB at most, {alone:.0f} before it begins;")
+    print(f"B in the adapter has {stored:.0f} MB, of which the layers use {used:.0f}")
     print(f"\n{'share of the energy kept':34}{'to-lora':>10}{'PyTorch':>10}", end="")
     print(f"{'--exact':>10}{'to-lora / --exact':>19}" if exact else "")
     for name, kept in torch["kept"].items():
