@@ -23,7 +23,9 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -105,7 +107,28 @@ def delta(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, int], sca
     return product if low == shape[1] else product.T.contiguous()
 
 
-def torch_side(folder: Path, shapes: Shapes, rank: int, scaling: float) -> dict[str, object]:
+@dataclass
+class Seconds:
+    """How long something takes: in all, and of processor time."""
+
+    wall: float = 0
+    cpu: float = 0
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter(), time.process_time()
+
+    def __exit__(self, *exc: object) -> None:
+        self.wall += time.perf_counter() - self.start[0]
+        self.cpu += time.process_time() - self.start[1]
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.wall + other.wall, self.cpu + other.cpu)
+
+    def __str__(self) -> str:
+        return f"{self.wall:7.1f} s  (processor time {self.cpu:6.1f} s)"
+
+
+def torch_side(folder: Path, shapes: Shapes, rank: int, scaling: float) -> dict[str, Any]:
     """PyTorch's seconds, and the share of each layer's energy that each contestant keeps."""
     import torch
 
@@ -116,14 +139,12 @@ def torch_side(folder: Path, shapes: Shapes, rank: int, scaling: float) -> dict[
         if (folder / name).exists():
             with TensorFile(folder / name / WEIGHTS) as file:
                 loras[name] = {key: file.read(tensor) for key, tensor in file.tensors.items()}
-    forming, decomposing, kept = 0.0, 0.0, {}
+    forming, decomposing, kept = Seconds(), Seconds(), {}
     for name, shape in shapes.items():
-        start = time.perf_counter()
-        whole = delta(tensors, name, shape, scaling)
-        forming += time.perf_counter() - start
-        start = time.perf_counter()
-        u, s, v = torch.svd_lowrank(whole, q=rank + 8, niter=4)
-        decomposing += time.perf_counter() - start
+        with forming:
+            whole = delta(tensors, name, shape, scaling)
+        with decomposing:
+            u, s, v = torch.svd_lowrank(whole, q=rank + 8, niter=4)
         factors = {"torch": (u[:, :rank] * s[:rank], v[:, :rank].T)}
         for lora, found in loras.items():
             B, A = (found[f"{PREFIX}{name}.lora_{part}.weight"] for part in "BA")
@@ -136,18 +157,18 @@ def torch_side(folder: Path, shapes: Shapes, rank: int, scaling: float) -> dict[
     return {"forming": forming, "decomposing": decomposing, "kept": kept}
 
 
-def command(*arguments: object) -> tuple[float, float]:
-    """One `randlora-jax` command: its seconds and its peak memory in MB."""
+def command(*arguments: object) -> tuple[Seconds, float]:
+    """One `randlora-jax` command: how long it takes and its peak memory in MB."""
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "randlora_jax.commands.main", *map(str, arguments)],
         stdout=subprocess.DEVNULL,
     )
     _, status, usage = os.wait4(process.pid, 0)
-    elapsed = time.perf_counter() - start
+    taken = Seconds(time.perf_counter() - start, usage.ru_utime + usage.ru_stime)
     if status != 0:
         raise SystemExit(f"randlora-jax {' '.join(map(str, arguments))} failed")
-    return elapsed, usage.ru_maxrss * 1024 / 1e6
+    return taken, usage.ru_maxrss * 1024 / 1e6
 
 
 def measure(folder: Path, shapes: Shapes, r: int, rank: int, *, exact: bool) -> None:
@@ -161,18 +182,20 @@ def measure(folder: Path, shapes: Shapes, r: int, rank: int, *, exact: bool) -> 
     with ProcessPoolExecutor(1) as pool:
         torch = pool.submit(torch_side, folder, shapes, rank, scaling).result()
     low, high = sorted(max(sides) for sides in zip(*shapes.values(), strict=True))
-    factor = 4 * high * -(-low // r) * r / 1e6
+    stored, used = (
+        4 * high * -(-side // r) * r / 1e6 for side in (low, max(map(min, shapes.values())))
+    )
     theirs = torch["forming"] + torch["decomposing"]
     print(f"\n{len(shapes)} layers, r {r}, rank {rank}, {os.cpu_count()} cores")
-    print(f"to-lora          {seconds:7.1f} s   {seconds / theirs:5.2f} times PyTorch's")
-    print(
-        f"PyTorch          {theirs:7.1f} s   forming delta_W {torch['forming']:.1f}, "
-        f"svd_lowrank {torch['decomposing']:.1f}"
-    )
+    print(f"to-lora                        {seconds}")
+    print(f"PyTorch, forming delta_W       {torch['forming']}")
+    print(f"PyTorch, svd_lowrank           {torch['decomposing']}")
     if exact:
-        print(f"to-lora --exact  {whole:7.1f} s   {most:.0f} MB at most")
-    print(f"memory of to-lora: {peak:.0f} MB at most, of which {alone:.0f} before it begins;")
-    print(f"the largest factor, B_flat, has {factor:.0f} MB, so two of them {2 * factor:.0f}")
+        print(f"to-lora --exact                {whole}  {most:.0f} MB at most")
+    print(f"to-lora / PyTorch {seconds.wall / theirs.wall:.2f}, of processor time ", end="")
+    print(f"{seconds.cpu / theirs.cpu:.2f}")
+    print(f"memory of to-lora {peak:.0f} MB at most, {alone:.0f} before it begins;")
+    print(f"B in the adapter has {stored:.0f} MB, of which the layers use {used:.0f}")
     print(f"\n{'share of the energy kept':34}{'to-lora':>10}{'PyTorch':>10}", end="")
     print(f"{'--exact':>10}{'to-lora / --exact':>19}" if exact else "")
     for name, kept in torch["kept"].items():

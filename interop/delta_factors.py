@@ -20,10 +20,9 @@ from functools import cached_property
 from math import frexp
 
 import numpy as np
-from randlora_jax.interop.numpy_delta import Deltas, flat_a
+from randlora_jax.interop.numpy_delta import BLOCK, Deltas, flat_a
 
-BLOCK = 1 << 26  # bytes of the rows of B_flat that are worked on at a time
-ROWS = 512  # rows of A_flat by which the energy is summed
+PANEL = 512  # rows of a symmetric matrix that are worked on at a time
 CANCELLED = 0.01  # of the terms' size; independent random numbers leave more than half
 
 
@@ -58,8 +57,12 @@ class SharedB:
         if rows < self._rows or not self._rows:
             self._gram = np.zeros((self._widest, self._widest), np.float32)
             self._rows = 0
-        for _, block in self.blocks(self._rows, rows, self._widest):
-            self._gram += block.T @ block
+        if rows > self._rows:
+            for _, block in self.blocks(self._rows, rows, self._widest):
+                for panel, rest in _panels(self._widest):
+                    self._gram[panel, rest] += block[:, panel].T @ block[:, rest]
+            for panel, rest in _panels(self._widest):
+                self._gram[rest, panel] = self._gram[panel, rest].T
         self._rows = rows
         return self._gram[:inner, :inner]
 
@@ -116,11 +119,11 @@ class DeltaFactors:
         None where the terms cancel, so that their sum in float32 tells little.
         """
         gram, a, total, size = self._gram, self._a_flat, 0.0, 0.0
-        for start in range(0, self._inner, ROWS):  # both are symmetric: half of them will do
-            terms = a[start : start + ROWS] @ a[start:].T
-            terms *= gram[start : start + ROWS, start:]
-            total += _twice_but_for(terms, ROWS)
-            size += _twice_but_for(np.abs(terms, out=terms), ROWS)
+        for panel, rest in _panels(self._inner):
+            terms = a[panel] @ a[rest].T
+            terms *= gram[panel, rest]
+            total += _twice_but_for(terms, PANEL)
+            size += _twice_but_for(np.abs(terms, out=terms), PANEL)
         return None if total < CANCELLED * size else total
 
     def _b_times(self, x: np.ndarray) -> np.ndarray:
@@ -128,6 +131,12 @@ class DeltaFactors:
         for part, block in self._shared.blocks(0, self.shape[0], self._inner):
             np.matmul(block, x, out=found[part])
         return found
+
+
+def _panels(side: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of a symmetric matrix, and the columns from there on: by symmetry the others follow."""
+    for start in range(0, side, PANEL):
+        yield slice(start, start + PANEL), slice(start, side)
 
 
 def _twice_but_for(terms: np.ndarray, columns: int) -> float:

@@ -95,6 +95,7 @@ class Deltas:
             raise too_strong(self.adapter, name)
         return found.T if layer.conv1d else found
 
+    @np.errstate(over="ignore", invalid="ignore")  # what overflows is infinite, for all to see
     def add_to(self, name: str, weight: np.ndarray) -> None:
         """Add delta_W to a layer's weight as the base model stores it, in place.
 
@@ -126,8 +127,8 @@ class Deltas:
 
 def flat_a(lam: np.ndarray, gamma: np.ndarray, a: np.ndarray) -> np.ndarray:
     """A_flat (r * n, min), rank slow and basis fast, of A (r, 1, min)."""
-    with np.errstate(over="ignore", invalid="ignore"):  # for all to see
-        product = lam[:, :, None] * a.astype(np.float32) * gamma
+    product = lam[:, :, None] * a.astype(np.float32)
+    product *= gamma
     return product.reshape(-1, product.shape[2])
 
 

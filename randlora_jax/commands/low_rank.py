@@ -23,9 +23,12 @@ Choose: TypeAlias = Callable[[np.ndarray], int]
 SEED = 0
 ROWS = 1024  # of a matrix that are in float64 at a time
 SMALL = 512  # smaller sides are soon decomposed whole
-FEWEST = 24  # random vectors, and
-OVERSAMPLING = 8  # random vectors besides those that are wanted
-TOLERANCE = 1e-5  # share of the kept energy that more steps may still add
+FEWEST = 24  # vectors looked for, however few are wanted
+OVERSAMPLING = 8  # random vectors besides
+LARGEST = 6  # times as many are held
+STEPS = 40  # after which the whole decomposition costs less
+TOLERANCE = 2e-4  # share of the kept energy that more steps may still add
+CAUTION = 3  # by which more may come than the last gains tell
 ROUNDING = 1e-6  # what is below it may be float32's
 
 
@@ -95,9 +98,10 @@ def factor(matrix: np.ndarray, choose: Choose, scale: float = 1.0) -> Factors:
 def factor_leading(delta: DeltaFactors, choose: Choose) -> Factors | None:
     """Nearly the best approximation of M of the rank that `choose` chooses.
 
-    It keeps at least 0.999 of what the best one keeps; the energy is M's own. The same on every
-    run. None where the whole decomposition costs less: for small matrices, and for ranks above an
-    eighth of the smaller side.
+    It keeps at least 0.999 of what the best one keeps. The energy is M's own, and the rank the one
+    it would be for the best one, if that is no close thing. The same on every run. None where the
+    whole decomposition costs less: for small matrices, and for ranks above an eighth of the smaller
+    side.
     """
     side = delta.shape[1]
     most = side // 8
@@ -111,12 +115,15 @@ def factor_leading(delta: DeltaFactors, choose: Choose) -> Factors | None:
     wanted = choose(np.arange(1, side + 1) / side)  # where all directions have the same energy
     space = _Krylov(delta, max(FEWEST, min(wanted, side // 16)) + OVERSAMPLING)
     history: list[np.ndarray] = []
-    while space.grow():
+    for _ in range(STEPS):
+        space.grow()
         history.append(space.values())
-        rank = choose(np.cumsum(history[-1]) / energy)
+        sums = np.cumsum(history[-1])
+        rank = choose(sums / energy)
         if len(history) > 1 and choose(_at_most(history[-1], side) / energy) > most:
             return None
-        if _settled(history, rank):
+        more = _to_come(history, rank)
+        if more <= TOLERANCE * sums[:rank][-1] and choose((sums + more) / energy) == rank:
             vectors = space.vectors(rank + 1)  # one more, as rounding may ask for it
             images = delta.times(vectors)
             energies = np.square(images, dtype=np.float64).sum(0)
@@ -126,22 +133,27 @@ def factor_leading(delta: DeltaFactors, choose: Choose) -> Factors | None:
 
 
 class _Krylov:
-    """What M.T @ M makes of random vectors in several steps, and M.T @ M there."""
+    """What M.T @ M makes of random vectors in several steps, and M.T @ M there.
+
+    Where that grows too large, its leading eigenvectors stand for it (the thick restart of Wu and
+    Simon, 2000), which hardly costs a step more.
+    """
 
     def __init__(self, delta: DeltaFactors, width: int) -> None:
         self._times = delta.gram_times
+        self._width = width
         side = delta.shape[1]
-        self._basis = np.empty((side // 2, side), np.float32)  # orthonormal rows, `_size` of them
-        self._projected = np.zeros((side // 2, side // 2))
-        self._size = 0
+        self._basis = np.empty((LARGEST * width, side), np.float32)  # orthonormal rows, of which
+        self._size = 0  # are there
+        self._projected = np.zeros((LARGEST * width, LARGEST * width))
         start = np.random.default_rng(SEED).standard_normal((side, width), np.float32)
         self._next = np.linalg.qr(start)[0]
 
-    def grow(self) -> bool:
-        """Take one step; False where that would go beyond half of all directions."""
-        start, stop = self._size, self._size + self._next.shape[1]
-        if stop > len(self._basis):
-            return False
+    def grow(self) -> None:
+        """Take one step."""
+        if self._size == len(self._basis):
+            self._restart(2 * self._width)
+        start, stop = self._size, self._size + self._width
         self._basis[start:stop] = self._next.T
         self._size = stop
         known = self._basis[:stop]
@@ -150,7 +162,11 @@ class _Krylov:
         self._projected[:stop, start:stop] = inside
         self._projected[start:stop, :stop] = inside.T
         self._next = _outside(known, images - known.T @ inside)
-        return True
+
+    def _restart(self, count: int) -> None:
+        self._basis[:count] = self.vectors(count).T
+        self._projected[:count, :count] = np.diag(self.values()[:count])
+        self._size = count
 
     def values(self) -> np.ndarray:
         """The eigenvalues there, largest first."""
@@ -165,12 +181,11 @@ class _Krylov:
 def _outside(known: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     """An orthonormal basis of `vectors` (side, k) less what the rows of `known` span of them.
 
-    Repeated where little is left, since rounding may have made that little.
+    Repeated where little is left of one, since that little may be rounding's.
     """
     while True:
-        vectors = vectors - known.T @ (known @ vectors)
         sizes = np.linalg.norm(vectors, axis=0)
-        vectors, triangle = np.linalg.qr(vectors)
+        vectors, triangle = np.linalg.qr(vectors - known.T @ (known @ vectors))
         if (np.abs(triangle.diagonal()) > 0.1 * sizes).all():
             return vectors
 
@@ -181,19 +196,20 @@ def _at_most(values: np.ndarray, side: int) -> np.ndarray:
     return np.cumsum(np.concatenate([sure, np.full(side - len(sure), sure[-1])]))
 
 
-def _settled(history: list[np.ndarray], rank: int) -> bool:
-    """Whether more steps would add next to nothing to the energy of the first `rank` values.
+def _to_come(history: list[np.ndarray], rank: int) -> float:
+    """What more steps would add to the energy of the first `rank` values, probably at most.
 
-    If each gain is to the one before as the last was to its own (Aitken, 1926). Lanczos does
-    better: its gains fall faster the longer it goes on. Gains that still rise show nothing.
+    Aitken (1926): as if each gain were to the one before as the last to its own. Lanczos does
+    better in the end, but the ratio may rise before; and where a few large values have just been
+    found, it is too low, so the last gain may come again. Gains that grow tell nothing: infinite.
     """
     if len(history) < 3 or 2 * rank > len(history[-1]):
-        return False
+        return np.inf
     before, last, now = (float(values[:rank].sum()) for values in history[-3:])
     gain, earlier = now - last, last - before
     if gain <= ROUNDING * now:
-        return True
-    return earlier > gain and gain * gain / (earlier - gain) <= TOLERANCE * now
+        return 0.0
+    return gain * max(1.0, CAUTION * gain / (earlier - gain)) if gain < earlier else np.inf
 
 
 def _factors(vectors: np.ndarray, images: np.ndarray, energy: float, scale: float) -> Factors:

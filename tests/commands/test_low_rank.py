@@ -12,7 +12,7 @@ from randlora_jax.interop.numpy_delta import flat_a
 
 from randlora_jax.commands.low_rank import at_energy, factor, factor_leading
 
-HIGH, SIDE, RANK = 900, 640, 16
+HIGH, SIDE, RANK = 900, 640, 40
 
 
 def deltas_of(layers, a, b, alpha=1.0):
@@ -71,9 +71,6 @@ def test_it_keeps_what_the_best_keeps(name, directions):
     values = SPECTRA[name].astype("f4")
     delta = with_singular_values(values, directions)
     found = factor_leading(delta, lambda shares: RANK)
-    if name == "falls in a line":  # so flat that it would take more than half of all directions
-        assert found is None
-        return
     energies = np.sort(np.square(values, dtype="f8"))[::-1]
     assert found.rank == RANK
     assert found.energy == pytest.approx(energies.sum(), rel=1e-5)
@@ -95,10 +92,10 @@ def test_the_rank_for_an_energy_is_the_lowest(name, energy, directions):
     found = factor_leading(
         with_singular_values(SPECTRA[name], directions), partial(at_energy, energy)
     )
-    if rank > SIDE // 11:  # then the whole decomposition costs less
-        assert found is None
+    if found is None:  # the whole decomposition costs less
+        assert rank > SIDE // 10
     else:
-        assert found.rank == rank
+        assert found.rank == rank <= SIDE // 8
         assert energy <= found.share <= shares[rank - 1] + 1e-6
 
 
