@@ -99,8 +99,10 @@ def absent_file(rng: Random, files: Files) -> bool:
 
 @mutation
 def an_unfinished_save(rng: Random, files: Files) -> bool:
-    """A folder that stands for new files, with damaged ones in it."""
+    """A folder that stands for new files, as a crash leaves it, with a damaged one in it."""
     name = rng.choice([CONFIG, WEIGHTS])
     damaged = rng.choice([b"", b"{}", files.config, files.weights, rng.randbytes(50)])
-    files.others = {f".{CONFIG}.randlora-ready/{name}": damaged}
+    files.absent = (CONFIG,)
+    new = {CONFIG: files.config, name: damaged}
+    files.others = {f".{CONFIG}.randlora-ready/{n}": raw for n, raw in new.items()}
     return damaged != (files.config if name == CONFIG else files.weights)

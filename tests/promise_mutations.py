@@ -29,13 +29,12 @@ def _without(files: Files, part: str) -> bool:
 @mutation
 def promised_module_lost(rng: Random, files: Files) -> bool:
     """What the configuration says was trained whole is not in the file, or never was."""
-    whole = json.loads(files.config).get("modules_to_save") or []
-    if whole and rng.random() < 0.5:
-        files.names = tuple(whole)
-        return _without(files, ".head.")
-    name = rng.choice(["scorer", "layer.3", "head2"])
-    _config(files, modules_to_save=[*whole, name])
-    files.names = (name,)
+    whole = json.loads(files.config).get("modules_to_save")
+    if not whole:
+        whole = [rng.choice(["head.dense", "dense"])]
+        _config(files, modules_to_save=whole)
+    _without(files, ".head.")
+    files.names = tuple(whole)
     return True
 
 
