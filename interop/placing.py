@@ -8,7 +8,8 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, suppress
 from errno import EEXIST
 from pathlib import Path
 from stat import S_IMODE, S_ISREG
@@ -70,11 +71,21 @@ def _add(new: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete what is there, if anything: a folder with all in it, of a link the link alone."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
+    """Delete what is there, if anything: a folder with all in it, of a link the link alone.
+
+    All names are gone at once. To give back the room of gigabytes takes a second more; while files
+    are held open it waits, and Ctrl-C need not wait for it.
+    """
+    if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
+        return
+    held = ExitStack()
+    for file in path.rglob("*"):
+        if os.name != "nt" and file.is_file() and not file.is_symlink():
+            with suppress(OSError):
+                held.callback(os.close, os.open(file, os.O_RDONLY))
+    shutil.rmtree(path, ignore_errors=True)
+    threading.Thread(target=held.close, daemon=True).start()
 
 
 @contextmanager
@@ -98,11 +109,25 @@ def uninterrupted() -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or a directory is on the disk, so that power loss keeps the order."""
+    """Wait until a file or a directory is on the disk, so that power loss keeps the order.
+
+    For gigabytes that takes seconds, and Ctrl-C ends the waiting: hence a thread.
+    """
     if os.name == "nt" and path.is_dir():
         return
-    handle = os.open(path, os.O_RDONLY)
+    done: Future[None] = Future()
+    threading.Thread(target=_flush, args=(path, done), daemon=True).start()
+    done.result()
+
+
+def _flush(path: Path, done: Future[None]) -> None:
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except BaseException as error:
+        done.set_exception(error)
+    else:
+        done.set_result(None)

@@ -1,5 +1,6 @@
 """What lies in a directory already: hidden folders, links, modes, files of others."""
 
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -360,6 +361,23 @@ def test_an_interrupt_waits_for_the_end_of_a_block():
         os.kill(os.getpid(), signal.SIGINT)
         done.append(1)
     assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_does_not_wait_for_the_disk(tmp_path, monkeypatch):
+    """Which, as one long call of C does, lets no KeyboardInterrupt through."""
+    on_disk = []
+
+    def slow(handle):
+        os.kill(os.getpid(), signal.SIGINT)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)
+        on_disk.append(handle)
+
+    write_adapter(tmp_path / "a", adapter_of(1))
+    monkeypatch.setattr(os, "fsync", slow)
+    with pytest.raises(KeyboardInterrupt):
+        write_adapter(tmp_path / "a", adapter_of(2))
+    assert not on_disk
+    assert version(tmp_path / "a") == 1 and not hidden(tmp_path / "a")
 
 
 # No name.
