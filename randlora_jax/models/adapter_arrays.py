@@ -62,8 +62,10 @@ def _fresh(
     """
     _, n, smallest = used_extents(layer.matrix, config.r)
     largest = max(n, smallest) if key is None else max(layer.matrix)
-    # PEFT makes gamma in the base layer's dtype and keeps it in float32 afterwards
-    held = dtype if jnp.issubdtype(dtype, jnp.inexact) else np.float32
+    # PEFT makes gamma in the base layer's dtype and keeps it in float32 afterwards; in 8 bits it
+    # would be zero, and so would lambda's gradient
+    wide = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
+    held = dtype if wide else np.float32
     start = np.float32(1 / largest).astype(held).astype(np.float32)
     gamma = np.full((*layer.stack, n, smallest), start)
     shape = (*layer.stack, config.r, n)
@@ -86,7 +88,7 @@ def _trained_whole(
             or (config.bias == "randlora_only" and dotted(path[:-1]) in adapted)
         )
         if bias or targets.inside_saved(names.first(path[:-1]), patterns):
-            saved[path] = jnp.asarray(leaf, jnp.float32)
+            saved[path] = jnp.array(leaf, jnp.float32)  # another one, so that it can be donated
     return saved
 
 

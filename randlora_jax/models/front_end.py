@@ -9,7 +9,8 @@ class EquinoxRandLora(RandLoraModel): ...
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -59,7 +60,7 @@ class WrapRules:
         return cls(
             ExecutionOptions(apply, tuple(token_axes)),
             StatedLayouts(_rules("views", views, "'s i o'")),
-            Names(_rules("names", names, "'model.layers.{}.mlp.up_proj'", lists=True)),
+            stated_names(names),
             _types(layer_types),
             _expressions("optional", optional),
             SampleInputs.of(sample_inputs),
@@ -75,6 +76,15 @@ class WrapRules:
             names=Names({**self.names.rules, **known.names}, frozenset(known.names)),
             layer_types={**self.layer_types, **known.layer_types},
         )
+
+
+def stated_names(rules: Any) -> Names:
+    """The argument `names`, of `get_peft_model` or of saving; no rules for None.
+
+    Raises:
+      ConfigError: they are no dict from regular expressions to names.
+    """
+    return Names(_rules("names", rules, "'model.layers.{}.mlp.up_proj'", lists=True))
 
 
 def _all_text(value: Any, kind: Any) -> bool:
@@ -215,6 +225,16 @@ def wrap(model: Any, rules: WrapRules) -> AdaptedModel:
             "arrays on the mesh first (jax.device_put with a NamedSharding), then wrap it"
         )
     return wrapped
+
+
+@contextmanager
+def given_back(wrapped: AdaptedModel) -> Iterator[None]:
+    """If what is done within fails, the base model is what it was before it was wrapped."""
+    try:
+        yield
+    except BaseException:
+        wrapped._store.release()
+        raise
 
 
 def _warn_of_hidden(model: Any, wrapped: AdaptedModel) -> None:

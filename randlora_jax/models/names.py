@@ -118,10 +118,11 @@ def _expanded(pattern: str, match: re.Match[str], template: str) -> str:
             f"names rule {pattern!r}: {template!r} cannot be filled in ({error}): it may refer to "
             "the groups of the expression alone"
         ) from None
-    if not all(name.split(".")):
+    if not all(name.split(".")) or not name.isprintable() or "randlora_" in name:
         raise TargetError(
             f"names rule {pattern!r} gives {name!r}, which is no PyTorch module path: join the "
-            "parts of one by single dots, as in 'model.layers.0.mlp'"
+            "parts of one by single dots, as in 'model.layers.0.mlp', without line breaks and "
+            "PEFT's own 'randlora_'"
         )
     return name
 
