@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 import randlora_jax.front_ends  # noqa: F401 - makes those of the library known
 from randlora_jax.core.ways import Apply
 from randlora_jax.interop.config import RandLoraConfig
-from randlora_jax.models.front_end import WrapRules, register_front_end, wrap
+from randlora_jax.models.front_end import WrapRules, given_back, register_front_end, wrap
 from randlora_jax.models.layer_types import Table
 from randlora_jax.models.model import RandLoraModel
 from randlora_jax.models.names import Rules
@@ -114,5 +114,6 @@ def get_peft_model(
         model,
         WrapRules.stated(apply, token_axes, views, names, layer_types, optional, sample_inputs),
     )
-    wrapped.add_adapter(adapter_name, config, rngs=rngs)
+    with given_back(wrapped):
+        wrapped.add_adapter(adapter_name, config, rngs=rngs)
     return wrapped

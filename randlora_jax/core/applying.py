@@ -24,7 +24,7 @@ from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.mesh import Placement, off_mesh
 from randlora_jax.core.passes import each_pass_its_way
-from randlora_jax.core.update import Update
+from randlora_jax.core.update import Update, at_least_float32
 from randlora_jax.core.ways import ExecutionOptions, Way, possible_ways, require_a_way
 
 Run = Callable[..., jax.Array]
@@ -172,7 +172,7 @@ class _Call:
         """The untouched layer, and what each adapter makes of its input added in float32."""
         out = self.run(arguments.kernel, arguments.x, *arguments.read)
         sizes = self.layout.out_sizes(arguments.kernel.shape)
-        total = out.astype(jnp.float32)
+        total = out.astype(at_least_float32(out.dtype))
         for update, dropped in zip(updates, arguments.seen, strict=True):
             x = arguments.x if dropped is None else dropped
             total = total + self._through(x, update, sizes, factored)

@@ -5,6 +5,8 @@ layout (which of its axes are in, out, stack), that tells how to lay the input o
 matrix, and the rows of a result as the layer's output.
 """
 
+import math
+import re
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from randlora_jax.core.kernel_layout import KernelLayout
+from randlora_jax.interop.errors import ConfigError, shown
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,32 @@ class Contraction:
       equation: with ``...`` for any number of axes, in the input and the output. Without one, the
         layer sums over its input's last axes, in the order of the kernel's in axes, and puts the
         kernel's out axes in their place.
+
+    Raises:
+      ConfigError: `equation` is none of two arrays with a result, or a letter is twice in one.
     """
 
     equation: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.equation is None:
+            return
+        text = self.equation.replace(" ", "") if isinstance(self.equation, str) else ""
+        axes = r"[A-Za-z]*(?:\.\.\.)?[A-Za-z]*"
+        match = re.fullmatch(rf"({axes}),([A-Za-z]+)->({axes})", text)
+        parts = [part.replace(".", "") for part in match.groups()] if match else ["", "", "?"]
+        x, kernel, out = parts
+        if set(out) - set(x + kernel) or any(len(set(part)) < len(part) for part in parts):
+            raise ConfigError(
+                "Contraction: expected an einsum of a layer's input and its kernel, such as "
+                f"'...i,io->...o', each letter once in each, found {shown(self.equation)}"
+            )
+
+    @property
+    def parts(self) -> tuple[str, str, str]:
+        """The axes of input, kernel and output in the equation, if there is one."""
+        x, kernel, out = re.split(",|->", (self.equation or ",->").replace(" ", ""))
+        return x, kernel, out
 
     def axes(self, layout: KernelLayout, ndim: int) -> CallAxes:
         """The axes of a call whose input has `ndim`, of a layer whose kernel has `layout`."""
@@ -55,8 +81,7 @@ class Contraction:
             ins, outs = (_of(layout, kernel, side) for side in "io")
             x, out = f"...{ins}", f"...{outs}"
         else:
-            x, _, rest = self.equation.replace(" ", "").partition(",")
-            kernel, _, out = rest.partition("->")
+            x, kernel, out = self.parts
         free = [c for c in string.ascii_letters if c not in x + kernel + out]
         dots = "".join(free[: ndim - len(x.replace("...", ""))])
         x, out = x.replace("...", dots), out.replace("...", dots)
@@ -74,7 +99,8 @@ def as_rows(x: jax.Array, axes: CallAxes) -> jax.Array:
     """A layer's input as (*shared stack, rows..., in)."""
     order = axes.shared + axes.rows + axes.n_in
     laid = jnp.transpose(x, [axes.x.index(c) for c in order])
-    return laid.reshape(*laid.shape[: laid.ndim - len(axes.n_in)], -1)
+    lead = laid.ndim - len(axes.n_in)
+    return laid.reshape(*laid.shape[:lead], math.prod(laid.shape[lead:]))  # of no rows, too
 
 
 def as_output(y: jax.Array, axes: CallAxes, sizes: Sequence[int]) -> jax.Array:

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.mesh import Placement, placement_of
-from randlora_jax.core.update import Update
+from randlora_jax.core.update import Update, at_least_float32
 from randlora_jax.interop.errors import ConfigError
 
 
@@ -40,13 +40,17 @@ class Kernel:
     @property
     def refusal(self) -> str | None:
         """Why no update can be added to its numbers, None where one can."""
-        if jnp.issubdtype(self.array.dtype, jnp.floating):
+        if jnp.issubdtype(self.array.dtype, jnp.inexact):
             return None
         return f"its kernel holds {self.array.dtype} numbers, which a float update cannot join"
 
     def promoted(self, x: jax.Array) -> DTypeLike:
-        """What a layer multiplies `x` and its kernel in, by JAX's rules; integers stand for x's."""
-        if jnp.issubdtype(self.array.dtype, jnp.inexact):
+        """What a layer multiplies `x` and its kernel in, by JAX's rules.
+
+        Integers stand for x's, and so do floats of 8 bits, which JAX promotes with nothing.
+        """
+        dtype = self.array.dtype
+        if jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 1:
             return jnp.result_type(x, self.array)
         return x.dtype
 
@@ -57,12 +61,12 @@ class Kernel:
         return self.layout.to_kernel(total, self.array.shape)
 
     def taking(self, updates: Sequence[Update]) -> jax.Array:
-        """W + delta: formed in float32 and rounded once to what the layer holds.
+        """W + delta: formed in float32, or in what is wider, and rounded once to W's dtype.
 
         Raises:
           ConfigError: it refuses.
         """
         if self.refusal:
             raise ConfigError(f"no adapter can be merged into this layer: {self.refusal}")
-        whole = self.array.astype(jnp.float32) + self.delta(updates)
+        whole = self.array.astype(at_least_float32(self.array.dtype)) + self.delta(updates)
         return whole.astype(self.array.dtype)

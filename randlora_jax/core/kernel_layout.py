@@ -13,7 +13,7 @@ from itertools import combinations
 import jax
 import jax.numpy as jnp
 
-from randlora_jax.interop.errors import ConfigError
+from randlora_jax.interop.errors import ConfigError, shown
 
 
 @dataclass(frozen=True)
@@ -21,19 +21,20 @@ class KernelLayout:
     """How the axes of a kernel form matrices; see the module's text.
 
     Raises:
-      ConfigError: a letter other than i, o, s, or no input or no output axis.
+      ConfigError: a letter other than i, o, s, or no input or no output axis; no string.
     """
 
     axes: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "axes", self.axes.replace(" ", ""))
-        if set(self.axes) - set("ios") or not {"i", "o"} <= set(self.axes):
+        letters = self.axes.replace(" ", "") if isinstance(self.axes, str) else ""
+        if set(letters) - set("ios") or not {"i", "o"} <= set(letters):
             raise ConfigError(
-                f"kernel layout {self.axes!r}: expected one letter per kernel axis out of i (in), "
-                "o (out) and s (stack), with at least one i and one o, such as 'i o' for a Dense "
-                "kernel"
+                f"kernel layout {shown(self.axes)}: expected one letter per kernel axis out of i "
+                "(in), o (out) and s (stack), with at least one i and one o, such as 'i o' for a "
+                "Dense kernel"
             )
+        object.__setattr__(self, "axes", letters)
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
         """(stack extents, in, out) of a kernel of `shape`."""
@@ -50,7 +51,11 @@ class KernelLayout:
         return [n for side, n in zip(self.axes, shape, strict=True) if side == "o"]
 
     def within(self, whole: tuple[int, ...], shape: tuple[int, ...]) -> "KernelLayout":
-        """The layout inside scans that took some stack axes of a kernel of shape `whole`.
+        """The layout inside scans that took some stack axes of a kernel; see `axes_left`."""
+        return KernelLayout("".join(self.axes[i] for i in self.axes_left(whole, shape)))
+
+    def axes_left(self, whole: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The axes of a kernel of shape `whole` that are left inside scans over stack axes.
 
         Args:
           shape: what they left of it.
@@ -60,19 +65,20 @@ class KernelLayout:
         """
         taken = len(self.axes) - len(shape)
         stacks = [i for i, axis in enumerate(self.axes) if axis == "s"]
-        left = []
+        left: dict[str, tuple[int, ...]] = {}
         for gone in combinations(stacks, taken):
-            kept = [i for i in range(len(self.axes)) if i not in gone]
+            kept = tuple(i for i in range(len(self.axes)) if i not in gone)
             if [whole[i] for i in kept] == list(shape):
-                left.append("".join(self.axes[i] for i in kept))
-        if len(set(left)) > 1:
+                left.setdefault("".join(self.axes[i] for i in kept), kept)
+        if len(left) > 1:
             raise ConfigError(
                 f"kernel layout {self.axes!r} of shape {whole}: scans left {shape}, which may be "
-                f"any of {sorted(set(left))}; adapt layers of such a stack in a params pytree"
+                f"any of {sorted(left)}; adapt layers of such a stack in a params pytree"
             )
-        if left:
-            return KernelLayout(left[0])
-        return KernelLayout(self.axes.replace("s", "", taken))  # a shard's own extents
+        for kept in left.values():
+            return kept
+        gone = tuple(stacks[:taken])  # a shard's own extents
+        return tuple(i for i in range(len(self.axes)) if i not in gone)
 
     def along_stack(self, stacked: jax.Array) -> jax.Array:
         """(*stack, a, b) with its stack axes where a kernel has them, for scans to take.

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
@@ -27,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.kernel_layout import KernelLayout
-from randlora_jax.core.update import Update
+from randlora_jax.core.update import Update, at_least_float32
 
 Axes = tuple[str, ...]
 
@@ -90,7 +89,9 @@ class Placement:
         )
 
     def applied(self, x: jax.Array, update: Update, *, factored: bool) -> jax.Array:
-        """x (rows..., in) @ delta, (rows..., out) in float32; `factored`: without forming delta.
+        """x (rows..., in) @ delta, (rows..., out), float32 or as wide as x.
+
+        `factored`: without forming delta.
 
         Written for each device, so that what is summed over devices backwards is the gradient of
         lambda and gamma. Where the kernel is cut along the axes that split the tokens (FSDP), delta
@@ -122,7 +123,7 @@ class Placement:
         columns = P(None, small or None)
         specs = (P(*rows, kept[0] or None), P(), columns, columns, P(large or None))
         arrays: tuple[jax.Array, ...]
-        arrays = (x.astype(jnp.float32), update.lam, update.gamma, *update.pair)
+        arrays = (x.astype(at_least_float32(x.dtype)), update.lam, update.gamma, *update.pair)
         if _explicit(self.mesh):
             arrays = tuple(map(self._placed, arrays, specs))
         mapped = jax.shard_map(
@@ -153,7 +154,7 @@ def off_mesh(x: jax.Array) -> bool:
 
 def on_host(x: jax.Array) -> Any:
     """NumPy's copy of an array, which may lie on devices of several processes: all call this."""
-    if x.is_fully_addressable or x.is_fully_replicated:
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
@@ -174,14 +175,14 @@ def placement_of(
     """Where a layer lies, by its kernel, None where there is no mesh, or no way to follow it.
 
     Args:
-      base: the kernel's sharding when its model was wrapped, for automatic meshes.
+      base: the kernel's sharding when its model was wrapped, of the axes that scans left, for
+        automatic meshes.
     """
     sharding = jax.typeof(kernel).sharding
     if _explicit(sharding.mesh):
         spec = _entries(sharding.spec, kernel.ndim)
     elif base is not None:
-        sharding, whole = base, _entries(base.spec, max(len(base.spec), kernel.ndim))
-        spec = whole[len(whole) - kernel.ndim :]  # scans take the leading axes off
+        sharding, spec = base, _entries(base.spec, kernel.ndim)
     else:
         return None
     sides: dict[str, list[Axes]] = {"i": [], "o": [], "s": []}

@@ -23,8 +23,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import DTypeLike
 
 from randlora_jax.core.bases import BasisPair
+
+
+def at_least_float32(dtype: DTypeLike) -> DTypeLike:
+    """What sums with a delta are made in: float32, or `dtype` where that holds more."""
+    wider = jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize > 4
+    return dtype if wider else jnp.float32
 
 
 @jax.custom_jvp
@@ -135,11 +142,11 @@ class Update:
         return one(self.lam, self.gamma)
 
     def applied(self, x: jax.Array, *, factored: bool) -> jax.Array:
-        """x (..., in) @ delta of a single matrix: (..., out) in float32.
+        """x (..., in) @ delta of a single matrix: (..., out) in float32, or as wide as x is.
 
         Args:
           factored: without forming delta.
         """
-        wide = x.astype(jnp.float32)
+        wide = x.astype(at_least_float32(x.dtype))
         factors = self.sliced().factors()
         return factors.applied(wide) if factored else wide @ factors.formed()

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from randlora_jax.core.contraction import Contraction
 from randlora_jax.core.kernel import Kernel
-from randlora_jax.interop.errors import ConfigError
+from randlora_jax.interop.errors import ConfigError, shown
 
 Apply = Literal["auto", "factored", "merged"]
 
@@ -47,8 +47,8 @@ class ExecutionOptions:
     token_axes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.apply not in get_args(Apply):
-            raise ConfigError(f"apply={self.apply!r}: expected 'auto', 'factored' or 'merged'")
+        if not isinstance(self.apply, str) or self.apply not in get_args(Apply):
+            raise ConfigError(f"apply={shown(self.apply)}: expected 'auto', 'factored' or 'merged'")
 
 
 @dataclass(frozen=True)

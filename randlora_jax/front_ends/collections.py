@@ -121,7 +121,8 @@ def base_arrays(collections: Mapping[str, Any]) -> dict[str, Any]:
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(dict(collections))]
     parts = [tuple(map(part_of, path)) for path in paths]
     held = [name for name in (TRAINED, FROZEN, PAIRS) if name in collections]
-    held += [dotted(path) for path in parts if {LAMBDA, GAMMA, TRAINED} & set(path[1:])]
+    ours = {LAMBDA, GAMMA, TRAINED, FROZEN, PAIRS}
+    held += [dotted(path) for path in parts if ours & set(path[1:])]
     if held:
         raise ConfigError(
             f"these are the variables of a model that is wrapped already: they hold "
@@ -132,8 +133,13 @@ def base_arrays(collections: Mapping[str, Any]) -> dict[str, Any]:
 
 def as_arrays(tree: Tree) -> Tree:
     """`tree` with JAX's arrays for NumPy's, as checkpoints give them back."""
-    of_numpy = np.ndarray | np.generic
-    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, of_numpy) else x, tree)
+
+    def converted(x: Any) -> Any:
+        is_numpy = isinstance(x, np.ndarray | np.generic)
+        is_numbers = is_numpy and (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool)
+        return jnp.asarray(x) if is_numbers else x
+
+    return jax.tree.map(converted, tree)
 
 
 def refuse_abstract(collections: Tree) -> None:

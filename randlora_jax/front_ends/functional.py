@@ -8,6 +8,7 @@ this costs nothing after tracing.
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -70,8 +71,14 @@ class FunctionalRandLora(RandLoraModel):
             )
         self._check_adapters(variables)
         refuse_abstract(variables)
-        self._collections.trees |= as_arrays(unfreeze(variables.get(TRAINED, {})))
-        self._collections.base = base_arrays(unfreeze(base_collections(variables)))
+        store = self._collections
+        for name, tree in adapter_trees(as_arrays(unfreeze(variables))).items():
+            # of a merged adapter, lambda and gamma are no variables, and stay
+            leaves = {**flatten_dict(store.trees[name]), **flatten_dict(tree)}
+            store.trees[name] = unflatten_dict(leaves)
+        store.base = base_arrays(unfreeze(base_collections(variables)))
+        if any(map(_is_deleted, jax.tree.leaves(store.pairs()))):
+            self._refresh_pairs(store)
 
     def split(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(what an optimizer trains, all other collections): pytrees of arrays.
@@ -103,15 +110,15 @@ class FunctionalRandLora(RandLoraModel):
         Warns where the trained leaves are missing, so that the base model runs.
         """
         _check_kind(variables)
-        registry = self._registry
-        applied = {name for name in registry.active if name not in registry.merged}
-        expected = {TRAINED: set(registry.training), FROZEN: applied - set(registry.training)}
-        lost = [name for name, names in expected.items() if names and name not in variables]
+        registry, given = self._registry, adapter_trees(variables)
+        lost = [n for n in registry.active if n not in registry.merged and n not in given]
         if lost:
-            adapters = sorted(set().union(*(expected[name] for name in lost)))
+            homes = {n: TRAINED if n in registry.training else FROZEN for n in lost}
+            gone = [name for name in dict.fromkeys(homes.values()) if name not in variables]
+            what = f"no collection {listed(gone)}" if gone else "nothing of them"
             warn(
-                f"the variables have no collection {listed(lost)}, so the model runs without the "
-                f"adapters {listed(adapters)}: {_WHOLE}. (To run the base model, call it within "
+                f"the variables have {what}, so the model runs without the adapters "
+                f"{listed(lost)}: {_WHOLE}. (To run the base model, call it within "
                 "model.disable_adapter())"
             )
         if registry.active:
@@ -120,6 +127,7 @@ class FunctionalRandLora(RandLoraModel):
 
     def _check_adapters(self, variables: Mapping[str, Any]) -> None:
         """What `variables` have of adapters is this model's, and the bases they need are there."""
+        params = self._params_of(variables)
         for name, tree in adapter_trees(variables).items():
             if name not in self._registry.specs:
                 raise ConfigError(
@@ -131,16 +139,27 @@ class FunctionalRandLora(RandLoraModel):
             state = state_of(tree)
             if state.layers:
                 _check_pair(self._registry, name, state, variables)
-            lost = [path for path in state.saved if path not in self._params_of(variables)]
+            needed = [self._registry.layers[layer].kernel_path for layer in state.layers]
+            lost = [path for path in [*needed, *state.saved] if path not in params]
             if lost:
                 raise ConfigError(
                     f"variables: 'params' lack {listed(list(map(dotted, lost)))}, which adapter "
-                    f"{name!r} trains whole: {_WHOLE}"
+                    f"{name!r} adapts or trains whole: {_WHOLE}"
                 )
 
     def _params_of(self, variables: Mapping[str, Any]) -> Mapping[Path, Any]:
         """The base model's leaves in `variables` by path."""
+        if not isinstance(variables["params"], Mapping):
+            raise ConfigError(
+                f"variables: 'params': expected a dict, found {shown(variables['params'])}: "
+                f"{_WHOLE}"
+            )
         return flat(variables["params"])
+
+
+def _is_deleted(array: jax.Array) -> bool:
+    """Whether an array is gone, since it was donated to a jitted function."""
+    return not isinstance(array, jax.core.Tracer) and array.is_deleted()
 
 
 def _check_kind(variables: Any) -> None:
@@ -153,8 +172,8 @@ def _check_kind(variables: Any) -> None:
         )
     for collection in (TRAINED, FROZEN, PAIRS):
         held = variables.get(collection, {})
-        trees = held.values() if isinstance(held, Mapping) else [held]
-        if not all(isinstance(tree, Mapping | tuple) for tree in trees):  # a pair is a tuple
+        kinds = Mapping | tuple if collection == PAIRS else Mapping  # a pair is a tuple
+        if not (isinstance(held, Mapping) and all(isinstance(x, kinds) for x in held.values())):
             raise ConfigError(
                 f"variables: {collection!r}: expected a dict of trees, found {shown(held)}"
             )

@@ -43,8 +43,9 @@ class PytreeStore(CollectionStore):
 
     def __init__(self, params: Tree) -> None:
         super().__init__({"params": params})
-        self.tree = jax.tree.structure(self.base["params"])
         self.paths = list(_by_path(self.base["params"]))
+        tree = jax.tree.structure(self.base["params"])  # which cannot be pickled itself
+        self.places = jax.tree.unflatten(tree, range(len(self.paths)))
 
     def leaves_of(self, params: Tree) -> dict[Path, jax.Array]:
         """The arrays of `params` by path.
@@ -63,7 +64,7 @@ class PytreeStore(CollectionStore):
 
     def tree_of(self, leaves: Mapping[Path, jax.Array]) -> Tree:
         """The reverse of `leaves_of`."""
-        return jax.tree.unflatten(self.tree, [leaves[path] for path in self.paths])
+        return jax.tree.map(lambda place: leaves[self.paths[place]], self.places)
 
     def base_leaves(self) -> Mapping[Path, jax.Array]:
         """Of the params."""
@@ -111,6 +112,11 @@ class PytreeRandLora(FunctionalRandLora):
                 "apply='factored' needs to see a layer's input, and a params pytree has none; "
                 "use 'auto' or 'merged'"
             )
+        if rules.layer_types:
+            raise ConfigError(
+                "layer_types: a params pytree has no modules whose types could be told; state the "
+                "layouts of its kernels by views="
+            )
         refuse_abstract(params)
         self._collections = store = PytreeStore(params)
         owned: dict[Path, dict[Path, jax.Array]] = {}
@@ -129,7 +135,9 @@ class PytreeRandLora(FunctionalRandLora):
         modules = (FoundModule(path, arrays) for path, arrays in owned.items())
         found = find_layers(modules, rules.layouts, rules.names)
         options = replace(rules.options, apply="merged")  # there is no other way
-        self._registry = AdapterRegistry.of(found, BaseModelInfo(), rules.names, options)
+        self._registry = AdapterRegistry.of(
+            found, BaseModelInfo(), rules.names, options, rules.optional
+        )
 
     @property
     def _base_name(self) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +51,7 @@ class AdaptedModel(ABC):
           TargetError: the configuration selects no layer.
         """
         self._check_new(adapter_name, rngs)
+        life.check_flag("trainable", trainable)
         config = expected_config(config)
         registry, store = self._registry, self._store
         if config.target_modules == ALL_LINEAR:
@@ -75,7 +76,8 @@ class AdaptedModel(ABC):
           ConfigError: no such adapter, one of them is merged into the base, or two of them trained
             the same module whole.
         """
-        names = life.named(adapter_name)
+        life.check_flag("inference_mode", inference_mode)
+        names = life.named(self._registry, adapter_name)
         chosen = life.chosen(self._registry, names, trainable=not inference_mode)
         self._trained_whole(names)
         self._follow(chosen)
@@ -129,13 +131,14 @@ class AdaptedModel(ABC):
         Raises:
           ConfigError: no such adapter, or (with `safe_merge`) a kernel would not be finite.
         """
+        life.check_flag("safe_merge", safe_merge)
         registry, store = self._registry, self._store
-        asked = life.named(adapter_names or registry.active)
+        asked = life.named_or_active(registry, adapter_names)
         wanted = [n for n in asked if n not in registry.merged]
         if not wanted:
             warn("all these adapters are merged already: nothing to do")
             return
-        states = {registry.spec(name).name: store.state(name) for name in wanted}
+        states = self._numbers(wanted)
         pairs = adapter_arrays.shared_pairs(registry, states)
         updates = adapter_arrays.updates_by_layer(registry, states, pairs)
         base = store.base_leaves()
@@ -179,7 +182,8 @@ class AdaptedModel(ABC):
         Returns:
           what was wrapped: the nnx module, a bound linen module, the Hugging Face model.
         """
-        names = life.named(adapter_names or self._registry.active)
+        life.check_flag("safe_merge", safe_merge)
+        names = life.named_or_active(self._registry, adapter_names)
         self._trained_whole(names)
         if not set(names) <= set(self._registry.merged):
             self.merge_adapter(names, safe_merge)
@@ -200,8 +204,7 @@ class AdaptedModel(ABC):
           ConfigError: no adapter can have this name, or `rngs` cannot be drawn from.
         """
         checked_name(adapter_name)
-        drawn_from = isinstance(rngs, jax.Array) or callable(getattr(rngs, "params", None))
-        if rngs is not None and not drawn_from:
+        if rngs is not None and not (_is_key(rngs) or callable(getattr(rngs, "params", None))):
             raise ConfigError(
                 "rngs: expected nnx.Rngs(seed) or a key such as jax.random.key(seed), found "
                 f"{shown(rngs)}"
@@ -211,6 +214,23 @@ class AdaptedModel(ABC):
         """The arrays of every adapter as they are now."""
         store = store or self._store
         return {name: store.state(name) for name in self._registry.specs}
+
+    def _numbers(self, adapter_names: Iterable[str]) -> dict[str, AdapterState]:
+        """The arrays of the named adapters, whose numbers are wanted.
+
+        Raises:
+          ConfigError: the model is abstract, and has none.
+        """
+        states = {name: self._store.state(name) for name in adapter_names}
+        leaves = jax.tree.leaves(
+            [(state.layers, list(state.saved.values())) for state in states.values()]
+        )
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+            raise ConfigError(
+                "this wrapped model is abstract, as jax.eval_shape leaves it: it has shapes and no "
+                "numbers yet. Fill it first, such as by nnx.update(model, state)"
+            )
+        return states
 
     def _trained_whole(self, adapter_names: Sequence[str]) -> dict[Path, jax.Array]:
         """What the named adapters trained whole, by path in the model.
@@ -247,3 +267,11 @@ class AdaptedModel(ABC):
         saved = self._trained_whole(adapter_names)
         store.set_base_leaves({path: x.astype(base[path].dtype) for path, x in saved.items()})
         return store.release()
+
+
+def _is_key(rngs: Any) -> bool:
+    """Whether `rngs` is one of JAX's random keys, of the new kind or the old one."""
+    if not isinstance(rngs, jax.Array):
+        return False
+    is_new = jnp.issubdtype(rngs.dtype, jax.dtypes.prng_key)
+    return rngs.ndim == 0 if is_new else rngs.ndim == 1 and rngs.dtype == jnp.uint32

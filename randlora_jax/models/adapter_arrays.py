@@ -51,7 +51,8 @@ def fresh_state(
             drawn = jax.random.fold_in(key if isinstance(key, jax.Array) else key.params(), i)
         layers[layer.name] = _fresh(layer, config, base[layer.kernel_path].dtype, drawn)
     whole = whole_paths(registry.names, base, config, layers)
-    return AdapterState(layers, {path: jnp.asarray(base[path], jnp.float32) for path in whole})
+    # arrays of their own, so that they can be donated
+    return AdapterState(layers, {path: jnp.array(base[path], jnp.float32) for path in whole})
 
 
 def _fresh(
@@ -63,8 +64,10 @@ def _fresh(
     """
     _, n, smallest = used_extents(layer.matrix, config.r)
     largest = max(n, smallest) if key is None else max(layer.matrix)
-    # PEFT makes gamma in the base layer's dtype and keeps it in float32 afterwards
-    held = dtype if jnp.issubdtype(dtype, jnp.inexact) else np.float32
+    # PEFT makes gamma in the base layer's dtype and keeps it in float32 afterwards; in 8 bits it
+    # would be zero, and so would lambda's gradient
+    wide = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
+    held = dtype if wide else np.float32
     start = np.float32(1 / largest).astype(held).astype(np.float32)
     gamma = np.full((*layer.stack, n, smallest), start)
     shape = (*layer.stack, config.r, n)

@@ -100,7 +100,7 @@ def warn_of_left(registry: AdapterRegistry, hint: str = "") -> None:
         return
     alike: dict[tuple[str, str, int], list[LeftArray]] = {}
     for array in left:
-        owner = re.sub(r"(?<![^/])\d+(?![^/])", r"\\d+", slashed(array.owner))
+        owner = re.sub(r"(?<![^/])\d+(?![^/])", r"\\d+", re.escape(slashed(array.owner)))
         alike.setdefault((owner, array.kind, len(array.shape)), []).append(array)
     views = {_rule(owner, arrays): _guess(arrays[0]) for (owner, _, _), arrays in alike.items()}
     kinds = sorted({kind for _, kind, _ in alike if kind})

@@ -124,36 +124,55 @@ def find_layers(modules: Iterable[FoundModule], stated: StatedLayouts, names: Na
     """The layers among `modules`, each visited once.
 
     Raises:
-      ConfigError: a stated layout fits none of its module's arrays; a rule matches nothing; two
-        layers hold one array.
+      ConfigError: a stated layout fits none of its module's arrays; a rule matches nothing.
       TargetError: a names rule does not fit a stack.
     """
     layers: dict[str, Layer] = {}
     others: set[str] = set()
     left: list[LeftArray] = []
     paths: list[Path] = []
+    holders: list[Path] = []
     for module in modules:
         mine = {layer.name: layer for layer in _layers_of(module, stated, names)}
         layers |= mine
         if module.arrays and not any(layer.path == module.path for layer in mine.values()):
             others.add(names.first(module.path))
         left += _left_of(module, {layer.kernel_path for layer in mine.values()})
-        paths += [module.path] * bool(module.arrays)
-        paths += [(*module.path, *leaf) for leaf in module.arrays]
-    refuse_idle("views", [r for r in stated.rules if r not in stated.known], paths)
-    refuse_idle("names", [r for r in names.rules if r not in names.known], paths)
+        arrays = [(*module.path, *leaf) for leaf in module.arrays]
+        holders += [layer.path for layer in mine.values()]
+        holders += [path for leaf in arrays for path in (module.path, leaf[:-1])]
+        paths += arrays
+    said = {rule: axes for rule, axes in stated.rules.items() if rule not in stated.known}
+    refuse_idle("views", said, [*holders, *paths])
+    _refuse_unused(said, layers.values())
+    refuse_idle("names", [r for r in names.rules if r not in names.known], holders)
     return FoundLayers(layers, tuple(sorted(others)), tuple(left))
 
 
 def refuse_idle(argument: str, rules: Iterable[str], paths: Iterable[Path]) -> None:
     """Nothing, if each of `rules` matches a path."""
-    known = [slashed(path) for path in paths]
+    known = list(dict.fromkeys(map(slashed, paths)))
     for rule in rules:
         if not any(re.fullmatch(rule, path) for path in known):
             raise ConfigError(
-                f"{argument}: the rule {rule!r} matches no layer and no array of this model; "
+                f"{argument}: the rule {rule!r} matches nothing in this model; "
                 f"near it are {nearest(rule, known)}. A rule is a regular expression on a whole "
                 "path, with '/' between its parts"
+            )
+
+
+def _refuse_unused(views: Mapping[str, str], layers: Iterable[Layer]) -> None:
+    """Nothing, if each of `views`, which match something, is about a kernel.
+
+    Raises:
+      ConfigError: one is about other arrays alone, or about some that its axes do not fit.
+    """
+    kernels = list({slashed(path): 0 for x in layers for path in (x.path, x.kernel_path)})
+    for rule, axes in views.items():
+        if not any(re.fullmatch(rule, path) for path in kernels):
+            raise ConfigError(
+                f"views: no array that the rule {rule!r} matches is a kernel of the axes {axes!r}, "
+                f"with a letter for each; kernels near it are {nearest(rule, kernels)}"
             )
 
 
@@ -199,6 +218,10 @@ def _layer(
 ) -> Layer:
     array = module.arrays[leaf]
     known = module.type if path == module.path else None
+    try:
+        stack, _, _ = layout.sizes(array.shape)
+    except ConfigError as error:
+        raise ConfigError(f"layer {slashed(path)!r}, array {slashed(leaf)!r}: {error}") from None
     return Layer(
         path,
         layout,
@@ -206,7 +229,7 @@ def _layer(
         module.owner,
         (*module.within, *leaf),
         type=known,
-        names=names.of(path, layout.sizes(array.shape)[0]),
+        names=names.of(path, stack),
         has_stated_names=names.has_rule(path),
         sharding=on_mesh(array),
         refusal=module.refusals.get(leaf) or _no_way(array, known),

@@ -8,7 +8,8 @@ class EquinoxRandLora(RandLoraModel): ...
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -220,6 +221,16 @@ def wrap(model: Any, rules: WrapRules) -> AdaptedModel:
             "arrays on the mesh first (jax.device_put with a NamedSharding), then wrap it"
         )
     return wrapped
+
+
+@contextmanager
+def given_back(wrapped: AdaptedModel) -> Iterator[None]:
+    """If what is done within fails, the base model is what it was before it was wrapped."""
+    try:
+        yield
+    except BaseException:
+        wrapped._store.release()
+        raise
 
 
 def _warn_of_hidden(model: Any, wrapped: AdaptedModel) -> None:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from randlora_jax.core.contraction import LAST_AXES, Contraction
 from randlora_jax.core.kernel_layout import KernelLayout
-from randlora_jax.interop.errors import ConfigError
+from randlora_jax.interop.errors import ConfigError, shown
 from randlora_jax.models.names import Path
 
 
@@ -24,12 +24,48 @@ class LayerType:
         then adapters can only run with delta in the kernel.
       fan_in_fan_out: its PyTorch twin is a Conv1D, which holds (in, out).
       leaf: the kernel's name in the layer.
+
+    Raises:
+      ConfigError: one of them is something else, or the call's kernel has another number of axes.
     """
 
     layout: KernelLayout
     call: Contraction | None = LAST_AXES
     fan_in_fan_out: bool = False
     leaf: str = "kernel"
+
+    def __post_init__(self) -> None:
+        for name, kinds, expected in (
+            ("layout", KernelLayout, "a KernelLayout, such as KernelLayout('i o')"),
+            ("call", Contraction | None, "a Contraction or None"),
+            ("fan_in_fan_out", bool, "True or False"),
+            ("leaf", str, "the name of an array, such as 'kernel'"),
+        ):
+            if not isinstance(found := getattr(self, name), kinds):
+                raise ConfigError(f"LayerType: {name}: expected {expected}, found {shown(found)}")
+        if self.call and self.call.equation:
+            self._check_call(self.call)
+
+    def _check_call(self, call: Contraction) -> None:
+        """The layout and the equation of a call mean the same kernel."""
+        x, kernel, out = call.parts
+        meant = {
+            "i": set(x) - set(out),
+            "o": set(out) - set(x),
+            "s": set(out),  # several layers side by side in the output, too
+        }
+        axes = self.layout.axes
+        fits = len(axes) == len(kernel) and all(
+            letter in meant[axis] for axis, letter in zip(axes, kernel, strict=True)
+        )
+        if not fits or set(x) - set(kernel) - set(out):
+            raise ConfigError(
+                f"LayerType: the layout {axes!r} does not fit the call {call.equation!r}: an axis "
+                "of the kernel is i where input and kernel have it, o where kernel and output have "
+                "it, s where the output has it besides, and nothing else may be summed. "
+                "randlora_jax.layer_types.of_einsum(equation) makes a LayerType of an equation; "
+                "call=None leaves the call unknown"
+            )
 
 
 class LayerRun(NamedTuple):
@@ -102,6 +138,14 @@ class Layer:
         """The reverse of `split`."""
         stacked = np.stack([arrays[name] for name in self.names])
         return stacked.reshape(*self.stack, *stacked.shape[1:])
+
+    def sharding_within(self, shape: tuple[int, ...]) -> NamedSharding | None:
+        """How the kernel lay on a mesh, of the axes that scans left of it: `shape`."""
+        if self.sharding is None:
+            return None
+        spec = [*self.sharding.spec, *[None] * (len(self.shape) - len(self.sharding.spec))]
+        left = self.layout.axes_left(self.shape, shape)
+        return NamedSharding(self.sharding.mesh, PartitionSpec(*(spec[i] for i in left)))
 
     def running(
         self, shape: tuple[int, ...], known: LayerType | None, kind: str

@@ -17,7 +17,7 @@ from typing import Any
 
 from randlora_jax.core.contraction import Contraction
 from randlora_jax.core.kernel_layout import KernelLayout
-from randlora_jax.interop.errors import ConfigError, listed
+from randlora_jax.interop.errors import ConfigError, listed, shown
 from randlora_jax.models.layer import LayerType
 
 # A type, or its full name where importing it is not ours to do; what it is, or how to tell.
@@ -39,6 +39,11 @@ class LayerTypes:
             for table in self.tables:
                 known = table.get(kind) or table.get(f"{kind.__module__}.{kind.__qualname__}")
                 found = known(module) if callable(known) else known
+                if not isinstance(found, LayerType | None):
+                    raise ConfigError(
+                        f"layer_types: what tells of a {kind.__name__} gave {shown(found)}: "
+                        "expected a LayerType, or None"
+                    )
                 if found is not None:
                     same = type(module).__call__ is kind.__call__
                     return found if same else replace(found, call=None)
@@ -90,10 +95,10 @@ def of_einsum(equation: str, leaf: str = "kernel") -> LayerType:
     along what looks like an out axis: state a layout with ``s`` there.)
 
     Raises:
-      ConfigError: a letter of the kernel is in neither x nor the result.
+      ConfigError: it is no such equation, or a letter of the kernel is in neither x nor the result.
     """
-    x, _, rest = equation.replace(" ", "").partition(",")
-    kernel, _, out = rest.partition("->")
+    contraction = Contraction(equation)
+    x, kernel, out = contraction.parts
     kinds = {(True, False): "i", (False, True): "o", (True, True): "s"}
     try:
         axes = "".join(kinds[letter in x, letter in out] for letter in kernel)
@@ -103,5 +108,5 @@ def of_einsum(equation: str, leaf: str = "kernel") -> LayerType:
             "cannot be adapted; leave it out of target_modules"
         ) from None
     # what else it sums over would have to be summed beside, too
-    call = Contraction(equation) if set(x) - set(kernel) <= set(out) else None
+    call = contraction if set(x) - set(kernel) <= set(out) else None
     return LayerType(KernelLayout(axes), call, leaf=leaf)

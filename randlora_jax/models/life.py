@@ -3,23 +3,50 @@
 PEFT's names and meaning; what becomes of arrays is `adapter_arrays`' matter.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from randlora_jax.interop.config import RandLoraConfig
-from randlora_jax.interop.errors import ConfigError
+from randlora_jax.interop.errors import ConfigError, shown
 from randlora_jax.models.basis_source import KeptPairs
 from randlora_jax.models.names import Path
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec
 
 
-def named(adapter_names: Any) -> tuple[str, ...]:
-    """The names in what a user passes for one or several."""
-    one = isinstance(adapter_names, str) or not isinstance(adapter_names, Iterable)
-    return (adapter_names,) if one else tuple(adapter_names)
+def check_flag(argument: str, value: object) -> None:
+    """Nothing, if an argument of a user's is True or False.
+
+    Raises:
+      ConfigError: it is anything else.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise ConfigError(f"{argument}: expected True or False, found {shown(value)}")
+
+
+def named(registry: AdapterRegistry, adapter_names: Any) -> tuple[str, ...]:
+    """The adapters that a user names, one or several; each once.
+
+    Raises:
+      ConfigError: no such adapter.
+    """
+    try:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    except TypeError:
+        names = [adapter_names]
+    return tuple(dict.fromkeys(registry.spec(name).name for name in names))
+
+
+def named_or_active(registry: AdapterRegistry, adapter_names: Any) -> tuple[str, ...]:
+    """The adapters that a user names, one or several; None, or an empty list, for the active ones.
+
+    Raises:
+      ConfigError: no such adapter.
+    """
+    names = () if adapter_names is None else named(registry, adapter_names)
+    return names or registry.active
 
 
 def added(
@@ -65,10 +92,8 @@ def chosen(
     """With just the named adapters applied and, if `trainable`, trained.
 
     Raises:
-      ConfigError: no such adapter, or adapters are merged.
+      ConfigError: adapters are merged.
     """
-    for name in adapter_names:
-        registry.spec(name)
     refuse_while_merged(registry, "set_adapter")
     trained = frozenset(adapter_names) if trainable else frozenset()
     return replace(registry, active=tuple(adapter_names), trained=trained)

@@ -10,6 +10,7 @@ import tempfile
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from numbers import Integral
 from pathlib import Path as FilePath
 from typing import Any, cast
 
@@ -23,15 +24,17 @@ from randlora_jax.core.ways import Apply
 from randlora_jax.interop import hub
 from randlora_jax.interop.adapter_name import saving_folder
 from randlora_jax.interop.config import RandLoraConfig
+from randlora_jax.interop.errors import ConfigError, shown
 from randlora_jax.interop.peft_dir import write_adapter
 from randlora_jax.interop.strict_json import write_text
 from randlora_jax.models import adapter_arrays, coverage, files, reports
 from randlora_jax.models.adapted import AdaptedModel
 from randlora_jax.models.adapter_arrays import Leaves
 from randlora_jax.models.coverage import Coverage
-from randlora_jax.models.front_end import WrapRules, stated_names, wrap
+from randlora_jax.models.front_end import WrapRules, given_back, stated_names, wrap
 from randlora_jax.models.layer import Layer, LayerRun
 from randlora_jax.models.layer_types import Table
+from randlora_jax.models.life import check_flag
 from randlora_jax.models.names import Rules
 
 
@@ -82,9 +85,11 @@ class RandLoraModel(AdaptedModel):
         """delta_W of every adapted layer by canonical name, (out, in) float32, scaling included.
 
         A stack has an entry for each of its matrices.
+
+        Raises:
+          ConfigError: no such adapter, or the model is abstract.
         """
-        self._registry.spec(adapter_name)
-        states = {adapter_name: self._store.state(adapter_name)}
+        states = self._numbers([self._registry.spec(adapter_name).name])
         pairs = adapter_arrays.shared_pairs(self._registry, states)
         found: dict[str, np.ndarray] = {}
         updates = adapter_arrays.updates_by_layer(self._registry, states, pairs)
@@ -120,12 +125,17 @@ class RandLoraModel(AdaptedModel):
 
         Args:
           tokens: rows of a layer's input on one device: batch times length.
+
+        Raises:
+          ConfigError: no such adapter, or `tokens` is no positive number.
         """
+        if not isinstance(tokens, Integral) or tokens < 1:
+            raise ConfigError(f"tokens: expected a positive integer, found {shown(tokens)}")
         spec = self._registry.spec(adapter_name)
         base, adapted = self._store.base_leaves(), self._store.state(adapter_name).layers
         layers = [self._registry.layers[name] for name in adapted]
         runs, options = self._runs(layers, base), self._registry.options
-        return reports.explained(layers, base, runs, spec.identity.r, tokens, options)
+        return reports.explained(layers, base, runs, spec.identity.r, int(tokens), options)
 
     # Files.
 
@@ -146,12 +156,16 @@ class RandLoraModel(AdaptedModel):
           RandLoraError: something cannot be written as PEFT reads it, or `directory` cannot be
             one; nothing was written.
         """
-        states = {name: state.on_host() for name, state in self._states().items()}
+        renamed = stated_names(names)
+        if not self._registry.specs:
+            raise ConfigError("this model has no adapter to save: add one first")
+        held = self._numbers(self._registry.specs)
+        states = {name: state.on_host() for name, state in held.items()}
         with alone_among_processes("save_pretrained") as first:
             if not first:
                 return
             folders = {name: saving_folder(directory, name) for name in states}
-            registry = self._registry.renamed(stated_names(names)) if names else self._registry
+            registry = self._registry.renamed(renamed, self._store.base_leaves())
             adapters = {n: files.export(registry, n, s) for n, s in states.items()}
             files.warn_if_apart(adapters)
             files.warn_of_own_names(registry, states)
@@ -204,6 +218,7 @@ class RandLoraModel(AdaptedModel):
           TargetError: the adapter's layers and this model's do not fit together.
         """
         self._check_new(adapter_name, rngs)
+        check_flag("is_trainable", is_trainable)
         folder = hub.local_directory(directory, revision, subfolder)
         store = self._store
         found = files.restore(
@@ -253,16 +268,17 @@ class RandLoraModel(AdaptedModel):
             apply, token_axes, views, names, layer_types, optional, sample_inputs
         )
         wrapped = cast(RandLoraModel, wrap(model, rules))
-        wrapped.load_adapter(
-            directory,
-            adapter_name,
-            is_trainable,
-            rngs=rngs,
-            torch_generation=torch_generation,
-            base_dtype=base_dtype,
-            revision=revision,
-            subfolder=subfolder,
-        )
+        with given_back(wrapped):
+            wrapped.load_adapter(
+                directory,
+                adapter_name,
+                is_trainable,
+                rngs=rngs,
+                torch_generation=torch_generation,
+                base_dtype=base_dtype,
+                revision=revision,
+                subfolder=subfolder,
+            )
         return wrapped
 
 

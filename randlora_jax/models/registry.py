@@ -1,6 +1,6 @@
 """What a wrapped model knows (`AdapterRegistry`) and trains (`AdapterState`), in any framework."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -151,15 +151,19 @@ class AdapterRegistry:
         """The layer that the leaf at `path` belongs to: as its kernel, or beside it."""
         return self._by_leaf.get(path) or self.layers.get(dotted(path[:-1]))
 
-    def renamed(self, names: Names) -> "AdapterRegistry":
-        """With other names of its layers, where a rule of `names` gives any.
+    def renamed(self, names: Names, leaves: Iterable[Path]) -> "AdapterRegistry":
+        """With other names of its layers and modules, where a rule of `names` gives any.
+
+        Args:
+          leaves: paths of the base model's.
 
         Raises:
           TargetError: a rule does not fit a stack.
-          ConfigError: a rule matches no layer.
+          ConfigError: a rule matches no layer and no module.
         """
         rules = Names({**names.rules, **self.names.rules}, frozenset(self.names.rules))
-        refuse_idle("names", names.rules, [layer.path for layer in self.layers.values()])
+        paths = [layer.path for layer in self.layers.values()]
+        refuse_idle("names", names.rules, [*paths, *(leaf[:-1] for leaf in leaves)])
         layers = {
             name: replace(
                 layer,

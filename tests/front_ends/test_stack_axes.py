@@ -1,8 +1,14 @@
 """Kernels that scans and vmaps stack along any axis: each layer runs with its own W + delta."""
 
 import flax.linen as nn
+import jax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from linen_nets import X, assert_runs_as_merged, close, wrapped
+
+from randlora_jax import KernelLayout
+from randlora_jax.models.layer import Layer
 
 
 class Block(nn.Module):
@@ -75,3 +81,20 @@ def test_a_run_tells_along_which_axes_layers_are_stacked(kind):
     assert deltas.keys() == expected.keys()
     close(deltas, expected)
     assert_runs_as_merged(told, X)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "spec", "left", "expected"),
+    [
+        ("sio", (3, 8, 6), P(None, "a", "b"), (8, 6), P("a", "b")),
+        ("iso", (8, 3, 6), P("a", None, "b"), (8, 6), P("a", "b")),
+        ("ios", (8, 6, 3), P("a", "b"), (8, 6), P("a", "b")),
+        ("siso", (2, 8, 3, 6), P(None, "a", None, "b"), (8, 3, 6), P("a", None, "b")),
+        ("siso", (2, 8, 3, 6), P(None, "a", None, "b"), (8, 6), P("a", "b")),
+        ("iso", (8, 3, 6), P("a", None, "b"), (8, 3, 6), P("a", None, "b")),
+    ],
+)
+def test_a_kernel_in_a_scan_lies_as_the_axes_do_that_are_left(axes, shape, spec, left, expected):
+    mesh = jax.make_mesh((1, 1), ("a", "b"), axis_types=(AxisType.Auto, AxisType.Auto))
+    held = Layer(("x",), KernelLayout(axes), shape, ("x",), sharding=NamedSharding(mesh, spec))
+    assert held.sharding_within(left).spec == expected

@@ -1,5 +1,8 @@
 """Variables that lack something, or hold what is not the model's, in linen and params pytrees."""
 
+import copy
+import dataclasses
+import pickle
 import warnings
 
 import flax.linen as nn
@@ -238,3 +241,92 @@ def test_a_hugging_face_model_takes_its_collections_alike():
         model(ids, params=base.params)
     with pytest.raises(ConfigError, match="lack the collections 'randlora'"):
         model.params = model.split()[1]
+    for nothing in (None, 3, "params"):
+        with pytest.raises(ConfigError, match="variables: expected a dict of collections"):
+            model.params = nothing
+    with pytest.raises(ConfigError, match="'params': expected a dict, found 5"):
+        model(ids, params={**model.params, "params": 5})
+
+
+@each_kind
+def test_an_adapter_left_out_of_its_collection_is_said(kind):
+    make, run = KINDS[kind]
+    model = make()
+    with pytest.warns(UserWarning, match=r"nothing of them.*without.*'default'"):
+        run(model, {**model.variables, "randlora": {}})
+
+
+@pytest.mark.parametrize("params", [None, 3, {}, {"proj": {"bias": X}}, "head"], ids=repr)
+def test_params_must_have_the_kernels_that_are_adapted(params):
+    model = linen()
+    with pytest.raises(ConfigError, match=r"variables: 'params'.*(expected a dict|lack)"):
+        model.apply({**model.variables, "params": params}, X)
+
+
+@each_kind
+@pytest.mark.parametrize("held", [(), [1], {"default": ()}], ids=repr)
+def test_collections_of_adapters_hold_trees(kind, held):
+    make, run = KINDS[kind]
+    model = make()
+    for collection in ("randlora", "randlora_frozen"):
+        with pytest.raises(ConfigError, match=f"{collection}': expected a dict of trees"):
+            run(model, {**model.variables, collection: held})
+
+
+@each_kind
+@pytest.mark.parametrize("inference", [False, True])
+def test_variables_that_were_donated_can_be_given_back(kind, inference):
+    make, run = KINDS[kind]
+    model = make()
+    model.set_adapter("default", inference_mode=inference)
+    expected = np.array(run(model, model.variables))
+    step = jax.jit(lambda variables: jax.tree.map(lambda x: x + 0, variables), donate_argnums=0)
+    model.variables = step(model.variables)
+    np.testing.assert_allclose(run(model, model.variables), expected, rtol=1e-5, atol=1e-5)
+    assert set(model.delta_weights()) == {"proj"}
+
+
+@each_kind
+def test_what_trains_can_be_donated_alone(kind):
+    """A module trained whole begins as the base's, in arrays of its own."""
+    make, run = KINDS[kind]
+    model = make()
+    trained, frozen = model.split()
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 0.1, tree), donate_argnums=0)
+    run(model, {**frozen, "randlora": step(trained)})
+    with model.disable_adapter():
+        run(model, frozen)
+
+
+def test_what_is_assigned_of_a_frozen_adapter_counts():
+    model = linen()
+    model.set_adapter("default", inference_mode=True)
+    variables = model.variables
+    moved = jax.tree.map(lambda x: x + 0.1, variables["randlora_frozen"])
+    variables = {**variables, "randlora_frozen": moved}
+    model.variables = variables
+    np.testing.assert_array_equal(model(X), model.apply(variables, X))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Own:
+    """A node of a pytree of the user's own."""
+
+    kernel: jax.Array
+
+
+def test_a_wrapped_pytree_of_nodes_of_ones_own_can_be_copied():
+    config = RandLoraConfig(r=4, target_modules=["proj"], init_weights=False)
+    params = {"proj": Own(jnp.asarray(X))}
+    model = get_peft_model(params, config, views={"proj": "i o"}, rngs=jax.random.key(1))
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    expected = model.merged(model.variables)["proj"].kernel
+    for made in copies:
+        np.testing.assert_array_equal(made.merged(made.variables)["proj"].kernel, expected)
+
+
+def test_frozen_variables_are_no_params_to_wrap():
+    for frozen in (linen().split()[1], pytree().split()[1]):
+        with pytest.raises(ConfigError, match="wrapped already"):
+            get_peft_model(frozen, CONFIG, views={".*kernel": "i o"})

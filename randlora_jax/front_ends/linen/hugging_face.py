@@ -14,6 +14,7 @@ from randlora_jax.front_ends.linen.tied import tied_modules
 from randlora_jax.front_ends.linen.tracing import Trace
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.front_end import WrapRules, register_front_end
+from randlora_jax.models.layer_types import refuse_idle_types
 from randlora_jax.models.names import Path
 from randlora_jax.models.registry import BaseModelInfo
 
@@ -63,6 +64,7 @@ class HuggingFaceRandLora(InterceptedRandLora):
         self.model = model
         init = functools.partial(model.init_weights, input_shape=model.input_shape)
         trace = Trace(types_with(rules)).initialised(init, model.key)
+        refuse_idle_types(rules.layer_types, trace.kinds)
         store = HuggingFaceStore(model)
         info = _info(model, store.base_leaves())
         self._begin(model.module, store, rules, trace, info)
@@ -78,7 +80,7 @@ class HuggingFaceRandLora(InterceptedRandLora):
 
     @params.setter
     def params(self, params: Mapping[str, Any]) -> None:
-        self.variables = dict(params)
+        self.variables = params
 
     def __call__(self, *args: Any, params: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         """Calls the model; `params` as `self.params`, which is the default."""

@@ -9,7 +9,7 @@ import jax
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.front_ends.linen.normed import normed_kernels
 from randlora_jax.front_ends.linen.tracing import Axes, Trace, TracedModule
-from randlora_jax.front_ends.linen.types import DENSE
+from randlora_jax.front_ends.nnx_types import DENSE
 from randlora_jax.front_ends.params import owner_of
 from randlora_jax.models.finding import QUANTISED, FoundModule, StatedLayouts
 from randlora_jax.models.layer import LayerType

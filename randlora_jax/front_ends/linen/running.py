@@ -235,7 +235,7 @@ class LinenRunner:
         """The kernel of a layer as it is in this call, and what the layer computes."""
         name = layer.name
         layout, call = layer.running(array.shape, met.known[name], met.kinds[name])
-        return Kernel.traced(array, layout, layer.sharding), call
+        return Kernel.traced(array, layout, layer.sharding_within(array.shape)), call
 
     def _contributions(
         self, module: nn.Module, layer: Layer, kernel: Kernel, beside: Shares

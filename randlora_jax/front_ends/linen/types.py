@@ -1,7 +1,6 @@
 """The types of linen layers that are known."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,26 +12,29 @@ from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.front_ends import nnx_types
 from randlora_jax.front_ends.call_input import Arguments
 from randlora_jax.models.layer import LayerType
-from randlora_jax.models.layer_types import LayerTypes, Table, of_axes, of_einsum
+from randlora_jax.models.layer_types import LayerTypes, Table, of_axes
 from randlora_jax.models.names import Path
 
-DENSE = LayerType(KernelLayout("io"))
+
+def _dense(module: nn.Dense) -> LayerType:
+    return nnx_types.as_given(nnx_types.DENSE, module)
 
 
 def _dense_general(module: nn.DenseGeneral) -> LayerType:
     axes, features = (
         tuple(x) if isinstance(x, Iterable) else (x,) for x in (module.axis, module.features)
     )
-    return of_axes(len(axes), len(features), axes, len(module.batch_dims))
+    known = of_axes(len(axes), len(features), axes, len(module.batch_dims))
+    return nnx_types.as_given(known, module)
 
 
 def _einsum(module: nn.Einsum) -> LayerType | None:
-    return of_einsum(module.einsum_str) if module.einsum_str else None  # else the call tells
+    return nnx_types.of_equation(module.einsum_str, module)  # without one, the call tells
 
 
 TYPES: Table = {
     **nnx_types.TYPES,
-    nn.Dense: DENSE,
+    nn.Dense: _dense,
     nn.DenseGeneral: _dense_general,
     nn.Einsum: _einsum,
     "flax.linen.recurrent.DenseParams": LayerType(KernelLayout("io"), None),  # hands it to its cell
@@ -60,12 +62,10 @@ def type_of(
     types: LayerTypes, module: nn.Module, method: Callable[..., Any], arguments: Arguments
 ) -> LayerType | None:
     """What is known of a module that is called: by its class, or an equation among `arguments`."""
+    known = types.find(module)
     if isinstance(module, nn.Einsum) and type(module).__call__ is nn.Einsum.__call__:
-        args, kwargs = arguments
-        bound = inspect.signature(method).bind(module, *args, **kwargs)
-        if equation := bound.arguments.get("einsum_str"):
-            return of_einsum(equation)
-    return types.find(module)
+        return nnx_types.in_call(known, module, method, arguments)
+    return known
 
 
 def changes_state(module: nn.Module) -> bool:

@@ -18,13 +18,13 @@ from randlora_jax.interop.errors import ConfigError
 class ModelToken:
     """Ties layers to the one model whose call they belong to; compared by identity.
 
+    Copies that flax makes of a model share it.
+
     Args:
-      expected: the layers that a call of the whole model must reach, by name.
-      reached: those that some call did reach.
+      reached: names of the layers that some call did reach.
     """
 
     def __init__(self) -> None:
-        self.expected: set[str] = set()
         self.reached: set[str] = set()
 
 

@@ -19,8 +19,10 @@ from randlora_jax.front_ends.nnx.running import (
     AdaptedKernel,
     as_function,
     run_in_kernels,
+    with_jax_arrays,
 )
 from randlora_jax.front_ends.nnx.variables import AdapterParam, FrozenAdapterParam, retyped
+from randlora_jax.front_ends.nnx_types import in_call
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec
@@ -151,8 +153,13 @@ class RandLoraLayer(nnx.Module):
         context = reached(self.settings.model, [layer.name for layer, _ in applied])
         (layer, specs), *more = applied
         graph, split = nnx.split(base)
-        state = dict(nnx.to_flat_state(split))
+        state = with_jax_arrays(dict(nnx.to_flat_state(split)))
         kernel, call = self._kernel(layer, state)
+        equated = isinstance(base, nnx.Einsum) and type(base).__call__ is nnx.Einsum.__call__
+        if method == "__call__" and equated:
+            told = in_call(layer.type, base, nnx.Einsum.__call__, (args, kwargs))
+            if told is not layer.type:  # then only the call knows what it computes
+                call = told.call if told and kernel.layout.splits(told.layout) else None
         inner = any(isinstance(x, AdapterParam | FrozenAdapterParam) for x in state.values())
         alone = method == "__call__" and call is not None and not more and not inner
         taken = input_of(base.__call__, args, kwargs) if alone else None
@@ -169,7 +176,7 @@ class RandLoraLayer(nnx.Module):
         """A copy of the base layer with W + delta in place of its kernels."""
         names = [layer.name for layer, _ in self.applied()]
         graph, state = nnx.split(base)
-        flat = dict(nnx.to_flat_state(state))
+        flat = with_jax_arrays(dict(nnx.to_flat_state(state)))
         for leaf, kernel, updates in self._kernels(flat, reached(self.settings.model, names)):
             flat[leaf] = flat[leaf].replace(kernel.taking(updates))
         return cast(nnx.Module, nnx.merge(graph, nnx.from_flat_state(flat)))
@@ -178,7 +185,7 @@ class RandLoraLayer(nnx.Module):
         """The kernel of a layer as it is in this call, and what the layer computes."""
         array = state[layer.leaf].get_raw_value()
         layout, call = layer.running(array.shape, layer.type, type(self.base_layer).__name__)
-        return Kernel.traced(array, layout, layer.sharding), call
+        return Kernel.traced(array, layout, layer.sharding_within(array.shape)), call
 
     def _kernels(self, state: Mapping[Path, Any], context: CallContext) -> list[AdaptedKernel]:
         """Every kernel here that an active adapter changes, with what is added to it.

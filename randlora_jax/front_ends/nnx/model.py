@@ -9,10 +9,10 @@ from flax import nnx
 from randlora_jax.front_ends.call_input import multiplies_in
 from randlora_jax.front_ends.nnx.call import CallContext, ModelToken, opened
 from randlora_jax.front_ends.nnx.modules import modules_of
-from randlora_jax.front_ends.nnx.parts import reached_through
+from randlora_jax.front_ends.nnx.parts import Part, attribute
 from randlora_jax.front_ends.nnx.store import NnxStore
 from randlora_jax.front_ends.nnx.variables import FrozenLoRAParam, SharedBasis, retype_loras
-from randlora_jax.front_ends.nnx.wrappable import make_wrappable
+from randlora_jax.front_ends.nnx.wrappable import make_wrappable, refuse_part
 from randlora_jax.front_ends.nnx_types import TYPES
 from randlora_jax.models import known_models
 from randlora_jax.models.adapter_arrays import Leaves
@@ -25,7 +25,9 @@ from randlora_jax.models.reaching import refuse_unreached
 from randlora_jax.models.registry import AdapterRegistry
 
 
-@register_front_end("a flax.nnx.Module", accepts=lambda model, rules: isinstance(model, nnx.Module))
+@register_front_end(
+    "a flax.nnx.Module", accepts=lambda model, rules: isinstance(model, nnx.Module | Part)
+)
 class NnxRandLora(RandLoraModel, nnx.Module):
     """An nnx model with adapters: call it as the model itself.
 
@@ -35,20 +37,22 @@ class NnxRandLora(RandLoraModel, nnx.Module):
     """
 
     def __init__(self, model: nnx.Module, rules: WrapRules) -> None:
+        refuse_part(model)
         known = known_models.about(model)
         walked = list(nnx.iter_modules(model))
         make_wrappable(model, walked)
-        retype_loras(walked, nnx.LoRAParam, FrozenLoRAParam)
         refuse_idle_types(rules.layer_types, {type(module) for _, module in walked})
         rules = rules.beside(known)
         types = LayerTypes((rules.layer_types, TYPES))
         self.model = model
         self.bases: dict[str, dict[str, SharedBasis]] = nnx.data({})
         self._token = ModelToken()
+        self._expected: frozenset[str] = frozenset()
         found = find_layers(modules_of(walked, types, rules.layouts), rules.layouts, rules.names)
         self._registry = AdapterRegistry.of(
             found, known.info, rules.names, rules.options, rules.optional
         )
+        retype_loras(walked, nnx.LoRAParam, FrozenLoRAParam)
 
     __repr__ = __str__ = RandLoraModel.__repr__  # flax's show every array
 
@@ -74,13 +78,13 @@ class NnxRandLora(RandLoraModel, nnx.Module):
         """Calls the model."""
         with self._opened():
             out = self.model(*args, **kwargs)
-        refuse_unreached(self._token.expected - self._token.reached)
+        refuse_unreached(self._expected - self._token.reached)
         return out
 
     def __getattr__(self, name: str) -> Any:
         if name == "model" or name.startswith("_"):
             raise AttributeError(name)
-        return reached_through(getattr(self.model, name), self._opened)
+        return attribute(self.model, name, self._opened)
 
     def _opened(self) -> AbstractContextManager[None]:
         """Within, the layers of this model find its bases."""

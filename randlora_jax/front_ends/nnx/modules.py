@@ -46,11 +46,18 @@ def modules_of(
 ) -> list[FoundModule]:
     """Every module of a model with the parameters that it holds itself.
 
+    Without layers that are adapted in another wrapped model, which is a part of this one.
+
     Args:
       walked: the modules, by their paths.
       stated: layouts that the user states.
     """
-    held = {path: dict(_variables_of(m)) for path, m in walked if not _is_held(path, m)}
+    theirs = {path for path, module in walked if isinstance(module, RandLoraLayer)}
+    held = {
+        path: dict(_variables_of(module))
+        for path, module in walked
+        if not _is_held(path, module) and not any(path[:i] in theirs for i in range(len(path)))
+    }
     owners: dict[int, list[Path]] = {}
     for path, variables in held.items():
         for leaf, variable in variables.items():

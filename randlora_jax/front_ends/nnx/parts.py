@@ -2,11 +2,13 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, ItemsView, Iterator, Mapping, ValuesView
 from contextlib import AbstractContextManager
 from typing import Any
 
 from flax import nnx
+
+from randlora_jax.front_ends.nnx.layer import RandLoraLayer
 
 Opened = Callable[[], AbstractContextManager[None]]
 
@@ -32,7 +34,9 @@ class Part:
         if name == "_part":  # not made yet, as under copy
             raise AttributeError(name)
         module, opened = self._part
-        return reached_through(getattr(module, name), opened)
+        if isinstance(module, Mapping) and name in _VIEWS:
+            return functools.partial(_VIEWS[name], self)
+        return attribute(module, name, opened)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._part[0], name, value)
@@ -52,20 +56,52 @@ class Part:
         return f"part of a wrapped model: {self._part[0]!r}"
 
 
+_VIEWS: dict[str, Callable[[Any], Any]] = {"items": ItemsView, "values": ValuesView}
+
+
+def attribute(module: nnx.Module, name: str, opened: Opened) -> Any:
+    """What a module of a wrapped model has under `name`, as it is reached through the wrapper."""
+    holder = module.base_layer if isinstance(module, RandLoraLayer) else module
+    if not isinstance(getattr(type(holder), name, None), property | functools.cached_property):
+        return reached_through(getattr(module, name), opened)
+    with opened():
+        found = getattr(module, name)
+    return reached_through(found, opened)
+
+
 def reached_through(found: Any, opened: Opened) -> Any:
-    """What a wrapped model hands out: its modules as parts, its methods with its context open."""
+    """What a wrapped model hands out: its modules as parts, its methods with its context open.
+
+    So is what its methods return, and what they yield.
+    """
     if isinstance(found, nnx.Module):
         return Part(found, opened)
-    if type(found) in (list, tuple):
-        return type(found)(reached_through(item, opened) for item in found)
-    if type(found) is dict:
-        return {key: reached_through(item, opened) for key, item in found.items()}
+    if type(found) in (list, tuple, dict):
+        keys = list(found) if type(found) is dict else range(len(found))
+        parts = {key: reached_through(found[key], opened) for key in keys}
+        if all(parts[key] is found[key] for key in keys):
+            return found
+        return parts if type(found) is dict else type(found)(parts.values())
+    if inspect.isgenerator(found):
+        return _resumed(found, opened)
     if not inspect.ismethod(found) and not isinstance(found, functools.partial):
         return found
 
     @functools.wraps(found)
     def method(*args: Any, **kwargs: Any) -> Any:
         with opened():
-            return found(*args, **kwargs)
+            result = found(*args, **kwargs)
+        return reached_through(result, opened)
 
     return method
+
+
+def _resumed(generator: Iterator[Any], opened: Opened) -> Generator[Any, None, None]:
+    """What `generator` yields: it runs with the context open, and its user without."""
+    while True:
+        with opened():
+            try:
+                item = next(generator)
+            except StopIteration:
+                return
+        yield reached_through(item, opened)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from randlora_jax.core.applying import Run, comparable
@@ -51,6 +53,26 @@ class _RunLayer:
                 "call, layer_types={...: LayerType(layout, call=None)}"
             )
         return cast(jax.Array, out)
+
+
+def with_jax_arrays(state: Mapping[Path, Any]) -> dict[Path, Any]:
+    """`state` with JAX's arrays for NumPy's, which `nnx.update` puts into Variables.
+
+    Raises:
+      ConfigError: it is abstract.
+    """
+    found = dict(state)
+    for path, value in state.items():
+        raw = value.get_raw_value() if isinstance(value, nnx.Variable) else None
+        if isinstance(raw, jax.ShapeDtypeStruct):
+            raise ConfigError(
+                f"{dotted(path)!r} is abstract, a ShapeDtypeStruct: call this model abstractly, "
+                "nnx.eval_shape(lambda model, x: model(x), model, x), or fill it first, such as by "
+                "nnx.update(model, state)"
+            )
+        if isinstance(raw, np.ndarray):
+            found[path] = value.replace(jnp.asarray(raw))
+    return found
 
 
 def as_function(

@@ -29,11 +29,15 @@ from randlora_jax.models.store import ArrayStore
 
 
 class Root(Protocol):
-    """The wrapper around a whole model, which alone holds the bases."""
+    """The wrapper around a whole model, which alone holds the bases.
+
+    It expects that a call of the whole model reaches some layers, by name.
+    """
 
     model: nnx.Module
     bases: dict[str, dict[str, SharedBasis]]
     _token: ModelToken
+    _expected: frozenset[str]
     _registry: AdapterRegistry
 
 
@@ -170,7 +174,10 @@ class NnxStore(ArrayStore):
 
     def pairs(self) -> Mapping[str, BasisPair]:
         """Of the root."""
-        return {i: BasisPair(p["A"][...], p["B"][...]) for i, p in self.root.bases.items()}
+        return {
+            identity: BasisPair(held["A"].get_raw_value(), held["B"].get_raw_value())
+            for identity, held in self.root.bases.items()
+        }
 
     def follow(self, registry: AdapterRegistry) -> None:
         """Every wrapper does."""
@@ -178,7 +185,7 @@ class NnxStore(ArrayStore):
         for wrapper in self._wrappers().values():
             wrapper.follow(registry)
             applied += [layer for layer, _ in wrapper.applied()]
-        self.root._token.expected = reaching.expected(applied, registry.optional)
+        self.root._expected = frozenset(reaching.expected(applied, registry.optional))
 
     def release(self) -> Any:
         """The base model, its own modules back in place of their wrappers."""

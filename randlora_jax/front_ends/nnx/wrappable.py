@@ -9,9 +9,23 @@ from flax import nnx
 
 from randlora_jax.front_ends.nnx.call import ModelToken
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
+from randlora_jax.front_ends.nnx.parts import Part
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.front_end import ADAPTED_ALREADY
 from randlora_jax.models.names import Path, dotted
+
+
+def refuse_part(model: object) -> None:
+    """Nothing, if `model` is no part of a wrapped one.
+
+    Raises:
+      ConfigError: it is.
+    """
+    if isinstance(model, Part):
+        raise ConfigError(
+            f"this is a part of a model that is wrapped already: let target_modules choose layers "
+            f"in it. {ADAPTED_ALREADY}"
+        )
 
 
 def make_wrappable(model: nnx.Module, modules: Iterable[tuple[Path, nnx.Module]]) -> None:

@@ -1,0 +1,83 @@
+"""Kernels and inputs that hold more than float32 lose nothing; those of 8 bits train."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from randlora_jax import AdapterParam, RandLoraConfig, get_peft_model
+
+FRESH = RandLoraConfig(r=4, randlora_alpha=8, target_modules="all-linear")
+RANDOM = RandLoraConfig(r=4, randlora_alpha=8, target_modules="all-linear", init_weights=False)
+rows = pytest.mark.parametrize("rows", [3, 200])  # beside the layer, and in its kernel
+
+
+def drawn(*shape):
+    return np.random.default_rng(0).normal(size=shape)
+
+
+def net(dtype=None, **more):
+    return nnx.Sequential(nnx.Linear(8, 6, dtype=dtype, rngs=nnx.Rngs(0), **more))
+
+
+@pytest.fixture
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@rows
+@pytest.mark.usefixtures("_float64")
+def test_float64_stays_float64(rows):
+    wide = {"dtype": jnp.float64, "param_dtype": jnp.float64}
+    x, plain = jnp.asarray(drawn(rows, 8)), net(**wide)
+    kernel = plain.layers[0].kernel[...]
+    model = get_peft_model(net(**wide), FRESH)
+    np.testing.assert_array_equal(model(x), plain(x))
+    model.merge_adapter()
+    np.testing.assert_array_equal(model.layers[0].kernel[...], kernel)
+
+    model = get_peft_model(net(**wide), RANDOM, rngs=nnx.Rngs(1))
+    (delta,) = model.delta_weights().values()
+    plain.layers[0].kernel[...] = kernel + delta.T
+    found = model(x)
+    assert found.dtype == jnp.float64
+    np.testing.assert_allclose(found, plain(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("_float64")
+def test_a_wide_input_of_a_float32_layer_stays_wide():
+    x, plain = jnp.asarray(drawn(3, 8)), net()
+    np.testing.assert_array_equal(get_peft_model(net(), FRESH)(x), plain(x))
+
+
+@rows
+def test_complex_inputs_keep_their_imaginary_part(rows):
+    x = jnp.asarray(drawn(rows, 8) + 1j * drawn(rows, 8)[::-1], jnp.complex64)
+    model, plain = get_peft_model(net(), RANDOM, rngs=nnx.Rngs(1)), net()
+    (delta,) = model.delta_weights().values()
+    plain.layers[0].kernel[...] += delta.T
+    np.testing.assert_allclose(model(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_float8_kernel_is_adapted_and_trains():
+    def make():
+        held = net(jnp.bfloat16, param_dtype=jnp.float8_e4m3fn, kernel_init=nnx.initializers.ones)
+        return held
+
+    x = jnp.asarray(drawn(3, 8), jnp.bfloat16)
+    model = get_peft_model(make(), RandLoraConfig(r=4, target_modules="all-linear"))
+    slope = nnx.grad(
+        lambda m: (m(x).astype(jnp.float32) ** 2).sum(), argnums=nnx.DiffState(0, AdapterParam)
+    )
+    lam, gamma = (
+        slope(model)["model"]["layers"][0][f"randlora_{name}"]["default"]["kernel"][...]
+        for name in ("lambda", "gamma")
+    )
+    assert lam.any() and not gamma.any()  # gamma's is zero while lambda is
+    np.testing.assert_array_equal(model(x), make()(x))
+
+
+def test_no_rows_are_as_good_as_many():
+    assert get_peft_model(net(), RANDOM, rngs=nnx.Rngs(1))(jnp.ones((0, 8))).shape == (0, 6)

@@ -1,0 +1,109 @@
+"""Rules that decide nothing are errors, whatever they match."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from randlora_jax import (
+    ConfigError,
+    KernelLayout,
+    LayerType,
+    RandLoraConfig,
+    RandLoraModel,
+    TargetError,
+    get_peft_model,
+)
+
+CONFIG = RandLoraConfig(r=4, target_modules=["proj"], modules_to_save=["norm"])
+DENSE = LayerType(KernelLayout("i o"))
+
+
+class Mlp(nnx.Module):
+    def __init__(self):
+        self.gate, self.up = nnx.Param(jnp.ones((8, 6))), nnx.Param(jnp.ones((2, 8, 6)))
+
+
+class Net(nnx.Module):
+    def __init__(self):
+        self.proj = nnx.Linear(8, 6, rngs=nnx.Rngs(0))
+        self.norm = nnx.LayerNorm(6, rngs=nnx.Rngs(1))
+        self.mlp = Mlp()
+
+    def __call__(self, x):
+        return self.norm(self.proj(x)) + x @ self.mlp.gate[...]
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ({"proj/bias": "i o"}, "no array that the rule 'proj/bias' matches is a kernel"),
+        ({"mlp/gate": "i o", "mlp/up": "i o"}, "no array that the rule 'mlp/up' matches"),
+        ({"proj": "s i o"}, "layer 'proj', array 'kernel': kernel layout 'sio' describes 3 axes"),
+    ],
+)
+def test_a_view_is_of_a_kernel_that_has_its_axes(rules, words):
+    with pytest.raises(ConfigError, match=words):
+        get_peft_model(Net(), CONFIG, views=rules)
+
+
+def test_names_are_of_modules_not_of_their_arrays():
+    with pytest.raises(ConfigError, match=r"names: the rule 'proj/kernel' matches nothing"):
+        get_peft_model(Net(), CONFIG, names={"proj/kernel": "model.proj"})
+    rules = {"mlp/gate": "model.gate", "proj": "model.proj", "norm": "model.norm"}
+    model = get_peft_model(Net(), CONFIG, names=rules, views={"mlp/gate": "i o"})
+    assert model.targeted_module_names == ["model.proj"]
+
+
+def test_names_given_when_saving_may_be_of_modules_trained_whole(tmp_path):
+    model, rules = get_peft_model(Net(), CONFIG), {"proj": "model.proj", "norm": "model.norm"}
+    model.save_pretrained(tmp_path, names=rules)
+    again = RandLoraModel.from_pretrained(Net(), tmp_path, names=rules)
+    assert again.targeted_module_names == ["model.proj"]
+    with pytest.raises(ConfigError, match=r"names: the rule 'norm/scale' matches nothing"):
+        model.save_pretrained(tmp_path, names={"norm/scale": "model.norm"})
+
+
+@pytest.mark.parametrize("name", ["a\nb", "x.randlora_A"])
+def test_names_that_no_reader_opens_are_refused(name):
+    with pytest.raises(TargetError, match="no PyTorch module path"):
+        get_peft_model(Net(), CONFIG, names={"proj": name})
+
+
+def test_the_view_to_paste_matches_whatever_a_path_has_in_it():
+    params = {"a+b(c)": {"k.[0]": jnp.ones((8, 8))}, "head": jnp.ones((4, 4))}
+    config = RandLoraConfig(r=4, target_modules="all-linear")
+    with pytest.warns(UserWarning, match="leaves out 1 arrays") as caught:
+        get_peft_model(params, config, views={"head": "i o"})
+    (text,) = (str(warning.message) for warning in caught)
+    views = eval(text.partition("views=")[2].partition("}")[0] + "}")
+    model = get_peft_model(params, config, views={"head": "i o", **views})
+    assert len(model.targeted_module_names) == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"optional": ["vision/.*"]}, "optional: the rule 'vision/.*' matches nothing"),
+        ({"layer_types": {nn.Dense: DENSE}}, "layer_types: a params pytree has no modules"),
+    ],
+)
+def test_a_params_pytree_has_no_idle_rules_either(said, words):
+    config = RandLoraConfig(r=4, target_modules=["proj"])
+    params = {"proj": {"kernel": jnp.ones((8, 6))}}
+    with pytest.raises(ConfigError, match=words):
+        get_peft_model(params, config, views={"proj": "i o"}, **said)
+
+
+@pytest.mark.torch
+def test_nor_has_a_hugging_face_model():
+    from transformers import BertConfig, FlaxBertModel
+
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "vocab_size": 31}
+    base = FlaxBertModel(BertConfig(**sizes, intermediate_size=24, max_position_embeddings=16))
+    config = RandLoraConfig(r=4, target_modules=["query"])
+    with pytest.raises(ConfigError, match="layer_types: no module of this model is a Einsum"):
+        get_peft_model(base, config, layer_types={nn.Einsum: DENSE})
+    model = get_peft_model(base, config, layer_types={nn.Dense: DENSE}, rngs=jax.random.key(0))
+    assert model.targeted_module_names
