@@ -83,6 +83,7 @@ class Deltas:
         """Add delta_W to a layer's weight as the base model stores it, in place: `adding`."""
         self.adding(name)(weight, 0)
 
+    @np.errstate(over="ignore", invalid="ignore")  # what overflows is infinite, for all to see
     def adding(self, name: str) -> Callable[[np.ndarray, int], None]:
         """What adds delta_W to some rows of a layer's weight as the base model stores it, in place.
 
@@ -101,6 +102,7 @@ class Deltas:
         lies_as_m = (n_in <= n_out) != self.layers[name].conv1d
         step = max(1, BLOCK // (4 * max(r * n, smallest)))
 
+        @np.errstate(over="ignore", invalid="ignore")
         def add(rows: np.ndarray, start: int) -> None:
             stop = start + len(rows)
             sum_dtype = np.promote_types(rows.dtype, np.float32)
@@ -115,8 +117,7 @@ class Deltas:
                 block *= self.adapter.config.scaling
                 block = block.astype(sum_dtype, copy=False)
                 block += place
-                with np.errstate(over="ignore"):  # what overflows float16 is inf, for all to see
-                    place[...] = block
+                place[...] = block
 
         return add
 
