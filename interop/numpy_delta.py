@@ -14,7 +14,7 @@ from randlora_jax.interop.missing_bases import draw_missing
 from randlora_jax.interop.progress import Progress, silent
 from randlora_jax.interop.torch_rng import TorchDraw
 
-BLOCK = 1 << 23  # bytes of one block, of which a few exist at a time
+BLOCK = 1 << 24  # bytes of one block, of which a few exist at a time
 
 
 class Deltas:
