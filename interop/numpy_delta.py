@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from randlora_jax.interop.missing_bases import draw_missing, refuse_in_vain
 from randlora_jax.interop.progress import Progress, silent
 from randlora_jax.interop.torch_rng import TorchDraw
 
-BLOCK = 1 << 23  # bytes of one block, of which a few exist at a time
+BLOCK = 1 << 24  # bytes of one block, of which a few exist at a time
 
 
 class Deltas:
@@ -75,9 +76,8 @@ class Deltas:
     def let_go(self) -> None:
         """Forget what of the bases no layer uses, often most: PEFT sizes them for any layer."""
         a, b = self.bases
-        n, smallest = map(
-            max, zip(*(x.shape for _, x in self.adapter.layers.values()), strict=True)
-        )
+        gammas = (gamma.shape for _, gamma in self.adapter.layers.values())
+        n, smallest = map(max, zip(*gammas, strict=True))
         largest = max(max(layer.shape) for layer in self.layers.values())
         self.adapter = replace(self.adapter, bases=None)
         self.bases = a[:, :, :smallest].copy(), b[:largest, :n].copy()
@@ -97,10 +97,16 @@ class Deltas:
 
     @np.errstate(over="ignore", invalid="ignore")  # what overflows is infinite, for all to see
     def add_to(self, name: str, weight: np.ndarray) -> None:
-        """Add delta_W to a layer's weight as the base model stores it, in place.
+        """Add delta_W to a layer's weight as the base model stores it, in place: `adding`."""
+        self.adding(name)(weight, 0)
 
-        The sum is formed in float32 (float64 if the weight is) and rounded once. Memory besides:
-        A_flat, min(in, out) squared numbers, and some blocks.
+    @np.errstate(over="ignore", invalid="ignore")  # what overflows is infinite, for all to see
+    def adding(self, name: str) -> Callable[[np.ndarray, int], None]:
+        """What adds delta_W to some rows of a layer's weight as the base model stores it, in place.
+
+        It takes the rows and the number of the first. The sum is formed in float32 (float64 if the
+        weight is) and rounded once. Memory besides: A_flat, min(in, out) squared numbers, and some
+        blocks.
         """
         lam, gamma = self.adapter.layers[name]
         a, b = self.bases
@@ -108,21 +114,28 @@ class Deltas:
         smallest = gamma.shape[1]
         a_flat = flat_a(lam, gamma, a[:, :, :smallest])
         n_out, n_in = self.layers[name].shape
-        matrix = weight.T if self.layers[name].conv1d else weight  # (out, in)
-        matrix = matrix if n_in <= n_out else matrix.T  # (max, min), as M
-        lies_in_rows = matrix.flags.c_contiguous
-        sum_dtype = np.promote_types(weight.dtype, np.float32)
-        rows = max(1, BLOCK // (4 * max(r * n, smallest)))
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is inf, for all to see
-            for start in range(0, max(n_out, n_in), rows):
-                part = slice(start, min(start + rows, max(n_out, n_in)))
+        # whether the weight lies as M (max, min) does, or transposed
+        lies_as_m = (n_in <= n_out) != self.layers[name].conv1d
+        step = max(1, BLOCK // (4 * max(r * n, smallest)))
+
+        @np.errstate(over="ignore", invalid="ignore")
+        def add(rows: np.ndarray, start: int) -> None:
+            stop = start + len(rows)
+            sum_dtype = np.promote_types(rows.dtype, np.float32)
+            first, last = (start, stop) if lies_as_m else (0, max(n_out, n_in))
+            for at in range(first, last, step):
+                part = slice(at, min(at + step, last))
                 b_flat = b[part, :n].astype(np.float32).reshape(-1, n * r)
-                # made to lie as the weight does: a sum across memory takes ten times as long
-                block = b_flat @ a_flat if lies_in_rows else (a_flat.T @ b_flat.T).T
+                if lies_as_m:
+                    block, place = b_flat @ a_flat, rows[at - start : part.stop - start]
+                else:  # so that the sum runs along memory: across it takes ten times as long
+                    block, place = a_flat[:, start:stop].T @ b_flat.T, rows[:, part]
                 block *= self.adapter.config.scaling
                 block = block.astype(sum_dtype, copy=False)
-                block += matrix[part]
-                matrix[part] = block
+                block += place
+                place[...] = block
+
+        return add
 
 
 def flat_a(lam: np.ndarray, gamma: np.ndarray, a: np.ndarray) -> np.ndarray:

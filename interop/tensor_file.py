@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from errno import ENOENT
 from functools import partial
 from io import BufferedWriter
@@ -105,6 +105,13 @@ class TensorFile:
             self._fill(piece, tensor.start + at, tensor.key)
             self.advance(len(piece))
         return array
+
+    def rows(self, tensor: Tensor, start: int, stop: int) -> np.ndarray:
+        """The numbers of some rows of a tensor, from `start` to before `stop`."""
+        width = tensor.nbytes // tensor.shape[0]
+        shape = (stop - start, *tensor.shape[1:])
+        place = tensor.start + start * width
+        return self.read(replace(tensor, shape=shape, start=place, nbytes=width * (stop - start)))
 
     def copy(self, tensor: Tensor, target: BufferedWriter) -> None:
         """Write the bytes of one tensor to an open file. Memory: one block, or none."""

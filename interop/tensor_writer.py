@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedWriter
 from math import prod
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from randlora_jax.interop.errors import AdapterFileError, shown
@@ -45,17 +46,21 @@ class Stored:
     tensor: Tensor
 
 
+Made: TypeAlias = np.ndarray | Stored | Iterator[np.ndarray]
+"""A tensor's numbers, the tensor of another file that has them, or some rows after others."""
+
+
 def write_stream(
     path: Path,
     entries: Mapping[str, Entry],
     metadata: Mapping[str, str],
-    make: Callable[[str], np.ndarray | Stored],
+    make: Callable[[str], Made],
     advance: Advance = no_bar,
 ) -> None:
     """Write a new file of `entries`, in their order, in small pieces. Memory: one tensor.
 
     Args:
-      make: from a key to the numbers, of the entry's shape. An array is cast to the entry's dtype;
+      make: from a key to the numbers, of the entry's shape. Arrays are cast to the entry's dtype;
         it is for the caller to know that this loses nothing.
       advance: told the bytes of each tensor once it is written.
     """
@@ -74,13 +79,13 @@ def write_stream(
             advance(entry.nbytes)
 
 
-def _append(file: BufferedWriter, made: np.ndarray | Stored, entry: Entry) -> None:
+def _append(file: BufferedWriter, made: Made, entry: Entry) -> None:
     if isinstance(made, Stored):
         made.file.copy(made.tensor, file)
         return
-    assert made.shape == entry.shape
-    for piece in pieces(made):
-        file.write(bytes_of(piece.astype(entry.dtype, copy=False)))
+    for part in [made] if isinstance(made, np.ndarray) else made:
+        for piece in pieces(part):
+            file.write(bytes_of(piece.astype(entry.dtype, copy=False)))
 
 
 def write_tensors(

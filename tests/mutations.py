@@ -396,6 +396,3 @@ def renamed_layer(rng: Random, files: Files) -> bool:
     header = {key.replace(layer + ".", f"{PREFIX}{name}."): entry for key, entry in header.items()}
     files.weights = packed(header, data)
     return False
-
-
-# --- the configuration ----------------------------------------------------------------------------

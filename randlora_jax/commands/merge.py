@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -28,11 +28,11 @@ from randlora_jax.commands.report import (
 from randlora_jax.interop.atomic import replacing_files
 from randlora_jax.interop.base_model import MODEL_CONFIG, BaseModel
 from randlora_jax.interop.errors import AdapterFileError, shown
-from randlora_jax.interop.numpy_delta import Deltas
+from randlora_jax.interop.numpy_delta import BLOCK, Deltas
 from randlora_jax.interop.progress import Advance
 from randlora_jax.interop.strict_json import read_object
 from randlora_jax.interop.tensor_file import pieces
-from randlora_jax.interop.tensor_writer import Entry, Stored, write_stream
+from randlora_jax.interop.tensor_writer import Entry, Made, Stored, write_stream
 
 DESCRIPTION = """\
 Write the base model in MODEL_DIR with the adapter in DIR merged into its weights, as a Hugging Face
@@ -42,8 +42,9 @@ model directory: the same shards, index and other files, opened by transformers 
   randlora-jax merge my-adapter --base my-model merged --force     over an earlier merge
 
 Sums are formed in float32 and rounded once to the base model's dtype. Modules trained whole and
-biases are merged too; a classifier that the base model lacks is added. One tensor is in memory at a
-time, besides the adapter. A merge into tied word embeddings is refused: it would change both sides.
+biases are merged too; a classifier that the base model lacks is added. Besides the adapter, some
+rows of one tensor are in memory at a time. A merge into tied word embeddings is refused: it would
+change both sides.
 
 The base model's weights in other formats (.bin, .onnx, .gguf, ...) would be those without the
 adapter, so they are left out."""
@@ -98,8 +99,8 @@ def merge(
 ) -> Report:
     """Write the base model in directory `base`, with an adapter merged into it, to `out`.
 
-    Memory: the adapter's bases and trained numbers, one tensor of the base model, and A_flat and
-    some blocks of `Deltas.add_to`.
+    Memory: what the adapter's layers use of its bases, its trained numbers, and A_flat and some
+    blocks of `Deltas.adding`.
 
     Args:
       torch_generation, base_dtype: as for `Deltas`.
@@ -159,16 +160,15 @@ def _write_file(
         entries |= {key: Entry(code, value.shape) for key, value in todo.added.items()}
         entries = dict(sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize))
 
-    def make(new: str) -> np.ndarray | Stored:
+    def make(new: str) -> Made:
         key = old_key.get(new, new)
         value = todo.added.get(new, todo.replaced.get(key))
         if value is None and key not in todo.sums:
             return Stored(source, source.tensors[key])
         if value is None:
-            weight = base.read(key)
-        else:
-            with np.errstate(over="ignore"):
-                weight = value.astype(entries[new].dtype)
+            return _summed(base, key, deltas.adding(todo.sums[key]))
+        with np.errstate(over="ignore"):
+            weight = value.astype(entries[new].dtype)
         if key in todo.sums:
             deltas.add_to(todo.sums[key], weight)
         _check_finite(weight, base.folder, key)
@@ -177,7 +177,22 @@ def _write_file(
     write_stream(staged / name, entries, source.metadata, make, advance)
 
 
+def _summed(
+    base: BaseModel, key: str, add: Callable[[np.ndarray, int], None]
+) -> Iterator[np.ndarray]:
+    """A weight with delta_W added, some rows at a time."""
+    tensor, file = base.tensor(key), base.files[base.home[key]]
+    count = tensor.shape[0]
+    step = max(1, BLOCK * count // tensor.nbytes)
+    for start in range(0, count, step):
+        rows = file.rows(tensor, start, min(start + step, count))
+        add(rows, start)
+        _check_finite(rows, base.folder, key)
+        yield rows
+
+
 def _check_finite(weight: np.ndarray, where: Path, key: str) -> None:
+    """Refuse a merged weight, or rows of it, that holds NaN or infinity."""
     wide = np.promote_types(weight.dtype, np.float32)  # several times as fast as asking bfloat16
     bad = sum(
         piece.size - np.count_nonzero(np.isfinite(piece.astype(wide, copy=False)))
@@ -190,8 +205,8 @@ def _check_finite(weight: np.ndarray, where: Path, key: str) -> None:
         )
 
 
-def _index(base: BaseModel, name: str, todo: MergePlan) -> str:
-    index = read_object(base.folder / name)
+def _index(base: BaseModel, old: str, todo: MergePlan) -> str:
+    index = read_object(base.folder / old)
     places = {todo.renamed.get(key, key): name for key, name in base.home.items()}
     last = list(base.files)[-1]
     index["weight_map"] = dict(sorted({**places, **dict.fromkeys(todo.added, last)}.items()))

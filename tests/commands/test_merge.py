@@ -74,6 +74,19 @@ def test_biases_and_whole_modules_are_merged(family, tmp_path):
     )
 
 
+@pytest.mark.parametrize("nbytes", [1, 3000])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_blocks_of_any_size_make_the_same_sums(family, nbytes, tmp_path, monkeypatch):
+    base = save_base(family, tmp_path / "base")
+    model = save_adapter(family, base, tmp_path / "adapter")
+    monkeypatch.setattr("randlora_jax.interop.numpy_delta.BLOCK", nbytes)
+    monkeypatch.setattr("randlora_jax.commands.merge.BLOCK", nbytes)
+    merge(tmp_path / "adapter", base=tmp_path / "base", out=tmp_path / "out")
+    state = model.merge_and_unload().state_dict()
+    for key, found in tensors(tmp_path / "out").items():
+        assert (found - state[key]).abs().max() <= 1e-6 * state[key].abs().max(), key
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_half_precision_sums_are_rounded_once(family, dtype, tmp_path):
