@@ -56,6 +56,22 @@ def _fault(name: object) -> str | None:
     return None
 
 
+def expected_directory(directory: object, what: str = "a directory") -> Path:
+    """`directory` as a path.
+
+    Raises:
+      AdapterFileError: it is no path, empty, or none that a system takes; the message calls it
+        `what`.
+    """
+    text = str(directory)
+    if isinstance(directory, str | os.PathLike) and text.strip() and "\0" not in text:
+        return Path(directory)
+    raise AdapterFileError(
+        f"expected {what}, found {shown(directory)}; name one, such as 'my-adapter' ('.' is the "
+        "one you work in)"
+    )
+
+
 def saving_folder(directory: str | os.PathLike[str], adapter_name: str = DEFAULT) -> Path:
     """The folder of an adapter under `directory`: itself for "default", else one of its name.
 
@@ -63,12 +79,7 @@ def saving_folder(directory: str | os.PathLike[str], adapter_name: str = DEFAULT
       AdapterFileError: nothing can be written there: `directory` is no path or empty, or a file
         stands where a folder has to be.
     """
-    if not isinstance(directory, str | os.PathLike) or not str(directory).strip():
-        raise AdapterFileError(
-            f"expected a directory to save to, found {shown(directory)}; name one, such as "
-            "'my-adapter' ('.' is the one you work in)"
-        )
-    root = Path(directory)
+    root = expected_directory(directory, "a directory to save to")
     folder = root if adapter_name == DEFAULT else root / adapter_name
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from randlora_jax.interop import field_checks as checks
-from randlora_jax.interop.adapter_name import saving_folder
+from randlora_jax.interop.adapter_name import expected_directory, saving_folder
 from randlora_jax.interop.errors import ConfigError, listed, warn
 from randlora_jax.interop.field_checks import Check, refusal
 from randlora_jax.interop.field_names import teaching_fields
@@ -210,7 +210,7 @@ class RandLoraConfig:
         method = unknown.pop("peft_type", None)
         if isinstance(method, Enum):
             method = method.value
-        if method != PEFT_TYPE:
+        if not isinstance(method, str) or method != PEFT_TYPE:
             raise refusal("peft_type", repr(PEFT_TYPE), method, "Only RandLoRA adapters open.")
         source = "torch" if settings.get("save_projection") is False else "file"
         config = cls(**settings, projection_source=source, unknown=unknown)
@@ -243,7 +243,7 @@ class RandLoraConfig:
           AdapterFileError: the file is missing or not a proper JSON object.
           ConfigError: a field is wrong; names the file too.
         """
-        path = Path(directory) / CONFIG_NAME
+        path = expected_directory(directory) / CONFIG_NAME
         values = read_object(path)
         try:
             return cls.from_dict(values)

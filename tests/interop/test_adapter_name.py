@@ -51,10 +51,12 @@ def test_an_adapter_is_saved_to_the_root_or_to_a_folder_of_its_name(tmp_path):
     assert saving_folder(Path()) == Path(".")
 
 
-@pytest.mark.parametrize("directory", ["", " ", None, 3, b"folder", ["folder"]], ids=repr)
+@pytest.mark.parametrize("directory", ["", " ", None, 3, b"folder", ["folder"], "a\0b"], ids=repr)
 def test_what_is_no_path_is_refused(directory):
     with pytest.raises(AdapterFileError, match="expected a directory to save to"):
         saving_folder(directory)
+    with pytest.raises(AdapterFileError, match="expected a directory, found"):
+        RandLoraConfig.from_pretrained(directory)
 
 
 def test_a_file_in_the_way_is_refused_by_name(tmp_path):
