@@ -10,6 +10,8 @@ from mutations import _repack, _tensors, header_of, junk, packed
 
 __all__ = ["CONFIG", "MUTATIONS", "PREFIX", "WEIGHTS", "Files"]
 
+HARMLESS = {"hidden_files", "links", "promised_biases_lost"}  # that must never be refused
+
 
 def _config(files: Files, **changes: object) -> dict:
     """The configuration, which `changes` are put into."""

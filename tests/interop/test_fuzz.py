@@ -6,6 +6,7 @@ import fuzz_adapters
 import numpy as np
 import pytest
 from fuzz_adapters import MUTATIONS, Failure, fuzzer
+from promise_mutations import HARMLESS
 
 pytestmark = pytest.mark.torch
 
@@ -27,7 +28,7 @@ def test_thousands_of_damaged_adapters(runner):
             error.add_note(f"python tests/fuzz_adapters.py --seed {SEED} --only {number}")
             raise
     for name in MUTATIONS:
-        assert runner.outcomes[name, "refused"] > 5
+        assert runner.outcomes[name, "read" if name in HARMLESS else "refused"] > 5
     for end in ("refused", "read"):
         assert runner.outcomes["from_pretrained", end] > 5
 
