@@ -80,7 +80,7 @@ class Deltas:
         n, smallest = map(max, zip(*gammas, strict=True))
         largest = max(max(layer.shape) for layer in self.layers.values())
         self.adapter = replace(self.adapter, bases=None)
-        self.bases = a[:, :, :smallest].copy(), b[:largest, :n].copy()
+        self.bases = _cut(a, a[:, :, :smallest]), _cut(b, b[:largest, :n])
 
     def of(self, name: str) -> np.ndarray:
         """delta_W of a layer, (out, in) in float32, scaling included.
@@ -95,7 +95,6 @@ class Deltas:
             raise too_strong(self.adapter, name)
         return found.T if layer.conv1d else found
 
-    @np.errstate(over="ignore", invalid="ignore")  # what overflows is infinite, for all to see
     def add_to(self, name: str, weight: np.ndarray) -> None:
         """Add delta_W to a layer's weight as the base model stores it, in place: `adding`."""
         self.adding(name)(weight, 0)
@@ -136,6 +135,11 @@ class Deltas:
                 place[...] = block
 
         return add
+
+
+def _cut(whole: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """`part` of an array, so that the rest of it can go."""
+    return whole if part.shape == whole.shape else part.copy()
 
 
 def flat_a(lam: np.ndarray, gamma: np.ndarray, a: np.ndarray) -> np.ndarray:
