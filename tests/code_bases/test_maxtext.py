@@ -75,8 +75,8 @@ class MaxTextLayer(nnx.Module):
 class MaxTextDecoder(nnx.Module):
     def __init__(self, config, rngs):
         axes = nnx.StateAxes({nnx.Param: config.param_scan_axis, ...: 0})
-        make = nnx.vmap(lambda rngs: MaxTextLayer(config, rngs), in_axes=0, out_axes=axes)
-        self.layers = make(rngs.split(2))
+        make = nnx.vmap(lambda key: MaxTextLayer(config, nnx.Rngs(key)), in_axes=0, out_axes=axes)
+        self.layers = make(jax.random.split(rngs.params(), 2))
         self.logits_dense = MaxTextDense(rngs, (8,), (9,))
 
     def __call__(self, x):
