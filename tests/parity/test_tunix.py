@@ -21,6 +21,12 @@ MODELS = [
     ),
 ]
 
+# What transformers 5, with which tunix installs itself, has no twin for.
+ONLY_4 = {
+    "qwen3_moe": "all experts are one tensor there, which PEFT's RandLoRA does not adapt",
+    "gemma3_vision": "tunix's loader does not read what it saves",
+}
+
 
 def check(found: dict) -> None:
     """What `tunix_pair` found is right."""
@@ -36,6 +42,8 @@ def check(found: dict) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_tunix_model_and_its_twin(model, tmp_path):
+    if PYTHON != sys.executable and model in ONLY_4:
+        pytest.skip(f"transformers 5: {ONLY_4[model]}")
     program = Path(__file__).parent.with_name("tunix_pair.py")
     command = [PYTHON, "-W", "ignore", str(program), model, str(tmp_path)]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
