@@ -19,8 +19,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -29,6 +27,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from processes import RANDLORA, cost_of
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.tensor_writer import Entry, write_stream, write_tensors
 from randlora_jax.interop.torch_rng import Generation, torch_bases
@@ -50,7 +49,11 @@ Shapes = dict[str, tuple[int, int]]  # (out, in) by the layer's name in the mode
 
 def llama_3b(layers: int, divisor: int = 1) -> Shapes:
     """The linear layers of a 3B Llama: width 3072, keys and values 1024, hidden 8192."""
-    width, narrow, hidden = 3072 // divisor, 1024 // divisor, 8192 // divisor
+    return llama(layers, *(side // divisor for side in (3072, 1024, 8192)))
+
+
+def llama(layers: int, width: int, narrow: int, hidden: int) -> Shapes:
+    """The linear layers of a Llama; `narrow`: of keys and values."""
     kinds = {
         "self_attn.q_proj": (width, width),
         "self_attn.k_proj": (narrow, width),
@@ -148,16 +151,8 @@ def seconds(action: Callable[[], object]) -> float:
 
 def run(arguments: list[str]) -> tuple[float, float]:
     """One `randlora-jax` command: its seconds and its peak memory in MB."""
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "randlora_jax.commands.main", *arguments, "--json"],
-        stdout=subprocess.DEVNULL,
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    elapsed = time.perf_counter() - start
-    if status != 0:
-        raise SystemExit(f"randlora-jax {' '.join(arguments)} failed")
-    return elapsed, usage.ru_maxrss * 1024 / 1e6
+    cost = cost_of(*RANDLORA, *arguments, "--json")
+    return cost.seconds, cost.megabytes
 
 
 def forget(path: Path) -> None:

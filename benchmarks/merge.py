@@ -11,15 +11,14 @@ ratio of each is what counts, because another program on the machine slows both.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+from processes import RANDLORA, cost_of
 
 VOCABULARY = 49152
 LAYERS = 3
@@ -64,13 +63,8 @@ def make(folder: Path, divisor: int) -> None:
 
 def run(command: list[str]) -> tuple[float, float]:
     """A command's seconds and its peak memory in MB."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    elapsed = time.perf_counter() - start
-    if status != 0:
-        raise SystemExit(f"failed: {command}")
-    return elapsed, usage.ru_maxrss * 1024 / 1e6
+    cost = cost_of(*command)
+    return cost.seconds, cost.megabytes
 
 
 def main() -> None:
@@ -82,7 +76,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="merge-", dir=args.folder))
     base, adapter = str(folder / "base"), str(folder / "adapter")
-    ours = [sys.executable, "-m", "randlora_jax.commands.main", "merge", adapter, "--base", base]
+    ours = [*RANDLORA, "merge", adapter, "--base", base]
     commands = {"randlora-jax merge": ours, "PEFT": [sys.executable, "-c", PEFT, adapter, base]}
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     try:

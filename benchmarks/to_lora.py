@@ -18,8 +18,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +27,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from adapter_files import Shapes, llama
+from processes import RANDLORA, cost_of
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.tensor_file import TensorFile
 from randlora_jax.interop.tensor_writer import Entry, write_stream, write_tensors
@@ -36,22 +36,10 @@ from randlora_jax.interop.tensor_writer import Entry, write_stream, write_tensor
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 
-Shapes = dict[str, tuple[int, int]]  # (out, in) by the layer's name in the model
-
 
 def llama_3_8b(divisor: int) -> Shapes:
     """The linear layers of a block: width 4096, keys and values 1024, hidden 14336."""
-    width, narrow, hidden = 4096 // divisor, 1024 // divisor, 14336 // divisor
-    kinds = {
-        "self_attn.q_proj": (width, width),
-        "self_attn.k_proj": (narrow, width),
-        "self_attn.v_proj": (narrow, width),
-        "self_attn.o_proj": (width, width),
-        "mlp.gate_proj": (hidden, width),
-        "mlp.up_proj": (hidden, width),
-        "mlp.down_proj": (width, hidden),
-    }
-    return {f"model.layers.0.{kind}": shape for kind, shape in kinds.items()}
+    return llama(1, *(side // divisor for side in (4096, 1024, 14336)))
 
 
 def write_inputs(folder: Path, shapes: Shapes, r: int, decay: float | None) -> None:
@@ -159,16 +147,8 @@ def torch_side(folder: Path, shapes: Shapes, rank: int, scaling: float) -> dict[
 
 def command(*arguments: object) -> tuple[Seconds, float]:
     """One `randlora-jax` command: how long it takes and its peak memory in MB."""
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "randlora_jax.commands.main", *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    taken = Seconds(time.perf_counter() - start, usage.ru_utime + usage.ru_stime)
-    if status != 0:
-        raise SystemExit(f"randlora-jax {' '.join(map(str, arguments))} failed")
-    return taken, usage.ru_maxrss * 1024 / 1e6
+    seconds, processor, megabytes = cost_of(*RANDLORA, *arguments)
+    return Seconds(seconds, processor), megabytes
 
 
 def measure(folder: Path, shapes: Shapes, r: int, rank: int, *, exact: bool) -> None:

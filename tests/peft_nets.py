@@ -1,5 +1,6 @@
 """A small PyTorch model that PEFT adapts, saves and opens, and adapters made for it."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from randlora_jax.interop.adapter import Adapter, Provenance, bases_digest
 from randlora_jax.interop.config import RandLoraConfig
 from safetensors.numpy import load_file, save_file
 
+CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
@@ -74,6 +76,17 @@ def rewrite(directory: Path, change) -> None:
     """Replace a directory's tensors by `change(tensors)`."""
     tensors = change(load_file(directory / WEIGHTS))
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def change_config(directory: Path, **changes) -> None:
+    """Put other fields into a directory's configuration."""
+    values = json.loads((directory / CONFIG).read_text())
+    (directory / CONFIG).write_text(json.dumps(values | changes))
+
+
+def without(*words: str):
+    """For `rewrite`: the tensors less those with one of `words` in their names."""
+    return lambda tensors: {k: x for k, x in tensors.items() if not any(w in k for w in words)}
 
 
 def is_base(key: str) -> bool:

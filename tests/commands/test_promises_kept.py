@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from families import WIDTHS
-from peft_nets import WEIGHTS, jax_adapter, rewrite
+from peft_nets import CONFIG, WEIGHTS, change_config, jax_adapter, rewrite, without
 from peft_side import randomise, save_adapter, save_base
 from randlora_jax.interop.peft_dir import write_adapter
 from safetensors.numpy import load_file, save_file
@@ -17,7 +17,6 @@ from randlora_jax.commands.main import main
 
 pytestmark = pytest.mark.torch
 
-CONFIG = "adapter_config.json"
 WITH_BASE = {
     "inspect": ["inspect", "{adapter}", "--base", "{base}"],
     "merge": ["merge", "{adapter}", "--base", "{base}", "{out}"],
@@ -41,15 +40,6 @@ def ask(folder, command, capsys):
     status = main([part.format(**paths) for part in COMMANDS[command]])
     printed = capsys.readouterr()
     return status, printed.out + printed.err
-
-
-def change_config(folder, **changes) -> None:
-    values = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(values | changes))
-
-
-def without(*words):
-    return lambda tensors: {k: x for k, x in tensors.items() if not any(w in k for w in words)}
 
 
 def refused(folder, command, capsys, *words) -> None:

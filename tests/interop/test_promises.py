@@ -7,7 +7,18 @@ import numpy as np
 import peft
 import pytest
 import torch
-from peft_nets import PREFIX, WEIGHTS, Net, peft_net, randomize, rewrite, run
+from peft_nets import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    Net,
+    change_config,
+    peft_net,
+    randomize,
+    rewrite,
+    run,
+    without,
+)
 from randlora_jax.interop.adapter import Adapter
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import AdapterFileError
@@ -17,17 +28,6 @@ from randlora_jax.interop.targets import by_full_names, full_names
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.torch
-
-CONFIG = "adapter_config.json"
-
-
-def change_config(folder, **changes) -> None:
-    values = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(values | changes))
-
-
-def without(*words):
-    return lambda tensors: {k: x for k, x in tensors.items() if not any(w in k for w in words)}
 
 
 def refused(folder, *parts: str) -> None:

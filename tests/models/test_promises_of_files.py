@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from families import twins
 from flax import nnx
-from peft_nets import rewrite
+from peft_nets import CONFIG, change_config, rewrite, without
 from peft_side import save_adapter
 from randlora_jax.interop.peft_dir import read_adapter
 
@@ -22,17 +22,6 @@ from randlora_jax import (
 )
 
 pytestmark = pytest.mark.torch
-
-CONFIG = "adapter_config.json"
-
-
-def change_config(folder, **changes) -> None:
-    values = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(values | changes))
-
-
-def without(*words):
-    return lambda tensors: {k: x for k, x in tensors.items() if not any(w in k for w in words)}
 
 
 @pytest.fixture(scope="module")
