@@ -3,15 +3,23 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.mesh import on_mesh
-from randlora_jax.interop.errors import ConfigError, nearest
+from randlora_jax.interop.errors import ConfigError
+from randlora_jax.models.idle_rules import refuse_idle, refuse_shadowed, refuse_unused_views
 from randlora_jax.models.layer import Layer, LayerType
 from randlora_jax.models.names import KERNEL_LEAVES, Names, Path, slashed
+
+
+class Stated(NamedTuple):
+    """A layout that a user states, and the rule that does."""
+
+    rule: str
+    layout: KernelLayout
 
 
 @dataclass(frozen=True)
@@ -36,16 +44,16 @@ class StatedLayouts:
             except ConfigError as error:
                 raise ConfigError(f"views: {rule!r}: {error}") from None
 
-    def find(self, path: Path, *, unless: Path | None = None) -> KernelLayout | None:
-        """The first stated layout whose expression matches a whole path.
+    def find(self, *paths: Path, unless: Path | None = None) -> Stated | None:
+        """The first stated layout whose expression matches one of some whole paths.
 
         Args:
           unless: another path, which the expression must not match.
         """
         for rule, axes in self.rules.items():
             other = unless is not None and re.fullmatch(rule, slashed(unless))
-            if re.fullmatch(rule, slashed(path)) and not other:
-                return KernelLayout(axes)
+            if any(re.fullmatch(rule, slashed(path)) for path in paths) and not other:
+                return Stated(rule, KernelLayout(axes))
         return None
 
 
@@ -144,78 +152,64 @@ def find_layers(modules: Iterable[FoundModule], stated: StatedLayouts, names: Na
         paths += arrays
     said = {rule: axes for rule, axes in stated.rules.items() if rule not in stated.known}
     refuse_idle("views", said, [*holders, *paths])
-    _refuse_unused(said, layers.values())
-    refuse_idle("names", [r for r in names.rules if r not in names.known], holders)
+    refuse_unused_views(said, layers.values())
+    own_names = {rule: name for rule, name in names.rules.items() if rule not in names.known}
+    refuse_idle("names", own_names, holders)
+    refuse_shadowed("names", own_names, map(names.rules_of, holders))
     return FoundLayers(layers, tuple(sorted(others)), tuple(left))
-
-
-def refuse_idle(argument: str, rules: Iterable[str], paths: Iterable[Path]) -> None:
-    """Nothing, if each of `rules` matches a path."""
-    known = list(dict.fromkeys(map(slashed, paths)))
-    for rule in rules:
-        if not any(re.fullmatch(rule, path) for path in known):
-            raise ConfigError(
-                f"{argument}: the rule {rule!r} matches nothing in this model; "
-                f"near it are {nearest(rule, known)}. A rule is a regular expression on a whole "
-                "path, with '/' between its parts"
-            )
-
-
-def _refuse_unused(views: Mapping[str, str], layers: Iterable[Layer]) -> None:
-    """Nothing, if each of `views`, which match something, is about a kernel.
-
-    Raises:
-      ConfigError: one is about other arrays alone, or about some that its axes do not fit.
-    """
-    kernels = list({slashed(path): 0 for x in layers for path in (x.path, x.kernel_path)})
-    for rule, axes in views.items():
-        if not any(re.fullmatch(rule, path) for path in kernels):
-            raise ConfigError(
-                f"views: no array that the rule {rule!r} matches is a kernel of the axes {axes!r}, "
-                f"with a letter for each; kernels near it are {nearest(rule, kernels)}"
-            )
 
 
 def _layers_of(module: FoundModule, stated: StatedLayouts, names: Names) -> list[Layer]:
     """The layers whose kernels a module holds: by its type, or by rules on it or on its arrays."""
     whole = _whole_layer(module, stated)
-    found = [_layer(module, *whole, names, module.path)] if whole else []
+    found = [_layer(module, whole, names, module.path)] if whole else []
     for leaf, array in module.arrays.items():
         path = (*module.path, *leaf)
         # a rule on the whole module is not about what lies beside its kernel
-        layout = stated.find(path, unless=module.path if whole else None)
-        if (whole and leaf == whole[0]) or layout is None or len(layout.axes) != len(array.shape):
+        said = stated.find(path, unless=module.path if whole else None)
+        is_taken = whole and leaf == whole.leaf
+        if is_taken or said is None or len(said.layout.axes) != len(array.shape):
             continue
         # such an array's module is the layer, also to PyTorch
         is_whole = not whole and module.path and leaf[0] in KERNEL_LEAVES
-        found.append(_layer(module, leaf, layout, names, module.path if is_whole else path))
+        kernel = _Kernel(leaf, said.layout, said.rule)
+        found.append(_layer(module, kernel, names, module.path if is_whole else path))
     if not found:
         _refuse_misfits(module, stated)
     return found
 
 
-def _whole_layer(module: FoundModule, stated: StatedLayouts) -> tuple[Path, KernelLayout] | None:
-    """The kernel and its layout of a module that is one layer, by its type or by a rule on it.
+class _Kernel(NamedTuple):
+    """A kernel that a module holds: where, its layout, the rule of ``views=`` that states it."""
+
+    leaf: Path
+    layout: KernelLayout
+    view: str | None
+
+
+def _whole_layer(module: FoundModule, stated: StatedLayouts) -> _Kernel | None:
+    """The kernel of a module that is one layer, by its type or by a rule on it.
 
     A type's layout lacks the axes along which scans and vmaps stack layers: they come first.
     """
-    arrays, layout = module.arrays, stated.find(module.path)
+    arrays = module.arrays
     if module.type is None:
-        meant = _leaf_of(module, layout) if layout else None
-        return (meant, layout) if meant and layout else None
+        said = stated.find(module.path)
+        leaf = _leaf_of(module, said.layout) if said else None
+        said = stated.find(module.path, (*module.path, *leaf)) if leaf else None
+        return _Kernel(leaf, said.layout, said.rule) if leaf and said else None
     kernel = tuple(module.type.leaf.split("/"))
     kernel = kernel if kernel in arrays else (*kernel, *QUANTISED)
     if kernel not in arrays:
         return None
     axes = module.type.layout.axes
     stacks = "s" * (len(arrays[kernel].shape) - len(axes))
-    layout = layout or stated.find((*module.path, *kernel)) or KernelLayout(stacks + axes)
-    return kernel, layout
+    said = stated.find(module.path, (*module.path, *kernel))
+    return _Kernel(kernel, *(said[::-1] if said else (KernelLayout(stacks + axes), None)))
 
 
-def _layer(
-    module: FoundModule, leaf: Path, layout: KernelLayout, names: Names, path: Path
-) -> Layer:
+def _layer(module: FoundModule, kernel: _Kernel, names: Names, path: Path) -> Layer:
+    leaf, layout, view = kernel
     array = module.arrays[leaf]
     known = module.type if path == module.path else None
     try:
@@ -233,6 +227,7 @@ def _layer(
         has_stated_names=names.has_rule(path),
         sharding=on_mesh(array),
         refusal=module.refusals.get(leaf) or _no_way(array, known),
+        view=view,
     )
 
 
@@ -264,13 +259,14 @@ def _refuse_misfits(module: FoundModule, stated: StatedLayouts) -> None:
     """
     paths = [module.path, *((*module.path, *leaf) for leaf in module.arrays)]
     for path in paths if module.arrays else ():
-        layout = stated.find(path)
-        if layout is not None:
+        said = stated.find(path)
+        if said is not None:
+            axes = said.layout.axes
             shapes = {slashed(leaf): tuple(x.shape) for leaf, x in module.arrays.items()}
-            fitting = sum(len(shape) == len(layout.axes) for shape in shapes.values())
+            fitting = sum(len(shape) == len(axes) for shape in shapes.values())
             raise ConfigError(
-                f"views: {layout.axes!r} is stated for {slashed(path)!r}, whose arrays are "
-                f"{shapes}: expected one of {len(layout.axes)} axes, found {fitting}. State the "
+                f"views: {axes!r} is stated for {slashed(path)!r}, whose arrays are "
+                f"{shapes}: expected one of {len(axes)} axes, found {fitting}. State the "
                 "whole path of the array meant, or name it with layer_types={...: "
                 "LayerType(layout, leaf=...)}"
             )

@@ -91,6 +91,7 @@ class Layer:
       has_stated_names: a rule gave them; else they are the JAX model's own paths.
       sharding: of the kernel when its model was wrapped; None if it lay on no mesh.
       refusal: why it can take no adapter; None where it can.
+      view: the rule of ``views=`` that states its layout, if one does.
     """
 
     path: Path
@@ -103,6 +104,7 @@ class Layer:
     has_stated_names: bool = False
     sharding: NamedSharding | None = None
     refusal: str | None = None
+    view: str | None = None
 
     @property
     def name(self) -> str:

@@ -64,9 +64,13 @@ class Names:
     rules: Rules
     known: frozenset[str] = frozenset()  # those of a known model's table, which need not match
 
+    def rules_of(self, path: Path) -> list[str]:
+        """The rules that match `path`; the first one names what is there."""
+        return [rule for rule in self.rules if re.fullmatch(rule, slashed(path))]
+
     def has_rule(self, path: Path) -> bool:
         """Whether a rule names the module at `path`."""
-        return any(re.fullmatch(rule, slashed(path)) for rule in self.rules)
+        return bool(self.rules_of(path))
 
     def of(self, path: Path, stack: tuple[int, ...] = ()) -> tuple[str, ...]:
         """Canonical names of the module at `path`: one for each matrix of its stack.

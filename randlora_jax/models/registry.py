@@ -17,7 +17,8 @@ from randlora_jax.interop import targets
 from randlora_jax.interop.config import ALL_LINEAR, RandLoraConfig
 from randlora_jax.interop.errors import ConfigError, TargetError, listed, shown
 from randlora_jax.models.basis_source import KeptPairs
-from randlora_jax.models.finding import FoundLayers, LeftArray, refuse_idle
+from randlora_jax.models.finding import FoundLayers, LeftArray
+from randlora_jax.models.idle_rules import refuse_idle
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Names, Path, dotted
 

@@ -105,3 +105,19 @@ def test_all_layers_around_a_wrapped_model_are_those_it_has_not_adapted():
     top.kernel[...] += model.delta_weights()["top"].T
     close(model(X), top(before))
     np.testing.assert_array_equal(model.unload().inner(X), before)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda part: nnx.jit(lambda block: block(X))(part),
+        nnx.state,
+        nnx.split,
+        lambda part: jax.tree.leaves({"part": part}),
+        lambda part: jax.jit(lambda block: block(X))(part),
+    ],
+)
+def test_a_part_is_no_pytree_and_says_what_is(use):
+    model = get_peft_model(Parted(), CONFIG, rngs=nnx.Rngs(1))
+    with pytest.raises(ConfigError, match=r"this Linear is part of a wrapped.*Pass the model"):
+        use(model.blocks[0])

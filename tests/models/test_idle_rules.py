@@ -107,3 +107,82 @@ def test_nor_has_a_hugging_face_model():
         get_peft_model(base, config, layer_types={nn.Einsum: DENSE})
     model = get_peft_model(base, config, layer_types={nn.Dense: DENSE}, rngs=jax.random.key(0))
     assert model.targeted_module_names
+
+
+@pytest.mark.parametrize(
+    ("argument", "rules", "words"),
+    [
+        ("views", {"proj.*": "i o", "proj": "o i"}, "'proj' decides nothing: .*, 'proj.* matches"),
+        (
+            "views",
+            {"mlp/(gate|up)": "i o", "mlp/gate": "o i"},
+            "'mlp/gate' decides nothing: .* put 'mlp/gate' before",
+        ),
+        ("views", {"proj": "i o", "proj/kernel": "o i"}, "'proj/kernel' decides nothing"),
+        ("names", {"proj|norm": "a", "proj": "model.proj"}, "'proj' decides nothing"),
+    ],
+)
+def test_a_rule_that_others_always_come_before_decides_nothing(argument, rules, words):
+    with pytest.raises(ConfigError, match=words):
+        get_peft_model(Net(), CONFIG, **{argument: rules})
+
+
+def test_rules_that_agree_or_decide_elsewhere_stay():
+    views = {"mlp/gate": "o i", "proj/kernel": "o i", "proj": "o i", "mlp/(gate|up)": "s i o"}
+    config = RandLoraConfig(r=4, target_modules=["proj", "gate", "up"])
+    model = get_peft_model(Net(), config, views=views)
+    assert len(model.targeted_module_names) == 4  # up is a stack of two
+
+
+class Einsums(nn.Module):
+    """Has a class of layer that only a run tells."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Einsum((8, 4), "bi,io->bo", name="up")(nn.Dense(8, name="proj")(x))
+
+
+EINSUM = {nn.Einsum: LayerType(KernelLayout("i o"))}
+
+
+@pytest.mark.parametrize("way", ["called", "applied", "jitted"])
+def test_types_of_layers_that_a_linen_model_lacks_are_told_at_its_first_call(way):
+    x = jnp.ones((2, 8))
+    base = Einsums().bind(Einsums().init(jax.random.key(0), x))
+    idle = {nn.Conv: LayerType(KernelLayout("i o"))}
+    model = get_peft_model(base, RandLoraConfig(r=4, target_modules=["proj"]), layer_types=idle)
+    calls = {
+        "called": model,
+        "applied": lambda x: model.apply(model.variables, x),
+        "jitted": jax.jit(lambda x: model.apply(model.variables, x)),
+    }
+    for _ in range(2):  # it is no better the second time
+        with pytest.raises(ConfigError, match="layer_types: no module of this model is a Conv"):
+            calls[way](x)
+
+
+def test_types_that_a_linen_model_has_are_looked_for_once():
+    x = jnp.ones((2, 8))
+    base = Einsums().bind(Einsums().init(jax.random.key(0), x))
+    config = RandLoraConfig(r=4, target_modules=["proj"])
+    for types in (EINSUM, {"flax.linen.linear.Einsum": LayerType(KernelLayout("i o"))}):
+        model = get_peft_model(base, config, layer_types=types)
+        model(x)
+        assert not model._untold
+
+
+@pytest.mark.parametrize("said", [{}, {"layer_types": EINSUM}])
+def test_integers_of_a_linen_model_that_has_not_run_are_refused_at_wrapping(said):
+    class Bare(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.param("kernel", nn.initializers.ones, (8, 4), jnp.int8)
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Bare(name="proj")(x)
+
+    base = Outer().bind(Outer().init(jax.random.key(0), jnp.ones((2, 8))))
+    with pytest.raises(TargetError, match="layer 'proj' cannot take an adapter: it holds int8"):
+        get_peft_model(base, RandLoraConfig(r=4, target_modules=["proj"]), **said)

@@ -67,7 +67,7 @@ class HuggingFaceRandLora(InterceptedRandLora):
         refuse_idle_types(rules.layer_types, trace.kinds)
         store = HuggingFaceStore(model)
         info = _info(model, store.base_leaves())
-        self._begin(model.module, store, rules, trace, info)
+        self._begin(model.module, store, rules, trace, info, {})
 
     @property
     def _base_name(self) -> str:

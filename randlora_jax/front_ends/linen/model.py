@@ -29,7 +29,7 @@ from randlora_jax.models.adapter_arrays import Leaves
 from randlora_jax.models.finding import find_layers
 from randlora_jax.models.front_end import WrapRules, register_front_end
 from randlora_jax.models.layer import Layer, LayerRun
-from randlora_jax.models.layer_types import LayerTypes, refuse_idle_types
+from randlora_jax.models.layer_types import LayerTypes, Table, refuse_idle_types
 from randlora_jax.models.names import slashed
 from randlora_jax.models.reaching import expected, refuse_unreached
 from randlora_jax.models.registry import AdapterRegistry, BaseModelInfo
@@ -47,6 +47,7 @@ class InterceptedRandLora(FunctionalRandLora):
     _types: LayerTypes
     _seen: dict[str, LayerRun]
     _token: TokenOfCalls
+    _untold: Table  # a user's types of layers, until a run has told whether the model has them
 
     def _begin(
         self,
@@ -55,12 +56,14 @@ class InterceptedRandLora(FunctionalRandLora):
         rules: WrapRules,
         trace: Trace | None,
         info: BaseModelInfo,
+        untold: Table,
     ) -> None:
         self.module = module
         self._collections = store
         self._types = types_with(rules)
         self._seen = {}
         self._token = TokenOfCalls()
+        self._untold = untold
         modules = modules_of(store.base, store.base_leaves(), trace, rules.layouts)
         found = find_layers(modules, rules.layouts, rules.names)
         self._registry = AdapterRegistry.of(found, info, rules.names, rules.options, rules.optional)
@@ -70,12 +73,15 @@ class InterceptedRandLora(FunctionalRandLora):
 
         Raises:
           ConfigError: `variables` lack something, or hold what is not this model's; the module's
-            own call did not reach an adapted layer.
+            own call did not reach an adapted layer, or met no module of a type in `layer_types`.
         """
         variables = self._checked(variables)
-        with self._adapting(variables) as whole:
+        kinds: set[type] | None = set() if self._untold else None
+        with self._adapting(variables, kinds) as whole:
             result = self.module.apply(whole, *args, **kwargs)
         if kwargs.get("method") is None:
+            refuse_idle_types(self._untold, kinds or ())
+            self._untold = {}
             self._refuse_unreached(variables)
         return cleared(result, kwargs.get("mutable", False))
 
@@ -83,14 +89,20 @@ class InterceptedRandLora(FunctionalRandLora):
         return {**super()._runs(layers, base), **self._seen}
 
     @contextmanager
-    def _adapting(self, variables: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """Within, layers run with the adapters in `variables`; gives what the module takes."""
+    def _adapting(
+        self, variables: Mapping[str, Any], kinds: set[type] | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Within, layers run with the adapters in `variables`; gives what the module takes.
+
+        Args:
+          kinds: takes down the classes of modules that run.
+        """
         registry, pairs = self._registry, variables.get(PAIRS, {})
         token = self._token.of(registry, pairs)
         applied = bool(registry.active)
         whole = laid_beside(variables, registry.layers, token, applied=applied)
         try:
-            with LinenRunner(registry, self._types, pairs, self._seen).running():
+            with LinenRunner(registry, self._types, pairs, self._seen, kinds).running():
                 yield whole
         except ScopeParamShapeError as error:
             for layer in registry.layers.values():
@@ -147,12 +159,13 @@ class LinenRandLora(InterceptedRandLora):
         store = LinenStore(module, unfreeze(variables))
         known = known_models.about(module)
         whole = rules.beside(known)
-        trace = None
+        trace, untold = None, rules.layer_types
         if rules.sample_inputs is not None:
             trace = Trace(types_with(whole)).called(module, store.base, rules.sample_inputs)
             if rules.sample_inputs.method is None:
-                refuse_idle_types(rules.layer_types, trace.kinds)
-        self._begin(module, store, whole, trace, known.info)
+                refuse_idle_types(untold, trace.kinds)
+                untold = {}
+        self._begin(module, store, whole, trace, known.info, untold)
 
     @property
     def _base_name(self) -> str:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.front_ends.linen.normed import normed_kernels
@@ -49,6 +50,7 @@ def modules_of(
                 why = dict.fromkeys(arrays, reason)
         if (holder := holders.get(path)) is None:
             taken = taken_for(path, arrays, stated)
+            why = _untold(arrays) | why
             found.append(FoundModule(path, arrays, type=taken, refusals=why))
             continue
         known = holder.type and _as_held(holder.type, holder, arrays)
@@ -57,6 +59,17 @@ def modules_of(
             FoundModule(path, arrays, holder.kind, known, holder.other, why, inside=inside)
         )
     return found
+
+
+def _untold(arrays: Arrays) -> dict[Path, str]:
+    """Why the integers of a module that has not run take no adapter."""
+    whole = {leaf: x for leaf, x in arrays.items() if not jnp.issubdtype(x.dtype, jnp.inexact)}
+    return {
+        leaf: f"it holds {x.dtype} numbers, and only a run tells whether its module is one that is "
+        "known to multiply by them: pass sample_inputs=(...), what the model is called with"
+        for leaf, x in whole.items()
+        if leaf[-len(QUANTISED) :] != QUANTISED
+    }
 
 
 def taken_for(path: Path, arrays: Arrays, stated: StatedLayouts) -> LayerType | None:

@@ -32,7 +32,13 @@ from randlora_jax.front_ends.linen.lifted import (
     run_with,
 )
 from randlora_jax.front_ends.linen.normed import MAPPED, refuse_normed
-from randlora_jax.front_ends.linen.types import changes_state, is_bridge, modules_inside, type_of
+from randlora_jax.front_ends.linen.types import (
+    changes_state,
+    is_bridge,
+    kinds_of,
+    modules_inside,
+    type_of,
+)
 from randlora_jax.front_ends.params import flat, unboxed
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.layer import Layer, LayerRun, LayerType
@@ -101,12 +107,14 @@ class LinenRunner:
       types: of layers.
       pairs: the shared bases, by their identity as text.
       seen: takes down how each layer ran, by name.
+      kinds: takes down the classes of modules that ran; None where nobody asks.
     """
 
     registry: AdapterRegistry
     types: LayerTypes
     pairs: Mapping[str, BasisPair]
     seen: dict[str, LayerRun]
+    kinds: set[type] | None = None
     _maps: int = field(default=0, init=False)  # our own nn.map_variables that are running
 
     @contextmanager
@@ -122,6 +130,8 @@ class LinenRunner:
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
+        if self.kinds is not None:
+            self.kinds |= kinds_of(context.module)
         met = self._met(context, (args, kwargs))
         if met is None:
             return call(*args, **kwargs)

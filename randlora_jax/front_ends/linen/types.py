@@ -95,3 +95,9 @@ def modules_inside(bridge: Any) -> dict[Path, nnx.Module]:
         return bridge.nnx_class(*bridge.args, **bridge.kwargs, **rngs)
 
     return dict(nnx.iter_modules(nnx.eval_shape(made)))
+
+
+def kinds_of(module: nn.Module) -> set[type]:
+    """The class of a linen module, and those of the nnx modules in one that runs such."""
+    inside = modules_inside(module).values() if is_bridge(module) else ()
+    return {type(module), *map(type, inside)}

@@ -6,9 +6,11 @@ from collections.abc import Callable, Generator, ItemsView, Iterator, Mapping, V
 from contextlib import AbstractContextManager
 from typing import Any
 
+import jax
 from flax import nnx
 
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
+from randlora_jax.interop.errors import ConfigError
 
 Opened = Callable[[], AbstractContextManager[None]]
 
@@ -54,6 +56,20 @@ class Part:
 
     def __repr__(self) -> str:
         return f"part of a wrapped model: {self._part[0]!r}"
+
+
+def _refuse_pytree(part: Part, children: Any = None) -> Any:
+    module = part._part[0]
+    kind = type(module.base_layer if isinstance(module, RandLoraLayer) else module).__name__
+    raise ConfigError(
+        f"this {kind} is part of a wrapped model, which alone can run it: it is no module or "
+        "pytree of its own. Pass the model, as in nnx.jit(lambda model, x: model.encoder(x))"
+        "(model, x); its arrays are among those of model.model, as in "
+        "nnx.state(model.model.encoder)"
+    )
+
+
+jax.tree_util.register_pytree_node(Part, _refuse_pytree, _refuse_pytree)
 
 
 _VIEWS: dict[str, Callable[[Any], Any]] = {"items": ItemsView, "values": ValuesView}
