@@ -10,7 +10,7 @@ import numpy as np
 from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents, used_extents
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.mesh import on_mesh
-from randlora_jax.core.update import Update
+from randlora_jax.core.update import Update, at_least_float32
 from randlora_jax.interop import targets
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import ConfigError
@@ -52,7 +52,8 @@ def fresh_state(
         layers[layer.name] = _fresh(layer, config, base[layer.kernel_path].dtype, drawn)
     whole = whole_paths(registry.names, base, config, layers)
     # arrays of their own, so that they can be donated
-    return AdapterState(layers, {path: jnp.array(base[path], jnp.float32) for path in whole})
+    saved = {path: jnp.array(base[path], at_least_float32(base[path].dtype)) for path in whole}
+    return AdapterState(layers, saved)
 
 
 def _fresh(

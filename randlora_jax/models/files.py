@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from randlora_jax.core.bases import used_extents
+from randlora_jax.core.update import at_least_float32
 from randlora_jax.interop import promises, targets
 from randlora_jax.interop.adapter import Adapter, Provenance, bases_digest
 from randlora_jax.interop.config import RandLoraConfig
@@ -291,9 +292,8 @@ def _saved_leaves(
                 f"array here: {sorted(set(keys) - set(present))} are missing"
             )
         if present:
-            # trained numbers are widened, never narrowed
-            wide = [tensors[key].astype(np.float32) for key in keys]
-            saved[path] = from_peft_layout(wide, path, layer, leaf)
+            held = [_held(key, tensors[key], leaf, directory) for key in keys]
+            saved[path] = from_peft_layout(held, path, layer, leaf)
             used |= set(keys)
     for key in tensors:
         if key not in used:
@@ -303,3 +303,15 @@ def _saved_leaves(
                 f"{adapter.config.bias!r} have other names"
             )
     return saved
+
+
+def _held(key: str, tensor: np.ndarray, leaf: jax.Array, directory: str | FilePath) -> np.ndarray:
+    """A tensor trained whole, as wide as a model trains `leaf`; what does not fit is said."""
+    held = tensor.astype(at_least_float32(leaf.dtype))
+    if not np.array_equal(held, tensor):
+        warn(
+            f"{directory}: {shown(key)} holds {tensor.dtype} numbers, which this model's "
+            f"{leaf.dtype} array trains in {held.dtype}: they are rounded. To keep them, wrap a "
+            "model that holds this array in float64 (jax_enable_x64)"
+        )
+    return held

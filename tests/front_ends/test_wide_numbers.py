@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from randlora_jax import AdapterParam, RandLoraConfig, get_peft_model
+from randlora_jax import AdapterParam, RandLoraConfig, RandLoraModel, get_peft_model
 
 FRESH = RandLoraConfig(r=4, randlora_alpha=8, target_modules="all-linear")
 RANDOM = RandLoraConfig(r=4, randlora_alpha=8, target_modules="all-linear", init_weights=False)
@@ -81,3 +81,29 @@ def test_a_float8_kernel_is_adapted_and_trains():
 
 def test_no_rows_are_as_good_as_many():
     assert get_peft_model(net(), RANDOM, rngs=nnx.Rngs(1))(jnp.ones((0, 8))).shape == (0, 6)
+
+
+class Normed(nnx.Module):
+    """A layer, and a norm that is trained whole."""
+
+    def __init__(self, dtype):
+        wide = {"dtype": dtype, "param_dtype": dtype, "rngs": nnx.Rngs(0)}
+        self.proj, self.norm = nnx.Linear(8, 6, **wide), nnx.LayerNorm(6, **wide)
+
+    def __call__(self, x):
+        return self.norm(self.proj(x))
+
+
+def test_what_is_trained_whole_keeps_float64(tmp_path):
+    config = RandLoraConfig(r=4, target_modules=["proj"], modules_to_save=["norm"])
+    x = drawn(3, 8)
+    with jax.enable_x64(True):
+        model = get_peft_model(Normed(jnp.float64), config)
+        nnx.update(model, jax.tree.map(lambda leaf: leaf + 1 / 3, nnx.state(model, AdapterParam)))
+        expected = model(jnp.asarray(x))
+        model.save_pretrained(tmp_path, names={".*": r"\g<0>"})
+        again = RandLoraModel.from_pretrained(Normed(jnp.float64), tmp_path)
+        np.testing.assert_array_equal(again(jnp.asarray(x)), expected)
+    with pytest.warns(UserWarning, match=r"'norm.(weight|bias)' holds float64 .* are rounded"):
+        narrow = RandLoraModel.from_pretrained(Normed(jnp.float32), tmp_path)
+    np.testing.assert_allclose(narrow(jnp.asarray(x, jnp.float32)), expected, rtol=1e-5, atol=1e-5)
