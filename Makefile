@@ -112,7 +112,8 @@ PEFT_018 := 0.18.1
 PEFT_020 := 0.20.0
 compat: $(VENV)/.installed $(OLD_PEFT:=/.installed) .venv-tunix/.installed
 	$(RUN) -W ignore tests/compat.py $(OLD_PEFT:=/bin/python) $(RUN)
-	TUNIX_PYTHON=.venv-tunix/bin/python $(RUN) -m pytest -rA -q tests/parity/test_tunix.py
+	TUNIX_PYTHON=.venv-tunix/bin/python $(RUN) -m pytest -rA -q tests/parity/test_tunix.py \
+		tests/commands/test_merge_experts.py
 
 # google-tunix wants another safetensors than our other tests, and the newest transformers it can.
 .venv-tunix/.installed: constraints-tunix.txt

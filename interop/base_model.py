@@ -16,6 +16,7 @@ from randlora_jax.interop.checkpoint_files import refuse_quantised, weight_files
 from randlora_jax.interop.checkpoint_names import CheckpointNames, spelling
 from randlora_jax.interop.conv1d import is_conv1d
 from randlora_jax.interop.errors import TargetError, nearest, shown
+from randlora_jax.interop.expert_stacks import Part, expert_parts
 from randlora_jax.interop.strict_json import read_object
 from randlora_jax.interop.tensor_file import Tensor, TensorFile
 
@@ -53,21 +54,26 @@ class BaseLayer:
 
     Attributes:
       name: as the adapter calls it.
-      key: of its weight in the checkpoint, or of the embedding whose weight it uses.
-      tensor: that weight's place and size.
-      conv1d: the weight is (in, out) rather than (out, in).
+      part: where its weight is: a tensor, of an embedding whose weight it uses too, or in one.
+      tensor: that tensor's place and size.
+      conv1d: it is a Conv1D in PyTorch, whose weight is (in, out) rather than (out, in).
     """
 
     name: str
-    key: str
+    part: Part
     tensor: Tensor
     conv1d: bool
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        rows, columns = self.tensor.shape
-        return (columns, rows) if self.conv1d else (rows, columns)
+        rows, columns = self.part.shape
+        return (columns, rows) if self.part.transposed else (rows, columns)
+
+    @property
+    def torch_shape(self) -> tuple[int, int]:
+        """Of its weight in PyTorch."""
+        return self.shape[::-1] if self.conv1d else self.shape
 
 
 class BaseModel:
@@ -79,6 +85,7 @@ class BaseModel:
       files: ``{name: open safetensors file}``, those that transformers loads.
       index: the name of the file that lists them; None for a single file.
       home: ``{key: name of the file that has it}``, in the order of files and bytes.
+      parts: ``{key: Part}`` of single experts that have no tensor of their own.
       names: how an adapter's names become its keys; settled by `layers`.
 
     Raises:
@@ -103,7 +110,8 @@ class BaseModel:
         except BaseException:
             self.close()
             raise
-        self.names = CheckpointNames(self.home, self.folder)
+        self.parts = expert_parts(self._shapes, self.config)
+        self.names = CheckpointNames([*self.home, *self.parts], self.folder)
 
     def __enter__(self) -> BaseModel:
         return self
@@ -127,7 +135,7 @@ class BaseModel:
     # Layers.
 
     def find(self, key: str) -> str | None:
-        """As `CheckpointNames.find`."""
+        """As `CheckpointNames.find`; a key of a tensor, or one of `parts`."""
         return self.names.find(key)
 
     def layer(self, name: str) -> BaseLayer:
@@ -140,30 +148,35 @@ class BaseModel:
         key = self.find(f"{name}.weight") or self._embedding_of(name)
         if key is None:
             raise self._missing(name)
-        tensor = self.tensor(key)
-        if len(tensor.shape) != 2 or tensor.dtype not in FLOATS:
+        part = self.parts.get(key)
+        tensor = self.tensor(part.key if part else key)
+        if not (part or len(tensor.shape) == 2) or tensor.dtype not in FLOATS:
             raise TargetError(
                 f"{self.folder}: {shown(key)}: expected a matrix of floating point numbers, found "
                 f"{tensor}. A quantised model has to be dequantised first"
             )
+        if part:
+            return BaseLayer(name, part, tensor, conv1d=False)
         conv1d = is_conv1d(key, self._shapes, self.config)
         if conv1d is None:
             raise self._undecided(name)
-        return BaseLayer(name, key, tensor, conv1d)
+        rows, columns = tensor.shape
+        return BaseLayer(name, Part(key, (rows, columns), conv1d), tensor, conv1d)
 
     def _missing(self, name: str) -> TargetError:
         single = re.match(r"(.*\.experts\.)\d+\.", name)
         stacks = [key for key in self.home if single and spelling(single[1]) in spelling(key)]
         stacks = [key for key in stacks if len(self.tensor(key).shape) == 3]
-        if stacks:
+        if stacks and not self.parts:
             return TargetError(
                 f"{self.folder}: the adapter changes single experts, such as {shown(name)}, and "
                 f"the checkpoint has all of a layer's in one tensor, {shown(stacks[0])} "
-                f"({self.tensor(stacks[0])}). Save the base model with its experts apart, as "
-                "transformers 5 does too unless save_original_format is False"
+                f"({self.tensor(stacks[0])}). Where each lies in it is not known of model type "
+                f"{self.config.get('model_type')!r}. Save the base model with its experts apart, "
+                "as transformers 5 does too unless save_original_format is False"
             )
         expected = f"{name}.weight"
-        weights = [key for key in self.home if key.endswith(".weight")]
+        weights = [key for key in (*self.home, *self.parts) if key.endswith(".weight")]
         return TargetError(
             f"{self.folder} has no tensor {shown(expected)}, with another prefix or without; it "
             f"has {nearest(expected, weights)}. Is it the base model of this adapter, with its "
@@ -188,12 +201,12 @@ class BaseModel:
         """
         self.names.fit(adapter.layers)
         found = {name: self.layer(name) for name in adapter.layers}
-        names = {layer.key: name for name, layer in found.items()}
+        names = {layer.part: name for name, layer in found.items()}
         for name, layer in found.items():
-            if names[layer.key] != name:
+            if names[layer.part] != name:
                 raise TargetError(
-                    f"{self.folder}: {shown(layer.key)} is the weight of both {shown(name)} and "
-                    f"{shown(names[layer.key])}: another base model"
+                    f"{self.folder}: {shown(layer.part.key)} is the weight of both {shown(name)} "
+                    f"and {shown(names[layer.part])}: another base model"
                 )
         recorded = adapter.provenance.shapes if adapter.provenance else {}
         for name, layer in found.items():

@@ -36,15 +36,15 @@ def base_names(base: BaseModel, adapter: Adapter) -> BaseNames:
     ours = [*trained_tensors(adapter.saved), *(f"{name}.weight" for name in adapter.layers)]
     found = {key: theirs for key in ours if (theirs := base.find(key)) is not None}
     begins = dict(_beginnings(theirs, key) for key, theirs in found.items())
-    rest = base.home.keys() - set(found.values())
+    experts = any(map(_is_expert, adapter.layers))
+    rest = {*base.home, *(base.parts if experts else ())} - set(found.values())
     named = found | {_renamed(theirs, begins): theirs for theirs in rest}
     blocks = {_block(name) for name in adapter.layers}
     depth = _depth(base.config)
     axes = {
-        key: len(base.tensor(theirs).shape)
+        key: _axes(base, theirs)
         for key, theirs in named.items()
-        if base.tensor(theirs).dtype in FLOATS
-        and not (_block(key) in blocks and _index(key) >= depth)
+        if not (_block(key) in blocks and _index(key) >= depth)
     }
     tensors = {
         key
@@ -52,7 +52,6 @@ def base_names(base: BaseModel, adapter: Adapter) -> BaseNames:
         if key.endswith(".weight") or (key.endswith(".bias") and count == 1)
     }
     is_whole = _is_of_the_class(base.config, adapter.config)
-    experts = any(map(_is_expert, adapter.layers))
 
     def is_sure(name: str) -> bool:
         # Else its class may lack what the checkpoint has, such as a decoder or a head, but for
@@ -62,6 +61,13 @@ def base_names(base: BaseModel, adapter: Adapter) -> BaseNames:
 
     matrices = {key.removesuffix(".weight") for key in tensors if axes[key] == 2}
     return BaseNames(tensors, set(filter(is_sure, matrices)), is_whole)
+
+
+def _axes(base: BaseModel, key: str) -> int:
+    """How many axes a tensor of floats has, or a matrix in one; 0 for other tensors."""
+    part = base.parts.get(key)
+    tensor = base.tensor(part.key if part else key)
+    return (2 if part else len(tensor.shape)) if tensor.dtype in FLOATS else 0
 
 
 def _beginnings(theirs: str, ours: str) -> tuple[str, str]:

@@ -6,8 +6,11 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from fnmatch import fnmatch
+from itertools import pairwise
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -166,29 +169,36 @@ def _write_file(
         if value is None and key not in todo.sums:
             return Stored(source, source.tensors[key])
         if value is None:
-            return _summed(base, key, deltas.adding(todo.sums[key]))
+            return _summed(base, key, todo.sums[key], deltas)
         with np.errstate(over="ignore"):
             weight = value.astype(entries[new].dtype)
-        if key in todo.sums:
-            deltas.add_to(todo.sums[key], weight)
+        for name in todo.sums.get(key, ()):
+            deltas.add_to(name, weight)
         _check_finite(weight, base.folder, key)
         return weight
 
     write_stream(staged / name, entries, source.metadata, make, advance)
 
 
-def _summed(
-    base: BaseModel, key: str, add: Callable[[np.ndarray, int], None]
-) -> Iterator[np.ndarray]:
-    """A weight with delta_W added, some rows at a time."""
-    tensor, file = base.tensor(key), base.files[base.home[key]]
-    count = tensor.shape[0]
-    step = max(1, BLOCK * count // tensor.nbytes)
-    for start in range(0, count, step):
-        rows = file.rows(tensor, start, min(start + step, count))
-        add(rows, start)
-        _check_finite(rows, base.folder, key)
-        yield rows
+def _summed(base: BaseModel, key: str, names: list[str], deltas: Deltas) -> Iterator[np.ndarray]:
+    """A tensor with the delta_W of all layers in it added, some rows at a time."""
+    *sides, width = base.tensor(key).shape
+    tensor, file = replace(base.tensor(key), shape=(prod(sides), width)), base.files[base.home[key]]
+    parts = {name: deltas.layers[name].part for name in names}
+    ends = {end for part in parts.values() for end in (part.row, part.row + part.shape[0])}
+    step = max(1, BLOCK * prod(sides) // tensor.nbytes)
+    for first, last in pairwise(sorted({0, *ends, prod(sides)})):
+        adding = [
+            (part.column, part.column + part.shape[1], deltas.adding(name))
+            for name, part in parts.items()
+            if part.row <= first < part.row + part.shape[0]
+        ]
+        for start in range(first, last, step):
+            rows = file.rows(tensor, start, min(start + step, last))
+            for left, right, add in adding:
+                add(rows[:, left:right], start - first)
+            _check_finite(rows, base.folder, key)
+            yield rows
 
 
 def _check_finite(weight: np.ndarray, where: Path, key: str) -> None:
@@ -242,9 +252,8 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _report(deltas: Deltas, todo: MergePlan, out: Path, total: int, leave: list[Path]) -> Report:
     dtypes = sorted({str(layer.tensor.dtype) for layer in deltas.layers.values()})
-    lines = [
-        f"{out}: {len(todo.sums)} layers merged, {size(total)}, stored in {' and '.join(dtypes)}"
-    ]
+    count, kinds = len(deltas.layers), " and ".join(dtypes)
+    lines = [f"{out}: {count} layers merged, {size(total)}, stored in {kinds}"]
     if todo.replaced:
         lines.append(f"trained whole, replaced: {', '.join(map(plain, sorted(todo.replaced)))}")
     if todo.added:
@@ -256,7 +265,7 @@ def _report(deltas: Deltas, todo: MergePlan, out: Path, total: int, leave: list[
     if leave:
         lines.append(f"left out, as they lack the adapter: {', '.join(map(str, leave))}")
     data = {
-        "layers": sorted(todo.sums.values()),
+        "layers": sorted(deltas.layers),
         "replaced": sorted(todo.replaced),
         "added": sorted(todo.added),
         "config": todo.config,

@@ -40,14 +40,15 @@ class MergePlan:
     """The changes, by the checkpoint's keys.
 
     Attributes:
-      sums: ``{key: name of the layer}`` of weights to which delta_W is added.
+      sums: ``{key: names of the layers}`` of weights to which delta_W is added: one layer's, or
+        those of single experts that lie in one tensor.
       replaced: tensors that take the place of others of the same shape; before a sum is formed.
       added: tensors that the checkpoint lacks, as a head that was trained whole.
       renamed: ``{key: new key}`` of tensors that are otherwise as before or as said above.
       config: what changes in config.json.
     """
 
-    sums: dict[str, str]
+    sums: dict[str, list[str]]
     replaced: dict[str, np.ndarray]
     added: dict[str, np.ndarray]
     renamed: dict[str, str]
@@ -66,7 +67,9 @@ def plan(deltas: Deltas, base: BaseModel) -> MergePlan:
     for name, (lam, _) in adapter.layers.items():
         if lam.any():
             _refuse_tied(base, f"{name}.weight", base.tied(f"{name}.weight", has_head=has_head))
-    sums = {layer.key: name for name, layer in deltas.layers.items()}
+    sums: dict[str, list[str]] = {}
+    for name, layer in deltas.layers.items():
+        sums.setdefault(layer.part.key, []).append(name)
     trained = trained_tensors(adapter.saved)
     replaced, added = {}, {}
     for key, value in trained.items():
@@ -76,6 +79,7 @@ def plan(deltas: Deltas, base: BaseModel) -> MergePlan:
             _check_whole(base, key, adapter.config)
             added[key] = value
             continue
+        _refuse_part(base, key, place, sums)
         if base.tensor(place).shape != value.shape:
             raise TargetError(
                 f"{base.folder}: {shown(place)} is {base.tensor(place)}, and the adapter carries "
@@ -93,7 +97,7 @@ def plan(deltas: Deltas, base: BaseModel) -> MergePlan:
     naming = base.names.naming
     outside = [key for key in added if not key.startswith(naming.strip)]
     if naming.strip and outside and "text_config" not in base.config:
-        names = {*sums.values(), *trained}
+        names = {*deltas.layers, *trained}
         renamed = {
             key: naming.strip + key
             for key in base.home
@@ -120,6 +124,17 @@ def _refuse_tied(base: BaseModel, key: str, other: str | None) -> None:
             "embeddings): merging would change that too, as it does in PEFT, and the model would "
             "compute something else than it does with its adapter. Keep the adapter apart, or "
             'save a base model with untied weights ("tie_word_embeddings": false)'
+        )
+
+
+def _refuse_part(base: BaseModel, key: str, place: str, sums: Mapping[str, list[str]]) -> None:
+    """Refuse a module trained whole that lies in a tensor of several, or that has layers in it."""
+    if place in base.parts or (place in sums and len(base.tensor(place).shape) > 2):
+        stack = base.parts[place].key if place in base.parts else place
+        raise TargetError(
+            f"{base.folder}: {shown(key)} was trained whole, beside others that {shown(stack)} of "
+            "the checkpoint holds with it. Save the base model with its experts apart, as "
+            "transformers 5 does too unless save_original_format is False"
         )
 
 

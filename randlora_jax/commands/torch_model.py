@@ -193,7 +193,7 @@ def _has(model: Any, name: str, layer: BaseLayer) -> bool:
         module = model.get_submodule(name)
     except AttributeError:
         return False
-    return isinstance(module, Linear | Conv1D) and tuple(module.weight.shape) == layer.tensor.shape
+    return isinstance(module, Linear | Conv1D) and tuple(module.weight.shape) == layer.torch_shape
 
 
 def bare_model(layers: Iterable[BaseLayer]) -> Any:
@@ -205,7 +205,7 @@ def bare_model(layers: Iterable[BaseLayer]) -> Any:
     for layer in layers:
         n_out, n_in = layer.shape
         linear = Conv1D(n_out, n_in) if layer.conv1d else Linear(n_in, n_out, bias=False)
-        linear.weight = stand_in(layer.tensor.shape, "float32")
+        linear.weight = stand_in(layer.torch_shape, "float32")
         *path, leaf = layer.name.split(".")
         parent = root
         for part in path:
