@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -74,13 +75,17 @@ class Deltas:
         self.bases = adapter.bases
 
     def let_go(self) -> None:
-        """Forget what of the bases no layer uses, often most: PEFT sizes them for any layer."""
-        a, b = self.bases
+        """Forget what of the bases no layer uses, often most: PEFT sizes them for any layer.
+
+        Their arrays are changed in place, for a copy would be held beside the whole: only for who
+        has no other use for the adapter that was read.
+        """
         gammas = (gamma.shape for _, gamma in self.adapter.layers.values())
         n, smallest = map(max, zip(*gammas, strict=True))
         largest = max(max(layer.shape) for layer in self.layers.values())
         self.adapter = replace(self.adapter, bases=None)
-        self.bases = _cut(a, a[:, :, :smallest]), _cut(b, b[:largest, :n])
+        a, b = self.bases
+        self.bases = _cut(a, *a.shape[:2], smallest), _cut(b, largest, n, b.shape[2])
 
     def of(self, name: str) -> np.ndarray:
         """delta_W of a layer, (out, in) in float32, scaling included.
@@ -133,13 +138,22 @@ class Deltas:
                 block = block.astype(sum_dtype, copy=False)
                 block += place
                 place[...] = block
+                del b_flat, block  # or they lie beside the next
 
         return add
 
 
-def _cut(whole: np.ndarray, part: np.ndarray) -> np.ndarray:
-    """`part` of an array, so that the rest of it can go."""
-    return whole if part.shape == whole.shape else part.copy()
+def _cut(array: np.ndarray, *sides: int) -> np.ndarray:
+    """An array's leading part of these sides, moved to its front so that the rest can go."""
+    part = array[tuple(map(slice, sides))]
+    if part.shape == array.shape or not (array.flags.owndata and array.flags.c_contiguous):
+        return part if part.shape == array.shape else part.copy()
+    items, size = array.reshape(-1), prod(sides[1:])
+    for row, kept in enumerate(part):  # each lies at or behind where it goes
+        items[row * size : (row + 1) * size] = kept.reshape(-1)
+    del part, items, kept
+    array.resize(sides, refcheck=False)
+    return array
 
 
 def flat_a(lam: np.ndarray, gamma: np.ndarray, a: np.ndarray) -> np.ndarray:

@@ -199,6 +199,7 @@ def _summed(base: BaseModel, key: str, names: list[str], deltas: Deltas) -> Iter
                 add(rows[:, left:right], start - first)
             _check_finite(rows, base.folder, key)
             yield rows
+            del rows  # or it lies beside the next
 
 
 def _check_finite(weight: np.ndarray, where: Path, key: str) -> None:

@@ -98,9 +98,10 @@ def to_lora(
     """
     output = Output(out, force=force, refusal=holds_a_model)
     output.expect([CONFIG_NAME, WEIGHTS_NAME])
-    adapter = read_showing_progress(directory)
     with BaseModel(base) as model:
-        deltas = deltas_of(adapter, model, torch_generation, base_dtype)
+        deltas = deltas_of(read_showing_progress(directory), model, torch_generation, base_dtype)
+        deltas.let_go()
+        adapter = deltas.adapter
         found = factor_all(deltas, choose, exact=exact)
         conv1d = any(layer.conv1d for layer in deltas.layers.values())
     ranks = {name: factors.rank for name, factors in found.items()}
