@@ -47,7 +47,7 @@ class AdaptedModel(ABC):
 
         Raises:
           ConfigError: the name is taken, or no adapter can have it; `config` is no RandLoraConfig,
-            or contradicts another adapter's.
+            or contradicts another adapter's, or scales updates beyond float32.
           TargetError: the configuration selects no layer.
         """
         self._check_new(adapter_name, rngs)
@@ -61,7 +61,7 @@ class AdaptedModel(ABC):
         extents = basis_source.pair_extents([layer.matrix for layer in layers], config.r)
         dtype = files.kernel_dtype(base, layers)
         identity, kept = basis_source.fresh(config, extents, dtype)
-        scaling = config.scaling * basis_source.product_unit(identity, kept)
+        scaling = basis_source.scaling(config, identity, kept)
         spec = AdapterSpec(adapter_name, scaling, config.randlora_dropout, identity, extents)
         state = adapter_arrays.fresh_state(registry, base, config, layers, rngs)
         self._add(store, files.Restored(spec, config, state, kept), trainable, rngs)

@@ -163,7 +163,23 @@ def integers(pair: StoredPair) -> tuple[StoredPair, float]:
     return (a, b), float(units[0]) * float(units[1])
 
 
-def product_unit(identity: BasisIdentity, kept: KeptPairs) -> float:
+def scaling(config: RandLoraConfig, identity: BasisIdentity, kept: KeptPairs) -> float:
+    """The factor on every update: alpha / r, and what the product of a pair's integers stands for.
+
+    Raises:
+      ConfigError: float32, in which updates are formed, has no such number; PEFT computes infinity.
+    """
+    found = config.scaling * _product_unit(identity, kept)
+    if found > float(np.finfo(np.float32).max):
+        raise ConfigError(
+            f"randlora_alpha {config.randlora_alpha:g} and r {config.r}: expected alpha / r within "
+            f"float32, in which updates are formed, found {found:g}. Use a smaller randlora_alpha; "
+            "1 to 20 times r is usual"
+        )
+    return found
+
+
+def _product_unit(identity: BasisIdentity, kept: KeptPairs) -> float:
     """What the product of two integers of a pair stands for; 1 where it holds no integers."""
     if identity not in kept:
         return identity.unit**2

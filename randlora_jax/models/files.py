@@ -170,7 +170,7 @@ def restore(
 
     Raises:
       AdapterFileError: the files are damaged, or hold other tensors than their config asks for.
-      ConfigError: as `basis_source.of_adapter`.
+      ConfigError: as `basis_source.of_adapter` and `basis_source.scaling`.
       TargetError: the adapter's layers and the model's do not fit together.
     """
     with _about(directory):
@@ -195,7 +195,7 @@ def restore(
         identity, kept, config = basis_source.of_adapter(
             adapter, extents, dtype, torch_generation, base_dtype, directory
         )
-        scaling = config.scaling * basis_source.product_unit(identity, kept)
+        scaling = basis_source.scaling(config, identity, kept)
         spec = AdapterSpec(adapter_name, scaling, config.randlora_dropout, identity, extents)
         lams = {name: lam for name, (lam, _) in adapter.layers.items()}
         gammas = {name: gamma for name, (_, gamma) in adapter.layers.items()}

@@ -11,6 +11,7 @@ from families import FAMILIES, twins
 from peft_side import save_adapter, save_base
 from randlora_jax.interop.adapter import Adapter
 from randlora_jax.interop.numpy_delta import Deltas
+from safetensors.torch import load_file, save_file
 
 from randlora_jax import RandLoraConfig, get_peft_model
 from randlora_jax.commands.main import main
@@ -156,6 +157,23 @@ def test_a_flax_class_that_computes_otherwise_says_nothing(tmp_path):
     report = verify(tmp_path / "adapter", base=tmp_path / "base")
     assert report.good
     assert "they are not the same model" in report.text
+
+
+def test_what_is_warned_of_is_said_once(tmp_path, capsys):
+    """Though the adapter is read for delta_W, and again for the Flax model."""
+    save_base("gpt2", tmp_path / "base")
+    save_adapter("gpt2", tmp_path / "base", tmp_path / "adapter", bias="all")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    left = {key: x for key, x in load_file(file).items() if not key.endswith("bias")}
+    save_file(left, file, {"format": "pt"})
+    capsys.readouterr()
+    command = ["verify", str(tmp_path / "adapter"), "--base", str(tmp_path / "base"), "--json"]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    report = json.loads(said.out)
+    assert any(item["kind"] == "logits" for item in report["differences"])
+    assert len(report["warnings"]) == 1 and "biases were trained" in report["warnings"][0]
+    assert said.err.count("biases were trained") == 1
 
 
 def test_nan_is_not_agreement():

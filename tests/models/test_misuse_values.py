@@ -1,5 +1,7 @@
 """Arguments of kinds that nobody meant, models in states that cannot do what is asked."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +58,30 @@ def test_flags_are_true_or_false(value, tmp_path):
             call()
     assert list(model.peft_config) == ["default", "b"] and model.active_adapters == ["default"]
     model.set_adapter("b", np.bool_(True))
+
+
+@pytest.mark.parametrize("more", [{}, {"sparse": True}, {"projection_source": "torch:bf16-24bit"}])
+def test_an_alpha_that_float32_has_no_room_for(more, tmp_path):
+    """PEFT computes infinity with it."""
+    big = RandLoraConfig(r=4, randlora_alpha=1e308, target_modules=["proj"], **more)
+    message = r"randlora_alpha 1e\+308 and r 4: expected alpha / r within float32"
+    with pytest.raises(ConfigError, match=message):
+        get_peft_model(Net(), big)
+    model = get_peft_model(Net(), RandLoraConfig(r=4, target_modules=["proj"], **more))
+    with pytest.raises(ConfigError, match=message):
+        model.add_adapter("b", big)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"randlora_alpha": 1e308}))
+    for call in (
+        lambda: RandLoraModel.from_pretrained(Net(), tmp_path),
+        lambda: model.load_adapter(tmp_path, "b"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call()
+    assert list(model.peft_config) == ["default"]
+    least = RandLoraConfig(r=4, randlora_alpha=4e38, target_modules=["proj"], **more)
+    assert np.isfinite(get_peft_model(Net(), least)(X)).all()  # lambda is zero
 
 
 def test_names_of_adapters_may_come_in_an_array_and_twice():
