@@ -13,6 +13,7 @@ from typing import Any
 from randlora_jax.interop.adapter import Adapter
 from randlora_jax.interop.base_model import FLOATS, BaseModel
 from randlora_jax.interop.config import RandLoraConfig
+from randlora_jax.interop.expert_stacks import apart
 from randlora_jax.interop.keys import trained_tensors
 from randlora_jax.interop.promises import BaseNames
 
@@ -33,11 +34,13 @@ _NUMBERED = re.compile(r"(?P<block>(?:[^.]+\.)*?)(?P<index>\d+)\.")
 
 def base_names(base: BaseModel, adapter: Adapter) -> BaseNames:
     """What `promises.check` is to know of a checkpoint; `base.layers(adapter)` came before."""
-    ours = [*trained_tensors(adapter.saved), *(f"{name}.weight" for name in adapter.layers)]
+    trained = trained_tensors(adapter.saved)
+    ours = [*trained, *(f"{name}.weight" for name in adapter.layers)]
     found = {key: theirs for key in ours if (theirs := base.find(key)) is not None}
     begins = dict(_beginnings(theirs, key) for key, theirs in found.items())
     experts = any(map(_is_expert, adapter.layers))
     rest = {*base.home, *(base.parts if experts else ())} - set(found.values())
+    rest -= {base.find(key) for key in apart(trained, base.config)[0]}  # one tensor in the adapter
     named = found | {_renamed(theirs, begins): theirs for theirs in rest}
     blocks = {_block(name) for name in adapter.layers}
     depth = _depth(base.config)

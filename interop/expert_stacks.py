@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 # The types with both in halves, by what their classes with experts apart call gate, up and down:
@@ -69,6 +71,25 @@ def expert_parts(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Part]:
         if names and leaf == "gate_up_proj" and head.endswith("experts") and down in shapes:
             found |= _of_a_layer(head, names, gate_up, shapes[down])
     return found
+
+
+def apart(
+    tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], set[str]]:
+    """Single experts' matrices (out, in), by keys as above, and the keys of the stacks they are in.
+
+    Args:
+      tensors: any, stacks among them.
+      config: config.json.
+    """
+    found, stacks = {}, set()
+    for key, part in expert_parts({key: x.shape for key, x in tensors.items()}, config).items():
+        stack, (rows, columns) = tensors[part.key], part.shape
+        flat = stack.reshape(-1, stack.shape[2])
+        matrix = flat[part.row : part.row + rows, part.column : part.column + columns]
+        found[key] = matrix.T if part.transposed else matrix
+        stacks.add(part.key)
+    return found, stacks
 
 
 def _of_a_layer(

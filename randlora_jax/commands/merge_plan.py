@@ -13,6 +13,7 @@ from randlora_jax.interop import targets
 from randlora_jax.interop.base_model import BaseModel
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import TargetError, shown
+from randlora_jax.interop.expert_stacks import apart
 from randlora_jax.interop.keys import trained_tensors
 from randlora_jax.interop.numpy_delta import Deltas
 
@@ -70,7 +71,7 @@ def plan(deltas: Deltas, base: BaseModel) -> MergePlan:
     sums: dict[str, list[str]] = {}
     for name, layer in deltas.layers.items():
         sums.setdefault(layer.part.key, []).append(name)
-    trained = trained_tensors(adapter.saved)
+    trained = _as_apart(trained_tensors(adapter.saved), base)
     replaced, added = {}, {}
     for key, value in trained.items():
         # what has no tensor of its own may use another's
@@ -108,6 +109,13 @@ def plan(deltas: Deltas, base: BaseModel) -> MergePlan:
     return MergePlan(sums, replaced, {as_stored(k): v for k, v in added.items()}, {}, config)
 
 
+def _as_apart(trained: Mapping[str, np.ndarray], base: BaseModel) -> dict[str, np.ndarray]:
+    """Experts trained whole, all in one tensor, as the checkpoint has them if each has its own."""
+    missing = {key: x for key, x in trained.items() if base.find(key) is None}
+    single, stacks = apart(missing, base.config)
+    return {key: x for key, x in trained.items() if key not in stacks} | single
+
+
 def _has_head(found: Mapping[str, Any], config: RandLoraConfig) -> bool:
     """Whether the adapted model makes logits over its vocabulary, and may tie two weights so."""
     if config.task_type is not None:
@@ -139,6 +147,13 @@ def _refuse_part(base: BaseModel, key: str, place: str, sums: Mapping[str, list[
 
 
 def _check_whole(base: BaseModel, key: str, config: RandLoraConfig) -> None:
+    if ".experts." in key:
+        raise TargetError(
+            f"{base.folder} has no tensor {shown(key)}, which the adapter carries: it has fewer "
+            "experts, or has them in tensors that are not known of model type "
+            f"{base.config.get('model_type')!r}. Give the directory of the very model that was "
+            "adapted"
+        )
     if not targets.inside_saved(key.rpartition(".")[0], targets.saved_modules(config)):
         raise TargetError(
             f"{base.folder} has no tensor {shown(key)}, which the adapter carries, and it is in no "

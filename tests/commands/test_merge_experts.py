@@ -58,7 +58,7 @@ def stack(folder, names, turn=False):
     save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
-def prepare(family, folder, dtype=torch.float32, **settings):
+def prepare(family, folder, dtype=torch.float32, unload=True, **settings):
     """The base model with experts apart, an adapter of PEFT's, and the weights it merges."""
     names, config = MODELS[family]
     torch.manual_seed(7)
@@ -69,7 +69,7 @@ def prepare(family, folder, dtype=torch.float32, **settings):
     model = peft.get_peft_model(model, peft.RandLoraConfig(r=5, randlora_alpha=10, **given))
     randomise(model)
     model.save_pretrained(folder / "adapter")
-    return model.merge_and_unload()
+    return model.merge_and_unload() if unload else None
 
 
 def merged(folder):
@@ -259,6 +259,32 @@ def test_an_expert_trained_whole(tmp_path):
     stack(tmp_path / "base", MODELS["Mixtral"][0])
     with pytest.raises(TargetError, match=r"1\.w1\.weight.*trained whole.*gate_up_proj"):
         merged(tmp_path)
+
+
+@pytest.mark.parametrize("turn", [False, True])
+@pytest.mark.parametrize("family", ["Mixtral", "Olmoe"])
+def test_stacks_trained_whole_and_a_checkpoint_with_experts_apart(family, turn, tmp_path):
+    """In transformers 5 the adapter has stacks, whatever the files of the base model have."""
+    names = MODELS[family][0]
+    module = {"Mixtral": "block_sparse_moe", "Olmoe": "mlp"}[family]
+    whole = {"target_modules": ["q_proj"], "modules_to_save": [module]}
+    prepare(family, tmp_path, unload=False, **whole)  # PEFT cannot
+    report = merge(tmp_path / "adapter", base=tmp_path / "base", out=tmp_path / "apart")
+    assert len(report.data["replaced"]) == 2 * (1 + 3 * 3) and not report.data["added"]
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace(module, "mlp"))
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    state = stacked(load_file(file), names)
+    if turn:
+        state = {k: x.mT.contiguous() if ".experts." in k else x for k, x in state.items()}
+    save_file(state, file, {"format": "pt"})
+    again, found = merged(tmp_path)
+    assert again.data == report.data
+    assert_same(found, load_file(tmp_path / "apart" / "model.safetensors"))
+    config = tmp_path / "base" / "config.json"
+    config.write_text(config.read_text().replace(f'"{family.lower()}"', '"one_of_tomorrow"'))
+    with pytest.raises((AdapterFileError, TargetError), match=r"experts"):
+        merge(tmp_path / "adapter", base=tmp_path / "base", out=tmp_path / "out-2")
 
 
 # --- transformers 5 -------------------------------------------------------------------------------
