@@ -16,7 +16,7 @@ from randlora_jax.interop.checkpoint_files import refuse_quantised, weight_files
 from randlora_jax.interop.checkpoint_names import CheckpointNames, spelling
 from randlora_jax.interop.conv1d import is_conv1d
 from randlora_jax.interop.errors import TargetError, nearest, shown
-from randlora_jax.interop.expert_stacks import Part, expert_parts
+from randlora_jax.interop.expert_stacks import StoredMatrix, expert_matrices
 from randlora_jax.interop.strict_json import read_object
 from randlora_jax.interop.tensor_file import Tensor, TensorFile
 
@@ -60,15 +60,15 @@ class BaseLayer:
     """
 
     name: str
-    part: Part
+    stored: StoredMatrix
     tensor: Tensor
     conv1d: bool
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        rows, columns = self.part.shape
-        return (columns, rows) if self.part.transposed else (rows, columns)
+        rows, columns = self.stored.shape
+        return (columns, rows) if self.stored.transposed else (rows, columns)
 
     @property
     def torch_shape(self) -> tuple[int, int]:
@@ -85,7 +85,7 @@ class BaseModel:
       files: ``{name: open safetensors file}``, those that transformers loads.
       index: the name of the file that lists them; None for a single file.
       home: ``{key: name of the file that has it}``, in the order of files and bytes.
-      parts: ``{key: Part}`` of single experts that have no tensor of their own.
+      in_stacks: ``{key: StoredMatrix}`` of single experts that have no tensor of their own.
       names: how an adapter's names become its keys; settled by `layers`.
 
     Raises:
@@ -110,8 +110,8 @@ class BaseModel:
         except BaseException:
             self.close()
             raise
-        self.parts = expert_parts(self._shapes, self.config)
-        self.names = CheckpointNames([*self.home, *self.parts], self.folder)
+        self.in_stacks = expert_matrices(self._shapes, self.config)
+        self.names = CheckpointNames([*self.home, *self.in_stacks], self.folder)
 
     def __enter__(self) -> BaseModel:
         return self
@@ -135,7 +135,7 @@ class BaseModel:
     # Layers.
 
     def find(self, key: str) -> str | None:
-        """As `CheckpointNames.find`; a key of a tensor, or one of `parts`."""
+        """As `CheckpointNames.find`; a key of a tensor, or one of `in_stacks`."""
         return self.names.find(key)
 
     def layer(self, name: str) -> BaseLayer:
@@ -148,7 +148,7 @@ class BaseModel:
         key = self.find(f"{name}.weight") or self._embedding_of(name)
         if key is None:
             raise self._missing(name)
-        part = self.parts.get(key)
+        part = self.in_stacks.get(key)
         tensor = self.tensor(part.key if part else key)
         if not (part or len(tensor.shape) == 2) or tensor.dtype not in FLOATS:
             raise TargetError(
@@ -161,13 +161,13 @@ class BaseModel:
         if conv1d is None:
             raise self._undecided(name)
         rows, columns = tensor.shape
-        return BaseLayer(name, Part(key, (rows, columns), conv1d), tensor, conv1d)
+        return BaseLayer(name, StoredMatrix(key, (rows, columns), conv1d), tensor, conv1d)
 
     def _missing(self, name: str) -> TargetError:
         single = re.match(r"(.*\.experts\.)\d+\.", name)
         stacks = [key for key in self.home if single and spelling(single[1]) in spelling(key)]
         stacks = [key for key in stacks if len(self.tensor(key).shape) == 3]
-        if stacks and not self.parts:
+        if stacks and not self.in_stacks:
             return TargetError(
                 f"{self.folder}: the adapter changes single experts, such as {shown(name)}, and "
                 f"the checkpoint has all of a layer's in one tensor, {shown(stacks[0])} "
@@ -176,7 +176,7 @@ class BaseModel:
                 "as transformers 5 does too unless save_original_format is False"
             )
         expected = f"{name}.weight"
-        weights = [key for key in (*self.home, *self.parts) if key.endswith(".weight")]
+        weights = [key for key in (*self.home, *self.in_stacks) if key.endswith(".weight")]
         return TargetError(
             f"{self.folder} has no tensor {shown(expected)}, with another prefix or without; it "
             f"has {nearest(expected, weights)}. Is it the base model of this adapter, with its "
@@ -201,12 +201,12 @@ class BaseModel:
         """
         self.names.fit(adapter.layers)
         found = {name: self.layer(name) for name in adapter.layers}
-        names = {layer.part: name for name, layer in found.items()}
+        names = {layer.stored: name for name, layer in found.items()}
         for name, layer in found.items():
-            if names[layer.part] != name:
+            if names[layer.stored] != name:
                 raise TargetError(
-                    f"{self.folder}: {shown(layer.part.key)} is the weight of both {shown(name)} "
-                    f"and {shown(names[layer.part])}: another base model"
+                    f"{self.folder}: {shown(layer.stored.key)} is the weight of both {shown(name)} "
+                    f"and {shown(names[layer.stored])}: another base model"
                 )
         recorded = adapter.provenance.shapes if adapter.provenance else {}
         for name, layer in found.items():

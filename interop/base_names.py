@@ -39,7 +39,7 @@ def base_names(base: BaseModel, adapter: Adapter) -> BaseNames:
     found = {key: theirs for key in ours if (theirs := base.find(key)) is not None}
     begins = dict(_beginnings(theirs, key) for key, theirs in found.items())
     experts = any(map(_is_expert, adapter.layers))
-    rest = {*base.home, *(base.parts if experts else ())} - set(found.values())
+    rest = {*base.home, *(base.in_stacks if experts else ())} - set(found.values())
     rest -= {base.find(key) for key in apart(trained, base.config)[0]}  # one tensor in the adapter
     named = found | {_renamed(theirs, begins): theirs for theirs in rest}
     blocks = {_block(name) for name in adapter.layers}
@@ -68,7 +68,7 @@ def base_names(base: BaseModel, adapter: Adapter) -> BaseNames:
 
 def _axes(base: BaseModel, key: str) -> int:
     """How many axes a tensor of floats has, or a matrix in one; 0 for other tensors."""
-    part = base.parts.get(key)
+    part = base.in_stacks.get(key)
     tensor = base.tensor(part.key if part else key)
     return (2 if part else len(tensor.shape)) if tensor.dtype in FLOATS else 0
 

@@ -39,7 +39,7 @@ _BY_TYPE = {kind: names for names, kinds in _NAMES.items() for kind in kinds.spl
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredMatrix:
     """A matrix that lies in a tensor of a checkpoint, or is one.
 
     Attributes:
@@ -56,7 +56,7 @@ class Part:
     column: int = 0
 
 
-def expert_parts(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Part]:
+def expert_matrices(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, StoredMatrix]:
     """Every single expert's matrices, by the keys that a checkpoint with experts apart has.
 
     Args:
@@ -64,7 +64,7 @@ def expert_parts(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Part]:
       config: config.json.
     """
     names = _names(config)
-    found: dict[str, Part] = {}
+    found: dict[str, StoredMatrix] = {}
     for key, gate_up in shapes.items():
         head, _, leaf = key.rpartition(".")
         down = f"{head}.down_proj"
@@ -83,7 +83,7 @@ def apart(
       config: config.json.
     """
     found, stacks = {}, set()
-    for key, part in expert_parts({key: x.shape for key, x in tensors.items()}, config).items():
+    for key, part in expert_matrices({key: x.shape for key, x in tensors.items()}, config).items():
         stack, (rows, columns) = tensors[part.key], part.shape
         flat = stack.reshape(-1, stack.shape[2])
         matrix = flat[part.row : part.row + rows, part.column : part.column + columns]
@@ -94,7 +94,7 @@ def apart(
 
 def _of_a_layer(
     head: str, names: tuple[str, str, str], gate_up: tuple[int, ...], down: tuple[int, ...]
-) -> dict[str, Part]:
+) -> dict[str, StoredMatrix]:
     """The experts of one layer; none where the two shapes do not fit each other."""
     if not len(gate_up) == len(down) == 3 or gate_up[0] != down[0]:
         return {}
@@ -108,9 +108,9 @@ def _of_a_layer(
         at = expert * rows
         up = (at + half[0], 0) if plain else (at, half[1])
         parts = (
-            Part(f"{head}.gate_up_proj", half, not plain, at),
-            Part(f"{head}.gate_up_proj", half, not plain, *up),
-            Part(f"{head}.down_proj", (down[1], down[2]), not plain, expert * down[1]),
+            StoredMatrix(f"{head}.gate_up_proj", half, not plain, at),
+            StoredMatrix(f"{head}.gate_up_proj", half, not plain, *up),
+            StoredMatrix(f"{head}.down_proj", (down[1], down[2]), not plain, expert * down[1]),
         )
         for name, part in zip(names, parts, strict=True):
             found[f"{head}.{expert}.{name}.weight"] = part

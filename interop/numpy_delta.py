@@ -94,11 +94,11 @@ class Deltas:
           AdapterFileError: it is beyond float32.
         """
         layer = self.layers[name]
-        found = np.zeros(layer.part.shape, np.float32)
+        found = np.zeros(layer.stored.shape, np.float32)
         self.add_to(name, found)
         if not (np.isfinite(found.min()) and np.isfinite(found.max())):
             raise too_strong(self.adapter, name)
-        return found.T if layer.part.transposed else found
+        return found.T if layer.stored.transposed else found
 
     def add_to(self, name: str, weight: np.ndarray) -> None:
         """Add delta_W to a layer's weight as the base model stores it, in place: `adding`."""
@@ -119,7 +119,7 @@ class Deltas:
         a_flat = flat_a(lam, gamma, a[:, :, :smallest])
         n_out, n_in = self.layers[name].shape
         # whether the weight lies as M (max, min) does, or transposed
-        lies_as_m = (n_in <= n_out) != self.layers[name].part.transposed
+        lies_as_m = (n_in <= n_out) != self.layers[name].stored.transposed
         step = max(1, BLOCK // (4 * max(r * n, smallest)))
 
         @np.errstate(over="ignore", invalid="ignore")

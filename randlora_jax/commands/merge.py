@@ -184,7 +184,7 @@ def _summed(base: BaseModel, key: str, names: list[str], deltas: Deltas) -> Iter
     """A tensor with the delta_W of all layers in it added, some rows at a time."""
     *sides, width = base.tensor(key).shape
     tensor, file = replace(base.tensor(key), shape=(prod(sides), width)), base.files[base.home[key]]
-    parts = {name: deltas.layers[name].part for name in names}
+    parts = {name: deltas.layers[name].stored for name in names}
     ends = {end for part in parts.values() for end in (part.row, part.row + part.shape[0])}
     step = max(1, BLOCK * prod(sides) // tensor.nbytes)
     for first, last in pairwise(sorted({0, *ends, prod(sides)})):

@@ -70,7 +70,7 @@ def plan(deltas: Deltas, base: BaseModel) -> MergePlan:
             _refuse_tied(base, f"{name}.weight", base.tied(f"{name}.weight", has_head=has_head))
     sums: dict[str, list[str]] = {}
     for name, layer in deltas.layers.items():
-        sums.setdefault(layer.part.key, []).append(name)
+        sums.setdefault(layer.stored.key, []).append(name)
     trained = _as_apart(trained_tensors(adapter.saved), base)
     replaced, added = {}, {}
     for key, value in trained.items():
@@ -137,8 +137,8 @@ def _refuse_tied(base: BaseModel, key: str, other: str | None) -> None:
 
 def _refuse_part(base: BaseModel, key: str, place: str, sums: Mapping[str, list[str]]) -> None:
     """Refuse a module trained whole that lies in a tensor of several, or that has layers in it."""
-    if place in base.parts or (place in sums and len(base.tensor(place).shape) > 2):
-        stack = base.parts[place].key if place in base.parts else place
+    if place in base.in_stacks or (place in sums and len(base.tensor(place).shape) > 2):
+        stack = base.in_stacks[place].key if place in base.in_stacks else place
         raise TargetError(
             f"{base.folder}: {shown(key)} was trained whole, beside others that {shown(stack)} of "
             "the checkpoint holds with it. Save the base model with its experts apart, as "

@@ -45,7 +45,7 @@ def rename_as_stored(folder):
     layers = {name for key, (name, _) in keys.items() if key.startswith(PREFIX)}
     with BaseModel(folder / "base") as base:
         base.names.fit(layers)
-        older = {name: base.layer(name).part.key.removesuffix(".weight") for name in layers}
+        older = {name: base.layer(name).stored.key.removesuffix(".weight") for name in layers}
     renamed = {
         f"{PREFIX}{older[name]}.{part}" if name in older else key: tensors[key]
         for key, (name, part) in keys.items()

@@ -38,15 +38,15 @@ def test_every_linear_layer_by_all_names_of_its_class(family, tmp_path):
         for part in (found, found.model):
             base.names.fit(linears(part))
             for name, module in linears(part).items():
-                key = base.layer(name).part.key
+                key = base.layer(name).stored.key
                 assert torch.equal(stored[key], module.weight), name
                 older[key.removesuffix(".weight")] = tuple(module.weight.shape)
         text = {f"model.{name}": x for name, x in linears(found.model.language_model).items()}
         base.names.fit(text)  # a class of the language model alone
         for name, module in text.items():
-            assert torch.equal(stored[base.layer(name).part.key], module.weight), name
+            assert torch.equal(stored[base.layer(name).stored.key], module.weight), name
         base.names.fit(older)  # classes of before 4.52 call them as files do
-        assert all(base.layer(name).part.key == f"{name}.weight" for name in older)
+        assert all(base.layer(name).stored.key == f"{name}.weight" for name in older)
     tied = {k: v.clone() for k, v in found.state_dict().items() if k != "lm_head.weight"}
     save_file(tied, file, {"format": "pt"})
     older = {name: shape for name, shape in older.items() if "lm_head" not in name}
