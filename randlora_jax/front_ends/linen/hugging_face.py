@@ -12,6 +12,7 @@ from randlora_jax.front_ends.collections import CollectionStore
 from randlora_jax.front_ends.linen.model import InterceptedRandLora, types_with
 from randlora_jax.front_ends.linen.tied import tied_modules
 from randlora_jax.front_ends.linen.tracing import Trace
+from randlora_jax.front_ends.shown_signature import shows_call_of
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.front_end import WrapRules, register_front_end
 from randlora_jax.models.layer_types import refuse_idle_types
@@ -82,6 +83,7 @@ class HuggingFaceRandLora(InterceptedRandLora):
     def params(self, params: Mapping[str, Any]) -> None:
         self.variables = params
 
+    @shows_call_of(lambda self: self.model)
     def __call__(self, *args: Any, params: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         """Calls the model; `params` as `self.params`, which is the default."""
         output = self._with_adapters(self.model.__call__)(*args, params=params, **kwargs)

@@ -23,6 +23,7 @@ from randlora_jax.front_ends.linen.modules import modules_of
 from randlora_jax.front_ends.linen.running import LinenRunner
 from randlora_jax.front_ends.linen.tracing import Trace
 from randlora_jax.front_ends.linen.types import TYPES
+from randlora_jax.front_ends.shown_signature import shows_call_of
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models import known_models
 from randlora_jax.models.adapter_arrays import Leaves
@@ -171,6 +172,7 @@ class LinenRandLora(InterceptedRandLora):
     def _base_name(self) -> str:
         return type(self.module).__name__
 
+    @shows_call_of(lambda self: self.module)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the bound module: `apply` with the model's own variables."""
         return self.apply(self.variables, *args, **kwargs)

@@ -23,6 +23,7 @@ from randlora_jax.front_ends.nnx.running import (
 )
 from randlora_jax.front_ends.nnx.variables import AdapterParam, FrozenAdapterParam, retyped
 from randlora_jax.front_ends.nnx_types import in_call
+from randlora_jax.front_ends.shown_signature import shows_call_of
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec
@@ -105,6 +106,7 @@ class RandLoraLayer(nnx.Module):
 
     # Running.
 
+    @shows_call_of(lambda self: self.base_layer)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the base layer returns, with the active adapters joined in."""
         return self._run("__call__", args, kwargs)

@@ -14,6 +14,7 @@ from randlora_jax.front_ends.nnx.store import NnxStore
 from randlora_jax.front_ends.nnx.variables import FrozenLoRAParam, SharedBasis, retype_loras
 from randlora_jax.front_ends.nnx.wrappable import make_wrappable, refuse_part
 from randlora_jax.front_ends.nnx_types import TYPES
+from randlora_jax.front_ends.shown_signature import shows_call_of
 from randlora_jax.models import known_models
 from randlora_jax.models.adapter_arrays import Leaves
 from randlora_jax.models.finding import find_layers
@@ -45,7 +46,7 @@ class NnxRandLora(RandLoraModel, nnx.Module):
         rules = rules.beside(known)
         types = LayerTypes((rules.layer_types, TYPES))
         self.model = model
-        self.bases: dict[str, dict[str, SharedBasis]] = nnx.data({})
+        self.randlora_bases: dict[str, dict[str, SharedBasis]] = nnx.data({})
         self._token = ModelToken()
         self._expected: frozenset[str] = frozenset()
         found = find_layers(modules_of(walked, types, rules.layouts), rules.layouts, rules.names)
@@ -74,6 +75,7 @@ class NnxRandLora(RandLoraModel, nnx.Module):
             for layer in layers
         }
 
+    @shows_call_of(lambda self: self.model)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model."""
         with self._opened():

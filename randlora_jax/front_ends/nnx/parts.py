@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
+from randlora_jax.front_ends.shown_signature import shows_call_of
 from randlora_jax.interop.errors import ConfigError
 
 Opened = Callable[[], AbstractContextManager[None]]
@@ -26,6 +27,7 @@ class Part:
     def __init__(self, module: nnx.Module, opened: Opened) -> None:
         object.__setattr__(self, "_part", (module, opened))
 
+    @shows_call_of(lambda self: self._part[0])
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module."""
         module, opened = self._part

@@ -35,7 +35,7 @@ class Root(Protocol):
     """
 
     model: nnx.Module
-    bases: dict[str, dict[str, SharedBasis]]
+    randlora_bases: dict[str, dict[str, SharedBasis]]
     _token: ModelToken
     _expected: frozenset[str]
     _registry: AdapterRegistry
@@ -168,7 +168,7 @@ class NnxStore(ArrayStore):
 
     def set_pairs(self, pairs: Mapping[str, BasisPair]) -> None:
         """In the root."""
-        self.root.bases = nnx.data(
+        self.root.randlora_bases = nnx.data(
             {i: {"A": SharedBasis(p.A), "B": SharedBasis(p.B)} for i, p in pairs.items()}
         )
 
@@ -176,7 +176,7 @@ class NnxStore(ArrayStore):
         """Of the root."""
         return {
             identity: BasisPair(held["A"].get_raw_value(), held["B"].get_raw_value())
-            for identity, held in self.root.bases.items()
+            for identity, held in self.root.randlora_bases.items()
         }
 
     def follow(self, registry: AdapterRegistry) -> None:

@@ -23,7 +23,7 @@ class FrozenLoRAParam(nnx.Param[jax.Array]):
     """A LoRA that the base model came with: frozen, as all of the base."""
 
 
-class SharedBasis(nnx.Variable[jax.Array]):
+class SharedBasis(nnx.Param[jax.Array]):
     """One of the two frozen random bases of a pair; the root wrapper alone holds them."""
 
 
