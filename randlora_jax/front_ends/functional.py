@@ -56,8 +56,8 @@ class FunctionalRandLora(RandLoraModel):
     def variables(self) -> dict[str, Any]:
         """Every collection; assign it back after training."""
         registry, store = self._registry, self._collections
-        trees = {name: self._tree(name) for name in registry.active}
-        trained = {n: trees[n] for n in registry.training}
+        trees = {name: self._tree(name) for name in registry.applied}
+        trained = {n: tree for n, tree in trees.items() if n in registry.training}
         frozen = {n: tree for n, tree in trees.items() if n not in trained}
         return {**store.base, TRAINED: trained, FROZEN: frozen, PAIRS: dict(store.pairs())}
 
@@ -111,7 +111,7 @@ class FunctionalRandLora(RandLoraModel):
         """
         _check_kind(variables)
         registry, given = self._registry, adapter_trees(variables)
-        lost = [n for n in registry.active if n not in registry.merged and n not in given]
+        lost = [n for n in registry.applied if n not in registry.merged and n not in given]
         if lost:
             homes = {n: TRAINED if n in registry.training else FROZEN for n in lost}
             gone = [name for name in dict.fromkeys(homes.values()) if name not in variables]
@@ -121,7 +121,7 @@ class FunctionalRandLora(RandLoraModel):
                 f"{listed(lost)}: {_WHOLE}. (To run the base model, call it within "
                 "model.disable_adapter())"
             )
-        if registry.active:
+        if registry.applied:
             self._check_adapters(variables)
         return variables
 

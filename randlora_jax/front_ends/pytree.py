@@ -162,7 +162,7 @@ class PytreeRandLora(FunctionalRandLora):
         variables = self._checked(variables)
         store = self._collections
         leaves = store.leaves_of(variables["params"])
-        trees = adapter_trees(variables) if self._registry.active else {}
+        trees = adapter_trees(variables) if self._registry.applied else {}
         states = {name: state_of(tree) for name, tree in trees.items()}
         whole = adapter_arrays.trained_whole(states)
         leaves |= {path: x.astype(leaves[path].dtype) for path, x in whole.items()}

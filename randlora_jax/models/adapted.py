@@ -101,6 +101,25 @@ class AdaptedModel(ABC):
             if merged:
                 self.merge_adapter(list(merged))
 
+    def disable_adapter_layers(self) -> None:
+        """From here on the model is its base model, until `enable_adapter_layers`.
+
+        As `disable_adapter`, but for good: a second model of the same arrays becomes a reference,
+
+            reference = nnx.merge(*nnx.split(model))
+            reference.disable_adapter_layers()
+
+        In nnx trained leaves stay `AdapterParam`, with gradients of zero, so that trainers see that
+        the two share all else; linen's ``variables`` hold no adapter. Merged adapters are unmerged.
+        """
+        if self._registry.merged:
+            self.unmerge_adapter()
+        self._follow(life.switched(self._registry, on=False))
+
+    def enable_adapter_layers(self) -> None:
+        """Applies the active adapters again; they train if they did before."""
+        self._follow(life.switched(self._registry, on=True))
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter; if it was the only active one, the first that is left takes over.
 
@@ -129,9 +148,11 @@ class AdaptedModel(ABC):
           safe_merge: check every merged kernel, and change nothing if one is not finite.
 
         Raises:
-          ConfigError: no such adapter, or (with `safe_merge`) a kernel would not be finite.
+          ConfigError: no such adapter; adapters are off; or (with `safe_merge`) a kernel would not
+            be finite.
         """
         life.check_flag("safe_merge", safe_merge)
+        life.refuse_while_off(self._registry, "merge_adapter")
         registry, store = self._registry, self._store
         asked = life.named_or_active(registry, adapter_names)
         wanted = [n for n in asked if n not in registry.merged]

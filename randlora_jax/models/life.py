@@ -104,6 +104,11 @@ def disabled(registry: AdapterRegistry) -> AdapterRegistry:
     return replace(registry, active=())
 
 
+def switched(registry: AdapterRegistry, *, on: bool) -> AdapterRegistry:
+    """With the active adapters applied, or none; which are active, and which train, stays so."""
+    return replace(registry, enabled=on)
+
+
 def deleted(registry: AdapterRegistry, adapter_name: str) -> AdapterRegistry:
     """Without an adapter; if it was the only active one, the first that is left takes over.
 
@@ -155,3 +160,13 @@ def refuse_while_merged(registry: AdapterRegistry, what: str) -> None:
             f"{what}: {list(registry.merged)} are merged into the base; call unmerge_adapter() "
             "first"
         )
+
+
+def refuse_while_off(registry: AdapterRegistry, what: str) -> None:
+    """Nothing, if the active adapters are applied.
+
+    Raises:
+      ConfigError: they are off, and `what` would put them into the base model.
+    """
+    if not registry.enabled:
+        raise ConfigError(f"{what}: the adapters are off; call enable_adapter_layers() first")

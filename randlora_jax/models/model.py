@@ -72,7 +72,7 @@ class RandLoraModel(AdaptedModel):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the adapters that are applied, in order."""
+        """Names of the adapters that are applied, in order; or would be, were they not off."""
         return list(self._registry.active)
 
     @property
@@ -99,11 +99,14 @@ class RandLoraModel(AdaptedModel):
         return found
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trained numbers, all numbers), bases excluded as they are in PEFT's count."""
-        states = self._states()
-        trained = sum(states[name].size() for name in self._registry.training)
+        """(trained numbers, all numbers), bases excluded as they are in PEFT's count.
+
+        None are trained while the adapters are off.
+        """
+        states, registry = self._states(), self._registry
+        trained = sum(states[name].size() for name in registry.training) * registry.enabled
         base = sum(x.size for x in self._store.base_leaves().values())
-        added = (adapter_arrays.added_size(self._registry, n, s) for n, s in states.items())
+        added = (adapter_arrays.added_size(registry, n, s) for n, s in states.items())
         return trained, base + sum(added)
 
     def print_trainable_parameters(self) -> None:

@@ -111,6 +111,7 @@ class AdapterRegistry:
     specs: Mapping[str, AdapterSpec] = field(default_factory=dict)
     kept_pairs: KeptPairs = field(default_factory=dict)
     active: tuple[str, ...] = ()  # adapters that are applied
+    enabled: bool = True  # else no adapter is applied, though some are active
     trained: frozenset[str] = frozenset()  # adapters that train when they are active
     merged: tuple[str, ...] = ()  # adapters whose deltas are in the base kernels
     originals: Mapping[Path, np.ndarray] = field(default_factory=dict)  # kernels before merging
@@ -118,14 +119,14 @@ class AdapterRegistry:
     def _value(self) -> tuple[Any, ...]:
         kept = {name: id(array) for name, array in self.originals.items()}
         found = id(self.layers), id(self.modules), id(self.left), self.names, self.info
-        how = self.options, self.optional, self.active, self.training, self.merged
+        how = self.options, self.optional, self.active, self.enabled, self.training, self.merged
         return *found, *how, self.configs, self.specs, set(self.kept_pairs), kept
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AdapterRegistry) and self._value() == other._value()
 
     def __hash__(self) -> int:
-        return hash((self.active, self.training, self.merged, tuple(self.specs)))
+        return hash((self.applied, self.training, self.merged, tuple(self.specs)))
 
     @classmethod
     def of(
@@ -188,8 +189,17 @@ class AdapterRegistry:
         return self.specs[adapter_name]
 
     @property
+    def applied(self) -> tuple[str, ...]:
+        """Adapters that a call applies now, in this order."""
+        return self.active if self.enabled else ()
+
+    @property
     def training(self) -> tuple[str, ...]:
-        """Adapters whose leaves an optimizer sees now, in the order in which they are applied."""
+        """Adapters whose leaves an optimizer sees, in the order in which they are applied.
+
+        Those of a model whose adapters are off remain what they are, so that such a model and one
+        that trains, sharing arrays, look alike to a trainer; nothing reaches their gradients.
+        """
         return tuple(n for n in self.active if n in self.trained and n not in self.merged)
 
     @property

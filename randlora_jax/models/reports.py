@@ -19,7 +19,8 @@ def summary(
     kind: str, base: str, registry: AdapterRegistry, states: Mapping[str, AdapterState]
 ) -> str:
     """A line on the model, and one on each adapter."""
-    lines = [f"{kind} of {base}: {len(registry.layers)} layers that can be adapted"]
+    off = "" if registry.enabled else "; adapters are off"
+    lines = [f"{kind} of {base}: {len(registry.layers)} layers that can be adapted{off}"]
     for name, state in states.items():
         config = registry.configs[name]
         marks = ["active"] * (name in registry.active) + ["merged"] * (name in registry.merged)

@@ -258,7 +258,7 @@ def test_each_wrapped_model_has_bases_of_its_own_in_a_call():
         Pair(inner), RandLoraConfig(r=3, target_modules="up|none", projection_prng_key=9)
     )
     np.testing.assert_array_equal(outer.model.up.base_layer(expected), outer(X))
-    assert set(outer.bases) != set(inner.bases)
+    assert set(outer.randlora_bases) != set(inner.randlora_bases)
     other = wrapped()
     other.model.blocks = inner.model.blocks  # layers of one model in another's call
     with pytest.raises(ConfigError, match="outside its RandLoraModel"):

@@ -117,6 +117,52 @@ def test_disable_adapter_is_the_base_model_to_the_bit(pair):
     assert pair.ours._registry.merged == ("default",)
 
 
+def test_adapters_are_off_until_they_are_enabled(pair):
+    """Step by step as PEFT's, which stay off through `set_adapter`, too."""
+    pair.load()
+    base = pair.run_ours(get_peft_model(pair.make(torch_net()), RandLoraConfig(**FIRST)))
+    adapted = pair.run_ours(pair.ours)
+    both = pair.ours, pair.theirs
+    for step in (
+        lambda model: model.disable_adapter_layers(),
+        lambda model: model.set_adapter("second"),
+        lambda model: model.set_adapter("default"),
+    ):
+        for model in both:
+            step(model)
+        assert pair.ours.active_adapters == pair.theirs.active_adapters
+        np.testing.assert_array_equal(pair.run_ours(pair.ours), base)
+        np.testing.assert_allclose(torch_run(pair.theirs), base, rtol=1e-5, atol=1e-6)
+    with pair.ours.disable_adapter():
+        pass  # no way to switch them on
+    np.testing.assert_array_equal(pair.run_ours(pair.ours), base)
+    assert pair.ours.get_nb_trainable_parameters()[0] == 0
+    assert "adapters are off" in repr(pair.ours)
+    with pytest.raises(ConfigError, match="merge_adapter: the adapters are off.*enable_adapter_l"):
+        pair.ours.merge_and_unload()
+    for model in both:
+        model.enable_adapter_layers()
+    np.testing.assert_array_equal(pair.run_ours(pair.ours), adapted)
+    pair.same()
+    counts = [model.get_nb_trainable_parameters()[0] for model in both]
+    assert counts[0] == counts[1] > 0
+
+
+def test_switching_off_unmerges_as_in_peft(pair):
+    base = pair.run_ours(get_peft_model(pair.make(torch_net()), RandLoraConfig(**FIRST)))
+    pair.load()
+    for model in (pair.ours, pair.theirs):
+        model.merge_adapter()
+        model.disable_adapter_layers()
+    np.testing.assert_array_equal(pair.run_ours(pair.ours), base)
+    np.testing.assert_allclose(torch_run(pair.theirs), base, rtol=1e-4, atol=1e-5)
+    for model in (pair.ours, pair.theirs):
+        model.enable_adapter_layers()
+    assert pair.ours.merged_bytes == 0
+    assert not pair.theirs.base_model.model.square.merged
+    pair.same()
+
+
 def test_delete_adapter(pair):
     with pytest.warns(UserWarning, match="'second' is"):
         pair.ours.delete_adapter("default")

@@ -31,7 +31,7 @@ def shared_pairs(model):
     """The leaves that are bases, wherever the model keeps them."""
     if hasattr(model, "variables"):
         return jax.tree.leaves(model.variables["randlora_bases"])
-    return jax.tree.leaves(nnx.state(model)["bases"])
+    return jax.tree.leaves(nnx.state(model)["randlora_bases"])
 
 
 def test_adapters_of_one_key_share_one_pair(mlp):

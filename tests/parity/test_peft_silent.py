@@ -80,7 +80,7 @@ def test_a_second_adapters_kind_is_ignored():
 
     ours = get_peft_model(NnxMLP(), RandLoraConfig(**settings()))
     ours.add_adapter("b", RandLoraConfig(**settings(sparse=True)))
-    assert len(ours.bases) == 2
+    assert len(ours.randlora_bases) == 2
 
 
 def test_a_second_file_without_bases_gets_the_firsts(tmp_path):
@@ -173,6 +173,18 @@ def test_disabling_leaves_biases_trained():
     assert apart(our_run(ours), plain)
     with ours.disable_adapter():
         np.testing.assert_allclose(our_run(ours), plain, atol=1e-5)
+
+
+def test_switching_off_and_on_trains_what_was_frozen():
+    theirs = peft.get_peft_model(torch_mlp(), peft.RandLoraConfig(**settings()))
+    ours = get_peft_model(NnxMLP(), RandLoraConfig(**settings()))
+    for model in (theirs, ours):
+        model.set_adapter("default", inference_mode=True)
+        assert model.get_nb_trainable_parameters()[0] == 0
+        model.disable_adapter_layers()
+        model.enable_adapter_layers()
+    assert theirs.get_nb_trainable_parameters()[0], "PEFT leaves a frozen adapter frozen now"
+    assert ours.get_nb_trainable_parameters()[0] == 0
 
 
 def test_merging_into_a_tied_head_moves_the_embedding(tmp_path):

@@ -100,7 +100,7 @@ class InterceptedRandLora(FunctionalRandLora):
         """
         registry, pairs = self._registry, variables.get(PAIRS, {})
         token = self._token.of(registry, pairs)
-        applied = bool(registry.active)
+        applied = bool(registry.applied)
         whole = laid_beside(variables, registry.layers, token, applied=applied)
         try:
             with LinenRunner(registry, self._types, pairs, self._seen, kinds).running():
@@ -118,7 +118,7 @@ class InterceptedRandLora(FunctionalRandLora):
 
     def _refuse_unreached(self, variables: Mapping[str, Any]) -> None:
         """Nothing, if some call has reached every layer that the adapters in `variables` adapt."""
-        trees = adapter_trees(variables) if self._registry.active else {}
+        trees = adapter_trees(variables) if self._registry.applied else {}
         names = {name for tree in trees.values() for name in state_of(tree).layers}
         awaited = [self._registry.layers[name] for name in names - self._seen.keys()]
         refuse_unreached(expected(awaited, self._registry.optional))

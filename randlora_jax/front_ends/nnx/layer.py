@@ -81,7 +81,7 @@ class RandLoraLayer(nnx.Module):
     def follow(self, registry: AdapterRegistry) -> None:
         """Applies and trains the adapters that the registry says, as far as they are here."""
         here = {name for held in self.held() for name in held}
-        specs = tuple(registry.specs[name] for name in registry.active if name in here)
+        specs = tuple(registry.specs[name] for name in registry.applied if name in here)
         self.settings = replace(self.settings, specs=specs, merged=registry.merged)
         training = set(registry.training)
         for held in self.held()[:3]:
