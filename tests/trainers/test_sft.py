@@ -1,0 +1,86 @@
+"""google-tunix's PeftTrainer trains an adapter as any LoRA: it alone, resumed as if never killed."""
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from tiny_llama import TOKENIZER, adapted, leaves, only_the_adapter_moved, opens_in_peft
+from tunix.sft import utils
+from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
+
+pytestmark = pytest.mark.torch
+
+TEXTS = ["red green blue", "one two three", "north east", "spring summer", "do re mi fa sol"]
+TX = optax.adamw(optax.cosine_decay_schedule(3e-2, 12))
+
+
+class Killed(Exception):
+    pass
+
+
+def batches(steps, killed_at=None):
+    """Two texts a batch; reading fails where the run is to be killed."""
+    for i in range(steps):
+        if i == killed_at:
+            raise Killed
+        pair = [TEXTS[i % 5], TEXTS[(i + 1) % 5]]
+        tokens = TOKENIZER(pair, padding="max_length", max_length=16, return_tensors="np")
+        yield TrainingInput(tokens.input_ids, tokens.attention_mask.astype(bool))
+
+
+def inputs(batch):
+    return {
+        "input_tokens": batch.input_tokens,
+        "input_mask": batch.input_mask,
+        "positions": utils.build_positions_from_mask(batch.input_mask),
+        "attention_mask": utils.make_causal_attn_mask(batch.input_mask),
+    }
+
+
+def trainer(model, folder):
+    config = TrainingConfig(
+        eval_every_n_steps=2,
+        max_steps=6,
+        gradient_accumulation_steps=2,
+        checkpoint_root_directory=str(folder),
+        checkpointing_options=ocp.CheckpointManagerOptions(save_interval_steps=1),
+    )
+    return PeftTrainer(model, TX, config).with_gen_model_input_fn(inputs)
+
+
+def test_killed_and_resumed_it_ends_as_it_would_have(base, tmp_path):
+    model = adapted(base)
+    before = leaves(model)
+    whole = trainer(model, tmp_path / "whole")
+    whole.train(batches(12), list(batches(2)))
+    only_the_adapter_moved(before, model)
+    losses = whole.metrics_logger.get_metric_history("", "loss", "train")
+    seen = whole.metrics_logger.get_metric_history("", "loss", "eval")
+    assert losses[-1] < losses[0] and seen[-1] < seen[0]
+    assert len(losses) == 6 and len(seen) == 4, "steps of two batches; at first, then every other"
+    opens_in_peft(model, tmp_path / "adapter")
+
+    killed = trainer(adapted(base), tmp_path / "killed")
+    with pytest.raises(Killed):
+        killed.train(batches(12, killed_at=7))
+    killed.checkpoint_manager.close()
+    again = adapted(base)
+    resumed = trainer(again, tmp_path / "killed")
+    assert resumed.train_steps == 3
+    resumed.train(batches(12))
+    for path, array in leaves(again).items():
+        np.testing.assert_array_equal(array, leaves(model)[path], err_msg=str(path))
+    for one, other in zip(leaves(resumed.optimizer).values(), leaves(whole.optimizer).values()):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_checkpoint_holds_what_trains_and_nothing_else(base, tmp_path):
+    model = adapted(base)
+    made = trainer(model, tmp_path)
+    made.checkpoint_manager.save(1, model, save_only_lora_params=made._lora_enabled, force=True)
+    made.checkpoint_manager.close()
+    with ocp.StandardCheckpointer() as reader:
+        held = reader.metadata(tmp_path / "1" / "model_params").item_metadata.tree
+    sizes = [np.prod(x.shape) for x in jax.tree.leaves(held)]
+    assert sum(sizes) == model.get_nb_trainable_parameters()[0]
