@@ -106,10 +106,15 @@ def only_the_adapter_moved(before: dict, model) -> None:
     assert moved == set(filter(is_default, after)) != set()
 
 
-def opens_in_peft(model, to: Path) -> None:
-    """The adapter, saved, computes in PyTorch PEFT what it computes here, and that is something."""
+def in_peft(model, to: Path) -> peft.PeftModelForCausalLM:
+    """The adapter, saved and opened in PyTorch PEFT."""
     model.save_pretrained(to)
-    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(to, dtype=torch.float32).eval()
+    return peft.AutoPeftModelForCausalLM.from_pretrained(to, dtype=torch.float32).eval()
+
+
+def opens_in_peft(model, to: Path) -> None:
+    """The adapter computes in PyTorch PEFT what it computes here, and that is something."""
+    theirs = in_peft(model, to)
     ours, expected = np.asarray(jax_logits(model)), torch_logits(theirs)
     with theirs.disable_adapter():
         base = torch_logits(theirs)
