@@ -22,7 +22,7 @@ from randlora_jax import AdapterParam, RandLoraConfig, get_peft_model
 
 @contextlib.contextmanager
 def with_tunix():
-    """Within, flax is as tunix sets it for the whole process; its other tests want it as it was."""
+    """Within, flax is as tunix sets it for the whole process, whose other tests want it as it was."""
     before = getattr(flax.config, "flax_always_shard_variable", None)
     try:
         if before is not None:
@@ -34,7 +34,9 @@ def with_tunix():
 
 
 with with_tunix():
-    pytest.importorskip("tunix", reason="google-tunix's trainers are not here", exc_type=ImportError)
+    pytest.importorskip(
+        "tunix", reason="google-tunix's trainers are not here", exc_type=ImportError
+    )
     from tunix.models.llama3 import model as llama3
     from tunix.models.llama3 import params
     from tunix_pair import jax_logits, sizes, torch_logits, with_rope

@@ -6,7 +6,7 @@ import optax
 import pytest
 import qwix
 from flax import nnx
-from tiny_llama import TUNIX, adapted, base_model, is_default, leaves, llama3, move
+from tiny_llama import adapted, base_model, is_default, leaves, move
 from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig
 from tunix_pair import IDS, jax_logits
 

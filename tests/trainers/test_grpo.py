@@ -39,9 +39,7 @@ def cluster(model, reference, rollout_mesh):
         training_config=training,
         rollout_config=rollout,
     )
-    return RLCluster(
-        actor=model, reference=reference, tokenizer=TOKENIZER, cluster_config=config
-    )
+    return RLCluster(actor=model, reference=reference, tokenizer=TOKENIZER, cluster_config=config)
 
 
 def reward(prompts, completions, **_):
@@ -50,7 +48,9 @@ def reward(prompts, completions, **_):
 
 
 @pytest.mark.parametrize(
-    ("sparse", "rollout_mesh"), [(False, MESH), (True, APART)], ids=["dense-together", "sparse-apart"]
+    ("sparse", "rollout_mesh"),
+    [(False, MESH), (True, APART)],
+    ids=["dense together", "sparse apart"],
 )
 def test_a_few_steps(sparse, rollout_mesh, base, tmp_path):
     model = adapted(base, MESH, sparse=sparse)
