@@ -22,7 +22,7 @@ from randlora_jax import AdapterParam, RandLoraConfig, get_peft_model
 
 @contextlib.contextmanager
 def with_tunix():
-    """Within, flax is as tunix sets it for the whole process, whose other tests want it as it was."""
+    """Within, flax is as tunix sets it for the process, whose other tests want it as it was."""
     before = getattr(flax.config, "flax_always_shard_variable", None)
     try:
         if before is not None:

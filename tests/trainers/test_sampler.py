@@ -42,7 +42,7 @@ def test_it_says_the_same_and_takes_trained_weights(sparse, base, tmp_path):
 
     fresh = said()
     same(fresh, said_in_torch(theirs))
-    learner = adapted(base, sparse=sparse)  # elsewhere, as it may be in a cluster
+    learner = adapted(base, sparse=sparse)  # another model like this one, which is trained
     move(learner)
     before = leaves(sampler.transformer)
     sampler.transformer_state = nnx.state(learner, nnx.LoRAParam)

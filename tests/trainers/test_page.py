@@ -1,0 +1,26 @@
+"""docs/trainers.md shows lines of what is run, in their order."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/trainers.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("heading", "source"),
+    [
+        ("Fine-tuning", "examples/with_tunix.py"),
+        ("Preferences", "examples/with_tunix_dpo.py"),
+        ("Reinforcement learning", "examples/with_tunix_grpo.py"),
+        ("Sampling", "tests/trainers/test_sampler.py"),
+    ],
+)
+def test_it_quotes_what_is_run(heading, source):
+    section = PAGE.split(f"### {heading}\n")[1].split("\n#")[0]
+    (shown,) = re.findall("```python\n(.*?)```", section, re.DOTALL)
+    lines = map(str.strip, (ROOT / source).read_text().splitlines())
+    for line in shown.splitlines():
+        assert line in lines, f"{source} has no such line, here: {line}"
