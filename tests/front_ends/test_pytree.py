@@ -123,3 +123,13 @@ def test_what_a_pytree_cannot_do_is_said():
 def test_what_is_said_of_a_pytree_is_what_it_does():
     """It has no layers to look into, so not even one token is factored."""
     assert all("forward: W + delta_W" in line for line in wrapped().explain(1).splitlines())
+
+
+def test_off_it_is_the_params_until_enabled():
+    model = moved(wrapped())
+    adapted = run(model)
+    model.disable_adapter_layers()
+    np.testing.assert_array_equal(run(model), jax.jit(forward)(model.params, X))
+    assert not model.split()[0]
+    model.enable_adapter_layers()
+    np.testing.assert_array_equal(run(model), adapted)

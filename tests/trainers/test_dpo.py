@@ -5,7 +5,15 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tiny_llama import TOKENIZER, adapted, leaves, move, only_the_adapter_moved, opens_in_peft
+from tiny_llama import (
+    TOKENIZER,
+    adapted,
+    base_model,
+    leaves,
+    move,
+    only_the_adapter_moved,
+    opens_in_peft,
+)
 from tunix.rl.utils import is_sharing_backbone
 from tunix.sft.dpo.dpo_trainer import DataInput, DPOTrainer, DPOTrainingConfig, compute_logps
 from tunix_pair import jax_logits
@@ -33,8 +41,8 @@ def test_the_reference_is_the_model_without_its_adapter(base, tmp_path):
     asked, chosen, rejected = map(list, zip(*PAIRS, strict=True))
     data = DataInput(prompts=asked, chosen_responses=chosen, rejected_responses=rejected)
     prepared = trainer._prepare_inputs(data)
-    expected = compute_logps(  # of the wrapped model, whose new adapter adds nothing
-        adapted(base), prepared.input_ids, prepared.positions, prepared.attention_mask,
+    expected = compute_logps(
+        base_model(base), prepared.input_ids, prepared.positions, prepared.attention_mask,
         prepared.logits_to_keep, prepared.completion_mask,
     )  # fmt: skip
     found = prepared.ref_chosen_logps, prepared.ref_rejected_logps

@@ -12,6 +12,7 @@ from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
 pytestmark = pytest.mark.torch
 
 TEXTS = ["red green blue", "one two three", "north east", "spring summer", "do re mi fa sol"]
+TARGETS = ["q_proj", "o_proj", "down_proj"]
 TX = optax.adamw(optax.cosine_decay_schedule(3e-2, 12))
 
 
@@ -50,7 +51,7 @@ def trainer(model, folder):
 
 
 def test_killed_and_resumed_it_ends_as_it_would_have(base, tmp_path):
-    model = adapted(base)
+    model = adapted(base, target_modules=TARGETS)
     before = leaves(model)
     whole = trainer(model, tmp_path / "whole")
     whole.train(batches(12), list(batches(2)))
@@ -61,11 +62,11 @@ def test_killed_and_resumed_it_ends_as_it_would_have(base, tmp_path):
     assert len(losses) == 6 and len(seen) == 4, "steps of two batches; at first, then every other"
     opens_in_peft(model, tmp_path / "adapter")
 
-    killed = trainer(adapted(base), tmp_path / "killed")
+    killed = trainer(adapted(base, target_modules=TARGETS), tmp_path / "killed")
     with pytest.raises(Killed):
         killed.train(batches(12, killed_at=7))
     killed.checkpoint_manager.close()
-    again = adapted(base)
+    again = adapted(base, target_modules=TARGETS)
     resumed = trainer(again, tmp_path / "killed")
     assert resumed.train_steps == 3
     resumed.train(batches(12))
