@@ -35,7 +35,7 @@ class RandLoraToNNX(RandLoraLayer):
         call = getattr(base, method)
         if not self.applied():
             return call(*args, **kwargs)
-        context = reached(self.settings.model, [layer.name for layer, _ in self.applied()])
+        context = reached(self.settings.model, self.applied())
         with self._joining(base, context):
             return call(*args, **kwargs)
 

@@ -14,6 +14,7 @@ from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from randlora_jax.core.bases import BasisPair, Extents
+from randlora_jax.core.frozen import never_trained
 from randlora_jax.front_ends.collections import (
     FROZEN,
     GAMMA,
@@ -38,6 +39,8 @@ _WHOLE = (
     "{**frozen, 'randlora': trained} is whole, where trained, frozen = model.split(), and so is "
     "model.variables"
 )
+
+_TRAINED_ALONE = "variables['randlora'], the first of trained, frozen = model.split()"
 
 
 class FunctionalRandLora(RandLoraModel):
@@ -146,6 +149,10 @@ class FunctionalRandLora(RandLoraModel):
                     f"variables: 'params' lack {listed(list(map(dotted, lost)))}, which adapter "
                     f"{name!r} adapts or trains whole: {_WHOLE}"
                 )
+
+    def _pairs_of(self, variables: Mapping[str, Any]) -> Mapping[str, BasisPair]:
+        """The bases in `variables`."""
+        return never_trained(variables.get(PAIRS, {}), _TRAINED_ALONE)
 
     def _params_of(self, variables: Mapping[str, Any]) -> Mapping[Path, Any]:
         """The base model's leaves in `variables` by path."""

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from randlora_jax.front_ends.collections import (
-    PAIRS,
     CollectionStore,
     Tree,
     adapter_trees,
@@ -166,7 +165,7 @@ class PytreeRandLora(FunctionalRandLora):
         states = {name: state_of(tree) for name, tree in trees.items()}
         whole = adapter_arrays.trained_whole(states)
         leaves |= {path: x.astype(leaves[path].dtype) for path, x in whole.items()}
-        pairs = variables.get(PAIRS, {})
+        pairs = self._pairs_of(variables)
         updates = adapter_arrays.updates_by_layer(self._registry, states, pairs)
         leaves |= adapter_arrays.merged_kernels(self._registry, leaves, updates, traced=True)
         return store.tree_of(leaves)

@@ -95,9 +95,9 @@ class BaseModelInfo:
 class AdapterRegistry:
     """All a wrapped model knows that is not an array on a device; replaced, never changed.
 
-    Compared by value, so that a model is not traced again in a state in which it was before; what
-    was found in the model, and arrays in host memory, by identity. What would train if it were
-    active makes no difference.
+    Compared by value, so that neither a model in a state in which it was before nor one that is
+    like it is traced again; arrays in host memory by identity. What would train if it were active
+    makes no difference.
     """
 
     layers: Mapping[str, Layer]
@@ -118,7 +118,7 @@ class AdapterRegistry:
 
     def _value(self) -> tuple[Any, ...]:
         kept = {name: id(array) for name, array in self.originals.items()}
-        found = id(self.layers), id(self.modules), id(self.left), self.names, self.info
+        found = self.layers, self.modules, self.left, self.names, self.info
         how = self.options, self.optional, self.active, self.enabled, self.training, self.merged
         return *found, *how, self.configs, self.specs, set(self.kept_pairs), kept
 
@@ -126,7 +126,7 @@ class AdapterRegistry:
         return isinstance(other, AdapterRegistry) and self._value() == other._value()
 
     def __hash__(self) -> int:
-        return hash((self.applied, self.training, self.merged, tuple(self.specs)))
+        return hash((self.applied, self.training, self.merged, frozenset(self.specs)))
 
     @classmethod
     def of(

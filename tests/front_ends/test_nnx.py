@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -259,10 +260,42 @@ def test_each_wrapped_model_has_bases_of_its_own_in_a_call():
     )
     np.testing.assert_array_equal(outer.model.up.base_layer(expected), outer(X))
     assert set(outer.randlora_bases) != set(inner.randlora_bases)
-    other = wrapped()
+    other = wrapped(config=replace(CONFIG, projection_prng_key=9))
     other.model.blocks = inner.model.blocks  # layers of one model in another's call
     with pytest.raises(ConfigError, match="outside its RandLoraModel"):
         other(X)
+
+
+class Chain(Net):
+    """Calls another model like itself, and its own layers before and after."""
+
+    other = None
+
+    def __call__(self, x):
+        if self.other is None:
+            return super().__call__(x)
+        first, second = self.blocks
+        return first(x) + self.other(x).sum() + second(x)
+
+
+def test_models_that_are_alike_keep_apart_when_one_calls_the_other():
+    """Their tokens are equal, and ``nnx.jit`` may even exchange them."""
+    models = [wrapped(Chain) for _ in range(2)]
+    run = nnx.jit(lambda model, x: model(x))
+    for i, model in enumerate(models):
+        for layer in nnx.state(model, AdapterParam).flat_state().leaves:
+            layer.set_value(layer[...] + i)
+        run(model, X)
+    outer, inner = models
+    alone = [np.asarray(inner(X)), *(np.asarray(block(X)) for block in outer.blocks)]
+    outer.model.other = inner
+    for call in (run, lambda model, x: model(x)):
+        expected = alone[1] + alone[0].sum() + alone[2]
+        np.testing.assert_allclose(call(outer, X), expected, rtol=1e-5)
+    inside = nnx.state(inner, AdapterParam)
+    outer.set_adapter("default", inference_mode=True)  # takes nothing of the inner one's
+    assert len(jax.tree.leaves(nnx.state(inner, AdapterParam))) == len(jax.tree.leaves(inside))
+    assert len(jax.tree.leaves(nnx.state(outer, AdapterParam))) == len(jax.tree.leaves(inside))
 
 
 class Picking(nnx.Module):

@@ -12,7 +12,6 @@ from flax.core import unfreeze
 from flax.errors import ScopeParamShapeError
 
 from randlora_jax.front_ends.collections import (
-    PAIRS,
     CollectionStore,
     adapter_trees,
     state_of,
@@ -98,7 +97,7 @@ class InterceptedRandLora(FunctionalRandLora):
         Args:
           kinds: takes down the classes of modules that run.
         """
-        registry, pairs = self._registry, variables.get(PAIRS, {})
+        registry, pairs = self._registry, self._pairs_of(variables)
         token = self._token.of(registry, pairs)
         applied = bool(registry.applied)
         whole = laid_beside(variables, registry.layers, token, applied=applied)

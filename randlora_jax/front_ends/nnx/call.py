@@ -8,24 +8,35 @@ layers take them, under whatever transformation they run.
 
 import contextlib
 import contextvars
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from randlora_jax.core.bases import BasisPair
+from randlora_jax.core.bases import BasisPair, used_extents
 from randlora_jax.interop.errors import ConfigError
+from randlora_jax.models.layer import Layer
+from randlora_jax.models.registry import AdapterSpec
+
+Applied = Sequence[tuple[Layer, Sequence[AdapterSpec]]]  # layers, and what changes each
 
 
+@dataclass(frozen=True)
 class ModelToken:
-    """Ties layers to the one model whose call they belong to; compared by identity.
+    """Ties layers to the model whose call they belong to.
 
-    Copies that flax makes of a model share it.
+    A static part of the model and of its layers, so it is compared by value: models that are alike
+    have equal tokens, and share what ``jit`` compiled. (``nnx.jit`` even puts the one's token in
+    place of the other's.) Of several models with equal tokens, layers belong to the nearest around
+    them; in a call, to the innermost that is open and has the bases which they slice.
 
     Args:
+      kind: class of the base model.
+      depth: how many wrapped models lie one within another in it.
       reached: names of the layers that some call did reach.
     """
 
-    def __init__(self) -> None:
-        self.reached: set[str] = set()
+    kind: type
+    depth: int
+    reached: set[str] = field(default_factory=set, compare=False)
 
 
 @dataclass(frozen=True)
@@ -33,46 +44,66 @@ class CallContext:
     """What a model's layers read in its call.
 
     Args:
+      model: its token.
       pairs: the shared bases, by their identity as text.
     """
 
+    model: ModelToken
     pairs: Mapping[str, BasisPair]
 
+    def serves(self, model: ModelToken, applied: Applied) -> bool:
+        """Whether it is of such a model, and has the bases that its layers slice."""
+        return model == self.model and all(
+            self._holds(str(spec.identity), layer.matrix, spec.identity.r)
+            for layer, specs in applied
+            for spec in specs
+        )
 
-# By model, so that wrapped models may call one another.
-_open: contextvars.ContextVar[Mapping[ModelToken, CallContext] | None] = contextvars.ContextVar(
-    "randlora_calls", default=None
+    def _holds(self, identity: str, matrix: tuple[int, int], r: int) -> bool:
+        if identity not in self.pairs:
+            return False
+        a, b = self.pairs[identity]
+        needed = used_extents(matrix, r)
+        return needed == needed._replace(
+            max=min(needed.max, b.shape[0]),
+            n=min(needed.n, b.shape[1]),
+            min=min(needed.min, a.shape[1]),
+        )
+
+
+# Innermost last: wrapped models may call one another.
+_open: contextvars.ContextVar[tuple[CallContext, ...]] = contextvars.ContextVar(
+    "randlora_calls", default=()
 )
 
 
 @contextlib.contextmanager
-def opened(model: ModelToken, context: CallContext) -> Iterator[None]:
-    """Within, the layers of `model` find `context`."""
-    token = _open.set({**(_open.get() or {}), model: context})
+def opened(context: CallContext) -> Iterator[None]:
+    """Within, the layers of its model find `context`."""
+    token = _open.set((*_open.get(), context))
     try:
         yield
     finally:
         _open.reset(token)
 
 
-def is_open(model: ModelToken) -> bool:
-    """Whether `model` is being called."""
-    return model in (_open.get() or {})
+def open_for(model: ModelToken, applied: Applied) -> CallContext | None:
+    """The open context of `model` that serves layers of it; None while it is not called."""
+    return next((c for c in reversed(_open.get()) if c.serves(model, applied)), None)
 
 
-def reached(model: ModelToken, layer_names: Iterable[str]) -> CallContext:
+def reached(model: ModelToken, applied: Applied) -> CallContext:
     """The open context of `model`, for layers of it that run now.
 
     Raises:
       ConfigError: the model is not being called.
     """
-    found = (_open.get() or {}).get(model)
-    names = list(layer_names)
+    found = open_for(model, applied)
     if found is None:
         raise ConfigError(
-            f"layer {names[0]!r} was called outside its RandLoraModel, which holds the shared "
-            "bases: call the wrapped model, its methods, or its parts as the wrapped model's "
-            "attributes"
+            f"layer {applied[0][0].name!r} was called outside its RandLoraModel, which holds the "
+            "shared bases: call the wrapped model, its methods, or its parts as the wrapped "
+            "model's attributes"
         )
-    model.reached.update(names)
+    found.model.reached.update(layer.name for layer, _ in applied)
     return found

@@ -14,7 +14,7 @@ from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.ways import ExecutionOptions, possible_ways, require_a_way
 from randlora_jax.front_ends.call_input import input_of, multiplies_in
-from randlora_jax.front_ends.nnx.call import CallContext, ModelToken, is_open, reached
+from randlora_jax.front_ends.nnx.call import CallContext, ModelToken, open_for, reached
 from randlora_jax.front_ends.nnx.running import (
     AdaptedKernel,
     as_function,
@@ -118,19 +118,20 @@ class RandLoraLayer(nnx.Module):
         if name == "base_layer" or name.startswith("_"):
             raise AttributeError(name)
         base = self._effective()
-        running = is_open(self.settings.model) and bool(self.applied())
+        applied = self.applied()
+        running = bool(applied) and open_for(self.settings.model, applied) is not None
         if running and isinstance(getattr(type(base), name, None), property):
             return getattr(self._in_kernels(base), name)
         found = getattr(base, name)
         if getattr(found, "__self__", None) is base:  # a method, of the module or of its class
             return functools.wraps(found)(functools.partial(self._method, name))
-        if running and any(layer.leaf[0] == name for layer, _ in self.applied()):
+        if running and any(layer.leaf[0] == name for layer, _ in applied):
             return getattr(self._in_kernels(base), name)
         return found
 
     def _method(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """A method of the base layer: looked at from outside its model's call, its own."""
-        if is_open(self.settings.model):
+        if open_for(self.settings.model, self.applied()):
             return self._run(name, args, kwargs)
         return getattr(self._effective(), name)(*args, **kwargs)
 
@@ -152,7 +153,7 @@ class RandLoraLayer(nnx.Module):
         base, applied = self._effective(), self.applied()
         if not applied:
             return getattr(base, method)(*args, **kwargs)
-        context = reached(self.settings.model, [layer.name for layer, _ in applied])
+        context = reached(self.settings.model, applied)
         (layer, specs), *more = applied
         graph, split = nnx.split(base)
         state = with_jax_arrays(dict(nnx.to_flat_state(split)))
@@ -176,10 +177,10 @@ class RandLoraLayer(nnx.Module):
 
     def _in_kernels(self, base: nnx.Module) -> nnx.Module:
         """A copy of the base layer with W + delta in place of its kernels."""
-        names = [layer.name for layer, _ in self.applied()]
+        context = reached(self.settings.model, self.applied())
         graph, state = nnx.split(base)
         flat = with_jax_arrays(dict(nnx.to_flat_state(state)))
-        for leaf, kernel, updates in self._kernels(flat, reached(self.settings.model, names)):
+        for leaf, kernel, updates in self._kernels(flat, context):
             flat[leaf] = flat[leaf].replace(kernel.taking(updates))
         return cast(nnx.Module, nnx.merge(graph, nnx.from_flat_state(flat)))
 

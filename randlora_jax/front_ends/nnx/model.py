@@ -6,9 +6,11 @@ from typing import Any
 
 from flax import nnx
 
+from randlora_jax.core.frozen import never_trained
 from randlora_jax.front_ends.call_input import multiplies_in
 from randlora_jax.front_ends.nnx.call import CallContext, ModelToken, opened
 from randlora_jax.front_ends.nnx.modules import modules_of
+from randlora_jax.front_ends.nnx.nested import depth_of
 from randlora_jax.front_ends.nnx.parts import Part, attribute
 from randlora_jax.front_ends.nnx.store import NnxStore
 from randlora_jax.front_ends.nnx.variables import FrozenLoRAParam, SharedBasis, retype_loras
@@ -24,6 +26,11 @@ from randlora_jax.models.layer_types import LayerTypes, refuse_idle_types
 from randlora_jax.models.model import RandLoraModel
 from randlora_jax.models.reaching import refuse_unreached
 from randlora_jax.models.registry import AdapterRegistry
+
+_TRAINED = (
+    "nnx.value_and_grad(loss, argnums=nnx.DiffState(0, AdapterParam))(model). (To train the base "
+    "with it: nnx.DiffState(0, nnx.All(nnx.Param, nnx.Not(nnx.PathContains('randlora_bases')))))"
+)
 
 
 @register_front_end(
@@ -47,7 +54,7 @@ class NnxRandLora(RandLoraModel, nnx.Module):
         types = LayerTypes((rules.layer_types, TYPES))
         self.model = model
         self.randlora_bases: dict[str, dict[str, SharedBasis]] = nnx.data({})
-        self._token = ModelToken()
+        self._token = ModelToken(type(model), depth_of(module for _, module in walked))
         self._expected: frozenset[str] = frozenset()
         found = find_layers(modules_of(walked, types, rules.layouts), rules.layouts, rules.names)
         self._registry = AdapterRegistry.of(
@@ -90,4 +97,4 @@ class NnxRandLora(RandLoraModel, nnx.Module):
 
     def _opened(self) -> AbstractContextManager[None]:
         """Within, the layers of this model find its bases."""
-        return opened(self._token, CallContext(self._store.pairs()))
+        return opened(CallContext(self._token, never_trained(self._store.pairs(), _TRAINED)))

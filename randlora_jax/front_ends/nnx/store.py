@@ -14,6 +14,7 @@ from randlora_jax.core.bases import BasisPair
 from randlora_jax.front_ends.nnx.bridges import bridge_of
 from randlora_jax.front_ends.nnx.call import ModelToken
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer, Settings
+from randlora_jax.front_ends.nnx.nested import wrappers_of_wrapped
 from randlora_jax.front_ends.nnx.variables import (
     FrozenAdapterParam,
     FrozenLoRAParam,
@@ -63,7 +64,14 @@ class NnxStore(ArrayStore):
 
     def _is_ours(self, module: nnx.Module) -> bool:
         """Whether a module is a wrapper of this model, not of one wrapped inside it."""
-        return isinstance(module, RandLoraLayer) and module.settings.model is self.root._token
+        ours = isinstance(module, RandLoraLayer) and module.settings.model == self.root._token
+        return ours and id(module) not in self._of_others
+
+    @cached_property
+    def _of_others(self) -> set[int]:
+        """The ``id`` of each wrapper of a model that is wrapped inside this one."""
+        modules = [module for _, module in nnx.iter_modules(self.root.model)]
+        return wrappers_of_wrapped(modules)
 
     def modules(self) -> Mapping[Path, nnx.Module]:
         """By path in the base model; a wrapper in place of what it wraps."""

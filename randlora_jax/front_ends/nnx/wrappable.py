@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from randlora_jax.front_ends.nnx.call import ModelToken
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
+from randlora_jax.front_ends.nnx.nested import wrappers_of_wrapped
 from randlora_jax.front_ends.nnx.parts import Part
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.front_end import ADAPTED_ALREADY
@@ -38,13 +38,12 @@ def make_wrappable(model: nnx.Module, modules: Iterable[tuple[Path, nnx.Module]]
       ConfigError: an earlier wrap replaced layers of this model in place, or it has no arrays yet.
     """
     modules = list(modules)
-    # a wrapped model may be a part of another: it holds its layers' token
-    whole = [getattr(module, "_token", None) for _, module in modules]
-    wrapped = {id(token) for token in whole if isinstance(token, ModelToken)}
+    # a wrapped model may be a part of another
+    theirs = wrappers_of_wrapped(module for _, module in modules)
     adapted = [
         dotted(path)
         for path, module in modules
-        if isinstance(module, RandLoraLayer) and id(module.settings.model) not in wrapped
+        if isinstance(module, RandLoraLayer) and id(module) not in theirs
     ]
     if adapted:
         raise ConfigError(
