@@ -1,0 +1,42 @@
+"""The bases are never trained: whoever differentiates them is told, and gets zeros."""
+
+from functools import partial
+from typing import TypeVar
+
+import jax
+
+from randlora_jax.core.hoisting import is_traced
+from randlora_jax.interop.errors import warn
+
+Pairs = TypeVar("Pairs")
+
+
+def never_trained(pairs: Pairs, instead: str) -> Pairs:
+    """`pairs`, a pytree of bases; their tangents are zero.
+
+    Warns, while a gradient is traced, if it is one of the bases' as well: then it is the base
+    model's too, which costs as much as full fine-tuning. Gradients of anything else say nothing.
+
+    Args:
+      instead: what to differentiate, for the warning.
+    """
+    if not is_traced(pairs):
+        return pairs
+    return jax.tree.map(jax.lax.stop_gradient, _noticed(pairs, instead))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _noticed(pairs: Pairs, instead: str) -> Pairs:
+    return pairs
+
+
+@_noticed.defjvp
+def _is_differentiated(
+    instead: str, primals: tuple[Pairs], tangents: tuple[Pairs]
+) -> tuple[Pairs, Pairs]:
+    warn(
+        "this gradient is taken with respect to the shared random bases as well, which are never "
+        "trained: theirs is zero, and the frozen base model's is worked out for nothing, unless "
+        f"you mean to train it. Differentiate the adapter alone: {instead}"
+    )
+    return primals[0], tangents[0]
