@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from randlora_jax.core.abstract import is_abstract, some_abstract
 from randlora_jax.core.mesh import on_host, on_mesh
 from randlora_jax.interop.adapter_name import checked_name
 from randlora_jax.interop.config import ALL_LINEAR, RandLoraConfig, expected_config
@@ -17,6 +18,11 @@ from randlora_jax.models import adapter_arrays, basis_source, coverage, files, l
 from randlora_jax.models.names import Path
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 from randlora_jax.models.store import ArrayStore
+
+ABSTRACT = (
+    "this wrapped model is abstract: it has shapes and no numbers yet. Fill it first, such as by "
+    "nnx.update(model, state) with a state that was restored"
+)
 
 
 class AdaptedModel(ABC):
@@ -134,6 +140,14 @@ class AdaptedModel(ABC):
         self._follow(after, store)
         self._refresh_pairs(store)
 
+    def draw_bases(self) -> None:
+        """Draws the shared bases anew: those of a model that was abstract, when it has been filled.
+
+        A checkpoint of all the model's state holds its bases; one of adapter leaves alone does not.
+        """
+        store = self._store
+        store.set_pairs(adapter_arrays.shared_pairs(self._registry, self._states(store)))
+
     # Merging.
 
     def merge_adapter(
@@ -246,11 +260,8 @@ class AdaptedModel(ABC):
         leaves = jax.tree.leaves(
             [(state.layers, list(state.saved.values())) for state in states.values()]
         )
-        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
-            raise ConfigError(
-                "this wrapped model is abstract, as jax.eval_shape leaves it: it has shapes and no "
-                "numbers yet. Fill it first, such as by nnx.update(model, state)"
-            )
+        if some_abstract(leaves):
+            raise ConfigError(ABSTRACT)
         return states
 
     def _trained_whole(self, adapter_names: Sequence[str]) -> dict[Path, jax.Array]:
@@ -277,15 +288,23 @@ class AdaptedModel(ABC):
         self._refresh_pairs(store)
 
     def _refresh_pairs(self, store: ArrayStore) -> None:
-        """One pair for each identity in use, of just the extents the layers slice."""
+        """One pair for each identity in use, of just the extents the layers slice.
+
+        Of a model none of whose adapters has numbers yet, the shapes.
+        """
         states = self._states(store)
-        store.set_pairs(adapter_arrays.shared_pairs(self._registry, states))
+        leaves = jax.tree.leaves([list(state.layers.values()) for state in states.values()])
+        abstract = bool(leaves) and all(map(is_abstract, leaves))
+        pairs = adapter_arrays.abstract_pairs if abstract else adapter_arrays.shared_pairs
+        store.set_pairs(pairs(self._registry, states))
 
     def _unwrapped(self, adapter_names: Sequence[str]) -> Any:
         """The base model, with what the named adapters trained whole in place."""
         store = self._store
         base = store.base_leaves()
         saved = self._trained_whole(adapter_names)
+        if some_abstract(list(saved.values())):
+            raise ConfigError(ABSTRACT)
         store.set_base_leaves({path: x.astype(base[path].dtype) for path, x in saved.items()})
         return store.release()
 

@@ -1,12 +1,13 @@
 """The arrays of adapters: fresh ones, the updates they make, kernels with updates merged in."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from randlora_jax.core.abstract import is_abstract, put, shape_of
 from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents, used_extents
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.mesh import on_mesh
@@ -31,6 +32,8 @@ def fresh_state(
 ) -> AdapterState:
     """Lambda zero, gamma 1 / max(n, min), as PEFT initialises them; copies of what trains whole.
 
+    Abstract where the base model is.
+
     Args:
       rngs: an ``nnx.Rngs`` or a ``jax.random.key``, for ``init_weights=False``.
 
@@ -49,29 +52,38 @@ def fresh_state(
         drawn = None
         if key is not None:
             drawn = jax.random.fold_in(key if isinstance(key, jax.Array) else key.params(), i)
-        layers[layer.name] = _fresh(layer, config, base[layer.kernel_path].dtype, drawn)
+        layers[layer.name] = _fresh(layer, config, base[layer.kernel_path], drawn)
     whole = whole_paths(registry.names, base, config, layers)
     # arrays of their own, so that they can be donated
-    saved = {path: jnp.array(base[path], at_least_float32(base[path].dtype)) for path in whole}
+    saved = {path: _copied(base[path]) for path in whole}
     return AdapterState(layers, saved)
 
 
+def _copied(leaf: Any) -> Any:
+    dtype = at_least_float32(leaf.dtype)
+    return shape_of(leaf, leaf.sharding, dtype) if is_abstract(leaf) else jnp.array(leaf, dtype)
+
+
 def _fresh(
-    layer: Layer, config: RandLoraConfig, dtype: jnp.dtype, key: jax.Array | None
+    layer: Layer, config: RandLoraConfig, kernel: Any, key: jax.Array | None
 ) -> tuple[Any, Any]:
-    """Lambda and gamma of one layer whose kernel has `dtype`; lambda drawn if there is a key.
+    """Lambda and gamma of the layer of a kernel; lambda drawn if there is a key.
 
     In NumPy where nothing is drawn: `placed` puts all of an adapter on devices at once.
     """
     _, n, smallest = used_extents(layer.matrix, config.r)
     largest = max(n, smallest) if key is None else max(layer.matrix)
+    shape = (*layer.stack, config.r, n)
+    if is_abstract(kernel):
+        other = jax.ShapeDtypeStruct((*layer.stack, n, smallest), jnp.float32)
+        return jax.ShapeDtypeStruct(shape, jnp.float32), other
+    dtype = kernel.dtype
     # PEFT makes gamma in the base layer's dtype and keeps it in float32 afterwards; in 8 bits it
     # would be zero, and so would lambda's gradient
     wide = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
     held = dtype if wide else np.float32
     start = np.float32(1 / largest).astype(held).astype(np.float32)
     gamma = np.full((*layer.stack, n, smallest), start)
-    shape = (*layer.stack, config.r, n)
     if key is None:
         return np.zeros(shape, np.float32), gamma
     return jax.random.normal(key, shape, jnp.float32), gamma
@@ -135,8 +147,8 @@ def added_size(registry: AdapterRegistry, adapter_name: str, state: AdapterState
 
 def placed(registry: AdapterRegistry, base: Leaves, state: AdapterState) -> AdapterState:
     """An adapter's arrays where the base model's lie: lambda and gamma on every device."""
-    layers = jax.device_put(state.layers, registry.replicated)  # in one go, not leaf by leaf
-    saved = {p: jax.device_put(x, on_mesh(base[p])) for p, x in state.saved.items()}
+    layers = put(state.layers, registry.replicated)
+    saved = {p: put(x, on_mesh(base[p])) for p, x in state.saved.items()}
     return AdapterState(layers, saved)
 
 
@@ -144,17 +156,33 @@ def shared_pairs(
     registry: AdapterRegistry, states: Mapping[str, AdapterState]
 ) -> dict[str, BasisPair]:
     """One pair for each identity that the adapters of `states` use, of just what layers slice."""
+    return {
+        str(identity): basis_source.device_pair(
+            identity, extents, registry.kept_pairs, registry.replicated
+        )
+        for identity, extents in _needed(registry, states).items()
+    }
+
+
+def abstract_pairs(
+    registry: AdapterRegistry, states: Mapping[str, AdapterState]
+) -> dict[str, BasisPair]:
+    """The shapes of `shared_pairs`."""
+    drawn = jax.eval_shape(lambda: shared_pairs(registry, states))
+    shapes = jax.tree.map(lambda x: shape_of(x, registry.replicated), drawn)
+    return cast(dict[str, BasisPair], shapes)
+
+
+def _needed(
+    registry: AdapterRegistry, states: Mapping[str, AdapterState]
+) -> dict[BasisIdentity, Extents]:
+    """The pairs that the adapters of `states` use."""
     needed: dict[BasisIdentity, Extents] = {}
     for name, state in states.items():
         identity = registry.specs[name].identity
         extents = registry.used_extents(registry.specs[name], state.layers)
         needed[identity] = extents.union(needed.get(identity, extents))
-    return {
-        str(identity): basis_source.device_pair(
-            identity, extents, registry.kept_pairs, registry.replicated
-        )
-        for identity, extents in needed.items()
-    }
+    return needed
 
 
 def updates_by_layer(

@@ -1,4 +1,4 @@
-"""Nothing is traced twice for one adapter; gradients that take in more than the adapter are told."""
+"""Nothing is traced twice for one adapter; a gradient that takes in the bases is told."""
 
 import warnings
 from dataclasses import replace

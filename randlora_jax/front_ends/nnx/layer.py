@@ -18,6 +18,7 @@ from randlora_jax.front_ends.nnx.call import CallContext, ModelToken, open_for, 
 from randlora_jax.front_ends.nnx.running import (
     AdaptedKernel,
     as_function,
+    refuse_abstract,
     run_in_kernels,
     with_jax_arrays,
 )
@@ -213,10 +214,10 @@ class RandLoraLayer(nnx.Module):
         """What the adapters of `specs` add to a layer in this call."""
         found, key = [], slashed(layer.leaf)
         for spec in specs:
-            lam, gamma = (
-                layout.stack_first(held[spec.name][key][...])
-                for held in (self.randlora_lambda, self.randlora_gamma)
-            )
+            both = [held[spec.name][key] for held in (self.randlora_lambda, self.randlora_gamma)]
+            for leaf in both:
+                refuse_abstract(f"adapter {spec.name} of {layer.name}", leaf.get_raw_value())
+            lam, gamma = (layout.stack_first(leaf[...]) for leaf in both)
             drop: Callable[[jax.Array], jax.Array] | None = self.randlora_dropout.get(spec.name)
             off = drop is None or drop.deterministic  # type: ignore[attr-defined]
             update = spec.update(lam, gamma, context.pairs, layer.matrix)

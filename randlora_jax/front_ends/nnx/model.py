@@ -12,6 +12,7 @@ from randlora_jax.front_ends.nnx.call import CallContext, ModelToken, opened
 from randlora_jax.front_ends.nnx.modules import modules_of
 from randlora_jax.front_ends.nnx.nested import depth_of
 from randlora_jax.front_ends.nnx.parts import Part, attribute
+from randlora_jax.front_ends.nnx.running import refuse_abstract
 from randlora_jax.front_ends.nnx.store import NnxStore
 from randlora_jax.front_ends.nnx.variables import FrozenLoRAParam, SharedBasis, retype_loras
 from randlora_jax.front_ends.nnx.wrappable import make_wrappable, refuse_part
@@ -97,4 +98,7 @@ class NnxRandLora(RandLoraModel, nnx.Module):
 
     def _opened(self) -> AbstractContextManager[None]:
         """Within, the layers of this model find its bases."""
-        return opened(CallContext(self._token, never_trained(self._store.pairs(), _TRAINED)))
+        pairs = self._store.pairs()
+        for identity, pair in pairs.items():
+            refuse_abstract(f"randlora_bases {identity}", pair.A)
+        return opened(CallContext(self._token, never_trained(pairs, _TRAINED)))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from randlora_jax.core.abstract import is_abstract
 from randlora_jax.core.applying import Run, comparable
 from randlora_jax.core.hoisting import Hoisted, is_traced
 from randlora_jax.core.kernel import Kernel
@@ -64,15 +65,25 @@ def with_jax_arrays(state: Mapping[Path, Any]) -> dict[Path, Any]:
     found = dict(state)
     for path, value in state.items():
         raw = value.get_raw_value() if isinstance(value, nnx.Variable) else None
-        if isinstance(raw, jax.ShapeDtypeStruct):
-            raise ConfigError(
-                f"{dotted(path)!r} is abstract, a ShapeDtypeStruct: call this model abstractly, "
-                "nnx.eval_shape(lambda model, x: model(x), model, x), or fill it first, such as by "
-                "nnx.update(model, state)"
-            )
+        refuse_abstract(dotted(path), raw)
         if isinstance(raw, np.ndarray):
             found[path] = value.replace(jnp.asarray(raw))
     return found
+
+
+def refuse_abstract(name: str, value: Any) -> None:
+    """Nothing, if `value` has numbers.
+
+    Raises:
+      ConfigError: it is abstract.
+    """
+    if is_abstract(value):
+        raise ConfigError(
+            f"{name!r} is abstract, a ShapeDtypeStruct: call this model abstractly, "
+            "nnx.eval_shape(lambda model, x: model(x), model, x), or fill it first, such as by "
+            "nnx.update(model, state) with a state that was restored; the shared bases, where no "
+            "checkpoint has them, by model.draw_bases()"
+        )
 
 
 def as_function(

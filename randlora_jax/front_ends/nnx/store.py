@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 import jax
 from flax import nnx
 
+from randlora_jax.core.abstract import moved
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.front_ends.nnx.bridges import bridge_of
 from randlora_jax.front_ends.nnx.call import ModelToken
@@ -113,7 +114,7 @@ class NnxStore(ArrayStore):
         for layer in layers:
             wrapper, key = wrappers[layer.owner], slashed(layer.leaf)
             for held, value in zip(wrapper.held()[:2], state.layers[layer.name], strict=True):
-                along = FrozenAdapterParam(layer.layout.along_stack(value))
+                along = FrozenAdapterParam(moved(layer.layout.along_stack, value))
                 held.setdefault(spec.name, {})[key] = along
             if spec.dropout:
                 wrapper.randlora_dropout[spec.name] = nnx.Dropout(spec.dropout, rngs=rngs)
@@ -166,9 +167,9 @@ class NnxStore(ArrayStore):
             lams, gammas = (held.get(adapter_name, {}) for held in wrapper.held()[:2])
             for layer in wrapper.settings.layers:
                 if (key := slashed(layer.leaf)) in lams:
-                    stacked = layer.layout.stack_first
-                    both = stacked(lams[key].get_raw_value()), stacked(gammas[key].get_raw_value())
-                    state.layers[layer.name] = both
+                    both = lams[key].get_raw_value(), gammas[key].get_raw_value()
+                    lam, gamma = (moved(layer.layout.stack_first, x) for x in both)
+                    state.layers[layer.name] = lam, gamma
             whole = wrapper.trained_leaves.get(adapter_name, {})
             for leaf, value in whole.items():
                 state.saved[self._paths[slashed((*path, leaf))]] = value.get_raw_value()

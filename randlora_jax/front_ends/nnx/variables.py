@@ -30,7 +30,7 @@ class SharedBasis(nnx.Param[jax.Array]):
 def retyped(leaf: nnx.Variable[jax.Array], *, trained: bool) -> nnx.Variable[jax.Array]:
     """`leaf` as what is trained, or as what is not; itself where it is so already."""
     kind = AdapterParam if trained else FrozenAdapterParam
-    return leaf if type(leaf) is kind else kind(leaf[...])
+    return leaf if type(leaf) is kind else kind(leaf.get_raw_value())
 
 
 def retype_loras(

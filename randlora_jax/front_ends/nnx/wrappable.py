@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -35,7 +34,7 @@ def make_wrappable(model: nnx.Module, modules: Iterable[tuple[Path, nnx.Module]]
       modules: all of `model`, with their paths.
 
     Raises:
-      ConfigError: an earlier wrap replaced layers of this model in place, or it has no arrays yet.
+      ConfigError: an earlier wrap replaced layers of this model in place.
     """
     modules = list(modules)
     # a wrapped model may be a part of another
@@ -50,13 +49,7 @@ def make_wrappable(model: nnx.Module, modules: Iterable[tuple[Path, nnx.Module]]
             f"this model was wrapped already, and its layers {listed(adapted, 3)} were replaced in "
             f"place: go on with what get_peft_model gave back then. {ADAPTED_ALREADY}"
         )
-    for path, node in nnx.iter_graph(model):
+    for _, node in nnx.iter_graph(model):
         value = node.get_raw_value() if isinstance(node, nnx.Variable) else None
-        if isinstance(value, jax.ShapeDtypeStruct):
-            raise ConfigError(
-                f"{dotted(path)!r} is abstract, a ShapeDtypeStruct: the model has no arrays yet. "
-                "Load or initialise them, then wrap it; or wrap it within: nnx.eval_shape(lambda: "
-                "get_peft_model(Model(rngs), config)) gives an abstract wrapped model"
-            )
         if isinstance(value, np.ndarray):
             node.set_raw_value(jnp.asarray(value))
