@@ -27,7 +27,7 @@ from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import ConfigError, shown
 from randlora_jax.interop.peft_dir import write_adapter
 from randlora_jax.interop.strict_json import write_text
-from randlora_jax.models import adapter_arrays, coverage, files, reports
+from randlora_jax.models import adapter_arrays, coverage, files, reports, settings
 from randlora_jax.models.adapted import AdaptedModel
 from randlora_jax.models.adapter_arrays import Leaves
 from randlora_jax.models.coverage import Coverage
@@ -139,6 +139,27 @@ class RandLoraModel(AdaptedModel):
         layers = [self._registry.layers[name] for name in adapted]
         runs, options = self._runs(layers, base), self._registry.options
         return reports.explained(layers, base, runs, spec.identity.r, int(tokens), options)
+
+    # Checkpoints.
+
+    def randlora_settings(self) -> dict[str, Any]:
+        """What the adapters' leaves mean, by adapter, for JSON: to be saved beside them.
+
+        ``config`` holds the arguments of `RandLoraConfig`; ``bases`` names the shared pair;
+        ``layers`` and ``trained_whole`` have the shapes of what is adapted, by path in the model.
+        """
+        return settings.settings_of(self._registry, self._states())
+
+    def check_randlora_settings(self, saved: Any) -> None:
+        """Nothing, if leaves that were saved beside the settings `saved` belong in this model.
+
+        Call it before they are restored: leaves of one shape fit models of any alpha and any bases.
+        What decides nothing, such as dropout, may differ, and the model may have more adapters.
+
+        Raises:
+          ConfigError: they would mean something else here; it names the setting.
+        """
+        settings.refuse_others(self.randlora_settings(), saved)
 
     # Files.
 

@@ -68,6 +68,21 @@ def test_a_reference_pass_between_steps_compiles_neither_again(traced):
     assert names == ["run", "run", "step", "run"]
 
 
+def test_a_cached_step_goes_on_training_the_model_after_a_reference_pass(traced):
+    """As tunix's trainers run theirs."""
+    names, _, step = traced
+    model = wrapped()
+    optimizer = nnx.Optimizer(model, TX, wrt=AdapterParam)
+    cached = nnx.cached_partial(step, model, optimizer)
+    for _ in range(2):
+        before = np.asarray(model(X))
+        with model.disable_adapter():
+            model(X)
+        cached(X)
+        assert not np.allclose(model(X), before)
+    assert names == ["step"]
+
+
 def test_another_file_under_a_name_that_was_there_runs_the_same_program(traced, tmp_path):
     names, run, _ = traced
     for i, alpha in enumerate((6, 6)):

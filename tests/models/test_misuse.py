@@ -288,9 +288,7 @@ def test_an_abstract_tree_is_refused_and_can_be_wrapped_within(kind):
     assert jax.tree.map(jnp.shape, wrap(kind).variables) == jax.tree.map(lambda x: x.shape, shapes)
 
 
-def test_an_abstract_nnx_model_is_refused_and_can_be_wrapped_within():
-    with pytest.raises(ConfigError, match=r"bias' is abstract.*no arrays yet.*nnx.eval_shape"):
-        get_peft_model(nnx.eval_shape(Net), CONFIG)
+def test_an_abstract_nnx_model_can_be_wrapped_within():
     made = nnx.eval_shape(lambda: get_peft_model(Net(), CONFIG))
     real = get_peft_model(Net(), CONFIG)
     assert nnx.state(made)["model"]["proj"]["randlora_lambda"]["default"]["kernel"].shape == (4, 2)

@@ -27,10 +27,13 @@ class SharedBasis(nnx.Param[jax.Array]):
     """One of the two frozen random bases of a pair; the root wrapper alone holds them."""
 
 
-def retyped(leaf: nnx.Variable[jax.Array], *, trained: bool) -> nnx.Variable[jax.Array]:
-    """`leaf` as what is trained, or as what is not; itself where it is so already."""
-    kind = AdapterParam if trained else FrozenAdapterParam
-    return leaf if type(leaf) is kind else kind(leaf.get_raw_value())
+def retype(leaf: nnx.Variable[jax.Array], *, trained: bool) -> None:
+    """Makes `leaf` one that is trained, or one that is not.
+
+    In place: ``nnx.cached_partial``, as trainers use it, goes on with the Variables it was given,
+    so that a new one in its stead would never be trained again.
+    """
+    leaf.__class__ = AdapterParam if trained else FrozenAdapterParam
 
 
 def retype_loras(

@@ -1,0 +1,91 @@
+"""What a checkpoint of adapter leaves keeps beside them, as JSON: else nobody knows what they mean.
+
+Lambda and gamma of one shape fit models of any alpha and any bases, and are right in one.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from randlora_jax.interop.config import RandLoraConfig
+from randlora_jax.interop.errors import ConfigError, listed, shown
+from randlora_jax.models.names import dotted
+from randlora_jax.models.registry import AdapterRegistry, AdapterState
+
+# Of the configuration, what decides what given leaves compute, apart from the layers it takes.
+_DECIDING = ("r", "randlora_alpha", "projection_prng_key", "sparse", "very_sparse")
+
+
+def settings_of(
+    registry: AdapterRegistry, states: Mapping[str, AdapterState]
+) -> dict[str, dict[str, Any]]:
+    """By adapter: ``config`` as in its file, ``bases`` by their identity, ``layers`` and
+    ``trained_whole`` by their paths, with their shapes.
+    """
+    return {
+        name: {
+            "config": _arguments(registry.configs[name]),
+            "bases": str(registry.specs[name].identity),
+            "layers": {n: list(registry.layers[n].shape) for n in sorted(state.layers)},
+            "trained_whole": {
+                dotted(path): list(x.shape) for path, x in sorted(state.saved.items(), key=str)
+            },
+        }
+        for name, state in states.items()
+    }
+
+
+def _arguments(config: RandLoraConfig) -> dict[str, Any]:
+    """Those that make the configuration again."""
+    known = {k: v for k, v in config.to_dict().items() if k not in ("peft_type", *config.unknown)}
+    return {**known, "projection_source": config.projection_source}
+
+
+def refuse_others(ours: Mapping[str, Any], found: Any) -> None:
+    """Nothing, if leaves saved beside the settings `found` mean the same where there are `ours`.
+
+    Raises:
+      ConfigError: they do not, or `found` are no settings.
+    """
+    if not isinstance(found, Mapping) or not found:
+        raise ConfigError(
+            "settings: expected what model.randlora_settings() gave when the checkpoint was "
+            f"saved, found {shown(found)}"
+        )
+    for name, theirs in found.items():
+        if name not in ours:
+            raise ConfigError(
+                f"the checkpoint holds an adapter {shown(name)}, and this model has "
+                f"{listed(sorted(ours)) or 'none'}: add it first, with the configuration that is "
+                f"kept there, RandLoraConfig(**settings[{name!r}]['config'])"
+            )
+        _compare(name, ours[name], theirs)
+
+
+def _compare(name: str, ours: Mapping[str, Any], theirs: Any) -> None:
+    parts = ("config", "bases", "layers", "trained_whole")
+    whole = isinstance(theirs, Mapping) and all(part in theirs for part in parts)
+    if not whole or not all(isinstance(theirs[p], Mapping) for p in parts if p != "bases"):
+        raise ConfigError(
+            f"settings of adapter {name!r}: expected {listed(parts)}, as "
+            f"model.randlora_settings() gives them, found {shown(theirs)}"
+        )
+    for field in _DECIDING:
+        _refuse(name, field, ours["config"].get(field), theirs["config"].get(field))
+    _refuse(name, "the bases (projection_source)", ours["bases"], theirs["bases"])
+    for field, part in (("target_modules", "layers"), ("modules_to_save", "trained_whole")):
+        for path in sorted({*ours[part], *theirs[part]}):
+            mine, kept = (
+                f"{path} of shape {tuple(side[part][path])}" if path in side[part] else f"no {path}"
+                for side in (ours, theirs)
+            )
+            _refuse(name, f"what {field} takes", mine, kept)
+
+
+def _refuse(name: str, field: str, ours: Any, theirs: Any) -> None:
+    """Nothing, if both sides are equal."""
+    if ours != theirs:
+        raise ConfigError(
+            f"adapter {name!r}: {field}: the checkpoint was saved with {theirs}, and this model "
+            f"has {ours}, so its leaves would mean something else here: wrap the model with the "
+            f"configuration that is kept there, RandLoraConfig(**settings[{name!r}]['config'])"
+        )

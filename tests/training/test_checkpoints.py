@@ -1,0 +1,143 @@
+"""orbax: docs/checkpoints.md runs, and leaves that mean something else are refused."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from randlora_jax import AdapterParam, ConfigError, RandLoraConfig, get_peft_model
+
+HERE = Path(__file__).parents[1]
+CONFIG = RandLoraConfig(r=4, randlora_alpha=8, target_modules=["up", "head"])
+X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8)), jnp.float32)
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(8, 8, rngs=rngs)
+        self.head = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.up(x)))
+
+
+class LinenNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(8, name="head")(nn.relu(nn.Dense(8, name="up")(x)))
+
+
+def wrapped(config=CONFIG, kind="nnx"):
+    if kind == "nnx":
+        return get_peft_model(Net(nnx.Rngs(0)), config)
+    return get_peft_model(LinenNet().bind(LinenNet().init(jax.random.key(0), X)), config)
+
+
+def test_the_page_runs_on_four_devices(tmp_path):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", HERE / "checkpoints_page.py"],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        cwd=tmp_path,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"r": 2}, "r: the checkpoint was saved with 4, and this model has 2"),
+        ({"randlora_alpha": 9}, "randlora_alpha: the checkpoint was saved with 8"),
+        ({"projection_prng_key": 7}, "projection_prng_key: the checkpoint was saved with 0"),
+        ({"sparse": True}, "sparse: the checkpoint was saved with False"),
+        ({"projection_source": "torch:bf16-8bit"}, r"the bases \(projection_source\): .* jax-0"),
+        ({"target_modules": ["up"]}, "what target_modules takes: .* head of shape .* no head"),
+        ({"modules_to_save": ["head"], "target_modules": ["up"]}, "what target_modules takes"),
+        ({"bias": "randlora_only"}, "what modules_to_save takes: .*no head.bias"),
+    ],
+)
+def test_leaves_of_another_adapter_are_refused_by_the_setting(kind, change, field):
+    saved = json.loads(json.dumps(wrapped(kind=kind).randlora_settings()))
+    model = wrapped(replace(CONFIG, **change), kind)
+    with pytest.raises(ConfigError, match=f"adapter 'default': {field}"):
+        model.check_randlora_settings(saved)
+    again = wrapped(RandLoraConfig(**saved["default"]["config"]), kind)
+    again.add_adapter("more", CONFIG)
+    again.check_randlora_settings(saved)
+
+
+def test_what_decides_nothing_may_differ():
+    other = replace(CONFIG, randlora_dropout=0.5, target_modules="all-linear")
+    model = get_peft_model(Net(nnx.Rngs(0)), other, rngs=nnx.Rngs(1))
+    model.check_randlora_settings(wrapped().randlora_settings())
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        ({}, "expected what model.randlora_settings"),
+        (None, "expected what model.randlora_settings"),
+        ({"default": {}}, "of adapter 'default': expected .*config"),
+        ({"default": {"config": 3, "bases": "", "layers": {}, "trained_whole": {}}}, "expected"),
+        ({"other": {}}, "holds an adapter 'other', and this model has 'default'"),
+    ],
+)
+def test_what_are_no_settings_is_refused(saved, words):
+    with pytest.raises(ConfigError, match=words):
+        wrapped().check_randlora_settings(saved)
+
+
+def test_what_orbax_notices_by_itself(tmp_path):
+    """Other shapes and other layers, and neither another alpha nor another key."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "leaves", nnx.state(wrapped(), AdapterParam))
+
+    def restored(**change):
+        state = nnx.state(wrapped(replace(CONFIG, **change)), AdapterParam)
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(tmp_path / "leaves", state)
+
+    with pytest.raises(ValueError, match=r"Requested shape.*not compatible with the stored"):
+        restored(r=2)
+    with pytest.raises(ValueError, match="tree structures do not match"):
+        restored(target_modules=["up"])
+    restored(randlora_alpha=9, projection_prng_key=7)
+
+
+def test_tunix_keeps_the_settings_beside_its_leaves(tmp_path):
+    """As its trainers call its manager, `custom_checkpoint_metadata` given."""
+    manager = pytest.importorskip("tunix.sft.checkpoint_manager")
+    model = wrapped()
+    moved = jax.tree.map(lambda x: x + 0.3, nnx.state(model, AdapterParam))
+    nnx.update(model, moved)
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.LoRAParam)
+    told = {"randlora": model.randlora_settings()}
+    theirs = manager.CheckpointManager(str(tmp_path / "run"))
+    theirs.save(3, model, optimizer, True, force=True, custom_metadata=told)
+    theirs.close()
+
+    with ocp.CheckpointManager(tmp_path / "run") as plain:
+        found = plain.metadata(plain.latest_step()).custom_metadata["randlora"]
+    with pytest.raises(ConfigError, match="randlora_alpha"):
+        wrapped(replace(CONFIG, randlora_alpha=9)).check_randlora_settings(found)
+    again = wrapped()
+    again.check_randlora_settings(found)
+    optimizer = nnx.Optimizer(again, optax.adam(1e-3), wrt=nnx.LoRAParam)
+    theirs = manager.CheckpointManager(str(tmp_path / "run"))
+    assert theirs.maybe_restore(again, optimizer, restore_only_lora_params=True)[0] == 3
+    theirs.close()
+    np.testing.assert_array_equal(again(X), model(X))
