@@ -1,7 +1,7 @@
 """The front end for ``flax.nnx`` modules."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from flax import nnx
@@ -12,7 +12,7 @@ from randlora_jax.front_ends.nnx.call import CallContext, ModelToken, opened
 from randlora_jax.front_ends.nnx.modules import modules_of
 from randlora_jax.front_ends.nnx.nested import depth_of
 from randlora_jax.front_ends.nnx.parts import Part, attribute
-from randlora_jax.front_ends.nnx.running import refuse_abstract
+from randlora_jax.front_ends.nnx.running import refuse_abstract, with_jax_arrays
 from randlora_jax.front_ends.nnx.store import NnxStore
 from randlora_jax.front_ends.nnx.variables import FrozenLoRAParam, SharedBasis, retype_loras
 from randlora_jax.front_ends.nnx.wrappable import make_wrappable, refuse_part
@@ -96,9 +96,15 @@ class NnxRandLora(RandLoraModel, nnx.Module):
             raise AttributeError(name)
         return attribute(self.model, name, self._opened)
 
-    def _opened(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
         """Within, the layers of this model find its bases."""
         pairs = self._store.pairs()
         for identity, pair in pairs.items():
             refuse_abstract(f"randlora_bases {identity}", pair.A)
-        return opened(CallContext(self._token, never_trained(pairs, _TRAINED)))
+        with opened(CallContext(self._token, never_trained(pairs, _TRAINED))):
+            try:
+                yield
+            except (TypeError, AttributeError):  # what JAX makes of an abstract array
+                with_jax_arrays(dict(nnx.to_flat_state(nnx.state(self.model))))
+                raise
