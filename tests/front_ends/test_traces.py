@@ -83,6 +83,14 @@ def test_a_cached_step_goes_on_training_the_model_after_a_reference_pass(traced)
     assert names == ["step"]
 
 
+def test_an_adapter_chosen_within_a_trace_is_the_one_that_trains():
+    model = wrapped()
+    model.add_adapter("two", CONFIG)
+    nnx.jit(lambda model: model.set_adapter("two"))(model)
+    paths = [path for path, _ in nnx.to_flat_state(nnx.state(model, AdapterParam))]
+    assert len(paths) == 4 and all("two" in path for path in paths)
+
+
 def test_another_file_under_a_name_that_was_there_runs_the_same_program(traced, tmp_path):
     names, run, _ = traced
     for i, alpha in enumerate((6, 6)):

@@ -22,7 +22,7 @@ from randlora_jax.front_ends.nnx.running import (
     run_in_kernels,
     with_jax_arrays,
 )
-from randlora_jax.front_ends.nnx.variables import AdapterParam, FrozenAdapterParam, retype
+from randlora_jax.front_ends.nnx.variables import AdapterParam, FrozenAdapterParam, retyped
 from randlora_jax.front_ends.nnx_types import in_call
 from randlora_jax.front_ends.shown_signature import shows_call_of
 from randlora_jax.models.layer import Layer
@@ -87,8 +87,8 @@ class RandLoraLayer(nnx.Module):
         training = set(registry.training)
         for held in self.held()[:3]:
             for name, leaves in held.items():
-                for leaf in leaves.values():
-                    retype(leaf, trained=name in training)
+                for key, leaf in leaves.items():
+                    leaves[key] = retyped(leaf, trained=name in training)
 
     def applied(self) -> list[tuple[Layer, list[AdapterSpec]]]:
         """The layers here that an active adapter changes when they run, with these adapters."""

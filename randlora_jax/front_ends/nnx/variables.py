@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from randlora_jax.core.hoisting import is_traced
+
 # A trained leaf: lambda, gamma, or a leaf of a module trained whole. Flax's own type for adapters,
 # which trainers look for: `wrt=AdapterParam` trains exactly these. It is an ``nnx.Param``, so a
 # filter for the base model's leaves must leave it out.
@@ -27,13 +29,19 @@ class SharedBasis(nnx.Param[jax.Array]):
     """One of the two frozen random bases of a pair; the root wrapper alone holds them."""
 
 
-def retype(leaf: nnx.Variable[jax.Array], *, trained: bool) -> None:
-    """Makes `leaf` one that is trained, or one that is not.
+def retyped(leaf: nnx.Variable[jax.Array], *, trained: bool) -> nnx.Variable[jax.Array]:
+    """`leaf` as what is trained, or as what is not.
 
-    In place: ``nnx.cached_partial``, as trainers use it, goes on with the Variables it was given,
-    so that a new one in its stead would never be trained again.
+    The same Variable: ``nnx.cached_partial``, as trainers use it, goes on with those it was given,
+    and would train another one's value no more. In a trace a new one, which flax carries out of
+    there, as it does no change of type.
     """
-    leaf.__class__ = AdapterParam if trained else FrozenAdapterParam
+    kind = AdapterParam if trained else FrozenAdapterParam
+    value = leaf.get_raw_value()
+    if type(leaf) is not kind and is_traced(value):
+        return kind(value)
+    leaf.__class__ = kind
+    return leaf
 
 
 def retype_loras(
