@@ -27,7 +27,7 @@ def same(one, other, which=...):
 
 def main() -> None:
     assert jax.device_count() == 4
-    begin, saved, restored, tunix, some, filled, drawn, gradient = BLOCKS
+    begin, saved, restored, some, filled, drawn, gradient = BLOCKS
     page: dict = {}
     exec(begin, page)
     model = page["model"]
@@ -39,7 +39,6 @@ def main() -> None:
     same(page["again"], model)
     assert page["told"] == model.randlora_settings()
 
-    exec(tunix, page)  # comments alone; `test_checkpoints` does as they say
     before = nnx.clone(model)
     exec(some.split("some = ")[0], page)
     nnx.update(model, jax.tree.map(np.zeros_like, moved))

@@ -208,6 +208,11 @@ def test_gradients_of_anything_else_say_nothing():
         jax.grad(lambda t: linen.apply({**frozen, "randlora": t}, X).sum())(adapter)
 
 
+def test_jax_itself_refuses_a_gradient_of_ternary_bases():
+    with pytest.raises(TypeError, match="got int8"):
+        nnx.grad(loss)(wrapped(config=replace(CONFIG, sparse=True)))
+
+
 def test_a_gradient_of_all_variables_is_told():
     linen = linen_model()
     with pytest.warns(UserWarning, match=r"random bases.*model\.split\(\)"):
