@@ -14,18 +14,21 @@ class _Shown:
     """A method that is seen, from each instance, as another callable of that instance."""
 
     def __init__(self, method: Callable[..., Any], of: Callable[[Any], Any]) -> None:
-        functools.update_wrapper(self, method)
         self._method, self._of = method, of
+        self.__doc__ = method.__doc__
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None:
             return self
         bound = functools.partial(self._method, instance)
-        bound.__doc__ = self._method.__doc__
         bound.__wrapped__ = self._of(instance).__call__  # type: ignore[attr-defined]
         return bound
 
 
 def shows_call_of(of: Callable[[Any], Any]) -> Callable[[Call], Call]:
     """Decorates ``__call__``: ``inspect.signature(x.__call__)`` is that of ``of(x).__call__``."""
-    return lambda call: cast(Call, _Shown(call, of))
+
+    def shown(call: Call) -> Call:
+        return cast(Call, _Shown(call, of))
+
+    return shown
