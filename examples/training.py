@@ -138,11 +138,16 @@ def fit(
 
 
 def predict_all(
-    logits: Callable[..., Any], trained: Tree, frozen: Tree, documents: Documents, title: str = ""
+    logits: Callable[..., Any],
+    trained: Tree,
+    frozen: Tree,
+    documents: Documents,
+    title: str = "",
+    size: int = 64,
 ) -> np.ndarray:
-    """Logits (documents, classes); with a progress bar where there is a title."""
-    batches = documents.batches(64)
-    total = -(-len(documents) // 64)
+    """Logits (documents, classes), `size` at a time; with a progress bar where there is a title."""
+    batches = documents.batches(size)
+    total = -(-len(documents) // size)
     found = [
         np.asarray(logits(trained, frozen, batch.fields)) for batch in track(batches, title, total)
     ]

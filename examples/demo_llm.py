@@ -1,0 +1,254 @@
+"""A language model tuned by tunix's trainer with RandLoRA, and what PyTorch PEFT makes of it.
+
+    python examples/demo_llm.py            # what `make demo-llm` runs; writes out/demo-llm/
+    python examples/demo_llm.py --short    # a few steps and prompts, as the tests run it
+    python examples/demo_llm.py --full     # full fine-tuning, for the table; half an hour more
+    python examples/demo_llm.py --select   # how the settings below were chosen
+
+Some of the training documents are held back: the settings were chosen on them, the curves are drawn
+on them, and nothing is trained on them. The test documents give the numbers at the end, no more.
+"""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import news
+import numpy as np
+import pictures
+import report_llm
+import reuters
+import smollm
+import speaking
+import tuning
+from reuters import Documents
+from rich.console import Console
+from training import Settings, accuracy, run_all
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from randlora_jax import RandLoraConfig, get_peft_model
+from randlora_jax.commands.main import main as command
+
+OUT = Path("out/demo-llm")
+ADAPTER = OUT / "adapter"
+
+CONFIG = RandLoraConfig(
+    base_model_name_or_path=str(smollm.BASE),
+    task_type="CAUSAL_LM",
+    r=32,
+    randlora_alpha=64,
+    projection_prng_key=0,
+    target_modules="all-linear",
+)
+
+# Chosen on the held-back documents by choose_llm.py, each from the same rates.
+RATES = {"RandLoRA": 2e-3, "LoRA": 2e-3, "full fine-tuning": 1e-4}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is done: training steps, documents held back, tested, and prompts continued."""
+
+    steps: int
+    held: int
+    test: int
+    prompts: int
+
+
+WHOLE, SHORT = Scale(steps=60, held=64, test=600, prompts=50), Scale(3, 8, 16, 4)
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Task:
+    """The documents, and how a model is trained on them and judged by them."""
+
+    tokenizer: Any
+    train: Documents
+    held: Documents
+    test: Documents
+    scale: Scale
+
+    @classmethod
+    def load(cls, scale: Scale) -> "Task":
+        """The held-back and test documents are chosen at random, always the same."""
+        tokenizer = smollm.load_tokenizer()
+        known, test = (news.load(split, tokenizer) for split in ("train", "test"))
+        train, held = reuters.hold_back(known, share=0.1, seed=0)
+        chosen = np.random.default_rng(0).permutation(len(test))[: scale.test]
+        return cls(tokenizer, train, held.take(np.arange(scale.held)), test.take(chosen), scale)
+
+    def fit(self, model: Any, name: str, rate: float, checks: int = 4) -> tuning.Curve:
+        """Trains a tunix model."""
+        settings, pad = Settings(rate, batch_size=8), self.tokenizer.pad_token_id
+        return tuning.fit(
+            model, self.train, self.held, self.scale.steps, settings, pad, name, checks
+        )
+
+    def logits(self, model: Any, name: str, documents: Documents | None = None) -> np.ndarray:
+        """What a tunix model says may follow each prompt (of the test documents)."""
+        pad, asked = self.tokenizer.pad_token_id, documents or self.test
+        return smollm.tunix_logits(model, asked, pad, f"{name}, prompts")
+
+    def torch_logits(self, model: Any, name: str) -> np.ndarray:
+        """The same of a PyTorch model."""
+        return smollm.torch_logits(
+            model, self.test, self.tokenizer.pad_token_id, f"{name}, prompts"
+        )
+
+    def accuracy(self, logits: np.ndarray, documents: Documents | None = None) -> float:
+        """Share of documents whose topic's answer begins with the likeliest of the eight tokens."""
+        return accuracy(logits[:, news.first_tokens(self.tokenizer)], documents or self.test)
+
+
+def main() -> None:
+    """The whole job, in order."""
+    began = time.perf_counter()
+    jax.config.update("jax_default_matmul_precision", "highest")
+    transformers_logging.set_verbosity_error()
+
+    console.rule("1. A pretrained language model and labelled text")
+    _, task, base = run_all(
+        "converting, loading",
+        smollm.make_base,
+        lambda: Task.load(SHORT if "--short" in sys.argv else WHOLE),
+        smollm.tunix_base,
+    )
+    print(f"{len(task.train)} documents to train on, {len(task.test)} to test\n")
+    print(speaking.prompts(task.tokenizer, 1)[0], end="\n\n")
+    if "--select" in sys.argv:
+        import choose_llm
+
+        return choose_llm.main(task, CONFIG)
+    if "--full" in sys.argv:
+        return full(task, base)
+    shutil.rmtree(ADAPTER, ignore_errors=True)
+    OUT.mkdir(parents=True, exist_ok=True)
+
+    untouched = task.logits(base, "untouched model")
+    theirs = AutoModelForCausalLM.from_pretrained(smollm.BASE)
+    untouched_difference = difference(untouched, task.torch_logits(theirs, "the same in PyTorch"))
+
+    console.rule("2. RandLoRA around every linear layer, trained by tunix's PeftTrainer")
+    model: Any = get_peft_model(base, CONFIG)
+    model.print_trainable_parameters()
+    curve = task.fit(model, "RandLoRA", RATES["RandLoRA"])
+    ours = task.logits(model, "RandLoRA")
+    model.save_pretrained(ADAPTER)
+
+    console.rule("3. LoRA (qwix) with as many trained numbers, in the same trainer")
+    lora = tuning.lora(smollm.tunix_base())
+    lora_curve = task.fit(lora, "LoRA", RATES["LoRA"])
+    lora_logits = task.logits(lora, "LoRA")
+    ranks = pictures.changes(model.delta_weights(), tuning.lora_deltas(lora), OUT / "changes.png")
+
+    results = {
+        "trainable_parameters": tuning.trained_numbers(model),
+        "lora_trainable_parameters": tuning.trained_numbers(lora),
+        "test_documents": len(task.test),
+        "test_accuracy": task.accuracy(ours),
+        "lora_test_accuracy": task.accuracy(lora_logits),
+        "untouched_test_accuracy": task.accuracy(untouched),
+        "untouched_logit_difference": untouched_difference,
+        "largest_logit": float(np.abs(ours).max()),
+        "singular_values_above_a_hundredth": ranks,
+        "seconds_per_step": curve.seconds_per_step,
+        "lora_seconds_per_step": lora_curve.seconds_per_step,
+        "losses": {"RandLoRA": curve.losses, "LoRA": lora_curve.losses},
+    }
+    del lora, theirs, untouched, lora_logits
+
+    console.rule("4. The same adapter in PyTorch PEFT: logits, and the words it says")
+    results |= in_pytorch(task, model, ours)
+
+    console.rule("5. Pictures and report")
+    runs = {
+        f"RandLoRA: {results['test_accuracy']:.3f} on test documents": curve,
+        f"LoRA: {results['lora_test_accuracy']:.3f}": lora_curve,
+    }
+    pictures.curves(runs, OUT / "curves.png")
+    if (OUT / "full.json").exists():
+        results["full_fine_tuning"] = json.loads((OUT / "full.json").read_text())
+    results["total_seconds"] = time.perf_counter() - began
+    (OUT / "report.json").write_text(json.dumps(results, indent=2) + "\n")
+    for name in ("curves.png", "changes.png", "report.json", "adapter/"):
+        print(OUT / name)
+    report_llm.print_results(console, results)
+
+
+def in_pytorch(task: Task, model: Any, ours: np.ndarray) -> dict[str, Any]:
+    """The adapter, and what `randlora-jax merge` and `to-lora` make of it, in PyTorch."""
+    prompts = speaking.prompts(task.tokenizer, task.scale.prompts)
+    said = speaking.in_tunix(model, task.tokenizer, prompts, "tunix's sampler")
+    options = ["--base", str(smollm.BASE), "--force"]
+    for line in (
+        ["merge", str(ADAPTER), str(OUT / "merged"), *options],
+        ["to-lora", str(ADAPTER), str(OUT / "lora"), "--rank", "64", *options],
+    ):
+        print("randlora-jax", *line)
+        if command(line):
+            raise SystemExit("the command failed")
+    openers = {
+        "PEFT": lambda: smollm.peft_model(ADAPTER),
+        "merged": lambda: AutoModelForCausalLM.from_pretrained(OUT / "merged").eval(),
+        "to-lora, rank 64": lambda: smollm.peft_model(OUT / "lora"),
+    }
+    found: dict[str, Any] = {"adapter_bytes": weight_bytes(ADAPTER), "in_pytorch": {}}
+    words = {"tunix": said}
+    for name, opened in openers.items():
+        theirs = opened()
+        if name == "PEFT":
+            with tempfile.TemporaryDirectory() as scratch:
+                theirs.save_pretrained(scratch)
+                found["peft_adapter_bytes"] = weight_bytes(Path(scratch))
+        logits = task.torch_logits(theirs, name)
+        words[name] = speaking.in_torch(theirs, task.tokenizer, prompts, f"{name}, words")
+        same = sum(a == b for a, b in zip(said, words[name], strict=True))
+        found["in_pytorch"][name] = {
+            "test_accuracy": task.accuracy(logits),
+            "logit_difference": difference(ours, logits),
+            "same_words": same,
+        }
+    report_llm.print_words(console, words)
+    asked = [text.split("user\n")[-1].split(smollm.END)[0] for text in prompts]
+    return found | {"prompts": len(prompts), "words": {"asked": asked, **words}}
+
+
+def full(task: Task, base: Any) -> None:
+    """Full fine-tuning in the same trainer, kept for the table."""
+    curve = task.fit(base, "full fine-tuning", RATES["full fine-tuning"])
+    logits = task.logits(base, "full fine-tuning")
+    found: Mapping[str, Any] = {
+        "test_accuracy": task.accuracy(logits),
+        "seconds_per_step": curve.seconds_per_step,
+        "losses": curve.losses,
+    }
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / "full.json").write_text(json.dumps(found, indent=2) + "\n")
+    print({name: value for name, value in found.items() if name != "losses"})
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The largest between two sets of logits."""
+    return float(np.abs(ours - theirs).max())
+
+
+def weight_bytes(directory: Path) -> int:
+    """Size of an adapter's weights on disk."""
+    return (directory / "adapter_model.safetensors").stat().st_size
+
+
+if __name__ == "__main__":
+    main()

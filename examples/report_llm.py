@@ -1,0 +1,54 @@
+"""The tables that the language model's demonstration prints."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_words(console: Console, words: Mapping[str, Sequence[str]], shown: int = 6) -> None:
+    """What each side said to the first prompts, side by side."""
+    table = Table(title="The same prompts, continued greedily")
+    for name in words:
+        table.add_column(name, overflow="fold")
+    for said in list(zip(*words.values(), strict=True))[:shown]:
+        table.add_row(*said)
+    console.print(table)
+
+
+def print_results(console: Console, results: Mapping[str, Any]) -> None:
+    """The figures that matter."""
+    ours, theirs = results["adapter_bytes"], results["peft_adapter_bytes"]
+    numbers, lora_numbers = results["trainable_parameters"], results["lora_trainable_parameters"]
+    rows = {
+        "documents tested": f"{results['test_documents']:,}",
+        "accuracy, untouched model": f"{results['untouched_test_accuracy']:.4f}",
+        f"accuracy, RandLoRA, {numbers:,} numbers trained": f"{results['test_accuracy']:.4f}",
+        f"accuracy, LoRA, {lora_numbers:,} numbers trained": (
+            f"{results['lora_test_accuracy']:.4f}"
+        ),
+    }
+    if "full_fine_tuning" in results:
+        rows["accuracy, full fine-tuning"] = f"{results['full_fine_tuning']['test_accuracy']:.4f}"
+    rows["largest logit; largest difference of the untouched model in PyTorch"] = (
+        f"{results['largest_logit']:.1f}; {results['untouched_logit_difference']:.1e}"
+    )
+    for name, found in results["in_pytorch"].items():
+        rows[f"in PyTorch, {name}: accuracy, largest logit difference, same words"] = (
+            f"{found['test_accuracy']:.4f}, {found['logit_difference']:.1e}, "
+            f"{found['same_words']} of {results['prompts']}"
+        )
+    rows |= {
+        "adapter on disk": f"{ours / 1e6:.1f} MB",
+        "the same, saved by PEFT": f"{theirs / 1e6:.1f} MB, {theirs / ours:.0f} times as much",
+        "a training step": (
+            f"{results['seconds_per_step']:.2f} s, LoRA {results['lora_seconds_per_step']:.2f} s"
+        ),
+        "everything": f"{results['total_seconds']:.0f} s",
+    }
+    table = Table("what", show_header=False)
+    table.add_column(justify="right")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
