@@ -1,5 +1,6 @@
 # From a fresh clone, with Python 3.11 and nothing installed:
 #   make demo    fine-tunes a real model on real text and opens the adapter in PyTorch PEFT
+#   make demo-llm  tunes a language model in tunix's trainer, and PyTorch PEFT says the same words
 #   make test    linter, type checker, tests, one of the matrix
 #   make test-long  all tests, those too that are slow and seldom find anything
 #   make matrix  every Python we declare, with old and new releases, on what needs no torch
@@ -25,8 +26,8 @@ PYTEST_ARGS ?=
 # Nothing is downloaded once the environment stands.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-long matrix examples bench profile compare low-precision lint types dist \
-	fuzz compat clean
+.PHONY: demo demo-llm test test-long matrix examples bench profile compare low-precision lint types \
+	dist fuzz compat clean
 
 # The C allocator would hand every large buffer back and ask for it again: a third of the time.
 # One arena, since the others, which XLA's threads take, map large buffers whatever they are told.
@@ -34,6 +35,10 @@ PINNED := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000
 	MALLOC_TOP_PAD_=268435456
 demo: $(VENV)/.installed
 	$(PINNED) $(RUN) examples/demo.py
+
+DEMO_ARGS ?= # --full, --select: see the file
+demo-llm: $(VENV)/.installed
+	$(PINNED) $(RUN) -W ignore examples/demo_llm.py $(DEMO_ARGS)
 
 bench: $(VENV)/.installed
 	$(PINNED) $(RUN) -W ignore benchmarks/bench.py

@@ -16,7 +16,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,8 @@ from transformers.utils import logging as transformers_logging
 from randlora_jax import RandLoraConfig, get_peft_model
 from randlora_jax.commands.main import main as command
 
-OUT = Path("out/demo-llm")
+SHORT = "--short" in sys.argv
+OUT = Path("out/demo-llm-short" if SHORT else "out/demo-llm")
 ADAPTER = OUT / "adapter"
 
 CONFIG = RandLoraConfig(
@@ -66,7 +69,7 @@ class Scale:
     prompts: int
 
 
-WHOLE, SHORT = Scale(steps=60, held=64, test=600, prompts=50), Scale(3, 8, 16, 4)
+SCALE = Scale(4, 8, 16, 6) if SHORT else Scale(steps=60, held=64, test=600, prompts=50)
 
 console = Console()
 
@@ -123,7 +126,7 @@ def main() -> None:
     _, task, base = run_all(
         "converting, loading",
         smollm.make_base,
-        lambda: Task.load(SHORT if "--short" in sys.argv else WHOLE),
+        lambda: Task.load(SCALE),
         smollm.tunix_base,
     )
     print(f"{len(task.train)} documents to train on, {len(task.test)} to test\n")
@@ -137,59 +140,72 @@ def main() -> None:
     shutil.rmtree(ADAPTER, ignore_errors=True)
     OUT.mkdir(parents=True, exist_ok=True)
 
-    untouched = task.logits(base, "untouched model")
-    theirs = AutoModelForCausalLM.from_pretrained(smollm.BASE)
-    untouched_difference = difference(untouched, task.torch_logits(theirs, "the same in PyTorch"))
-
-    console.rule("2. RandLoRA around every linear layer, trained by tunix's PeftTrainer")
-    model: Any = get_peft_model(base, CONFIG)
-    model.print_trainable_parameters()
-    curve = task.fit(model, "RandLoRA", RATES["RandLoRA"])
-    ours = task.logits(model, "RandLoRA")
-    model.save_pretrained(ADAPTER)
-
-    console.rule("3. LoRA (qwix) with as many trained numbers, in the same trainer")
-    lora = tuning.lora(smollm.tunix_base())
-    lora_curve = task.fit(lora, "LoRA", RATES["LoRA"])
-    lora_logits = task.logits(lora, "LoRA")
-    ranks = pictures.changes(model.delta_weights(), tuning.lora_deltas(lora), OUT / "changes.png")
-
-    results = {
-        "trainable_parameters": tuning.trained_numbers(model),
-        "lora_trainable_parameters": tuning.trained_numbers(lora),
-        "test_documents": len(task.test),
-        "test_accuracy": task.accuracy(ours),
-        "lora_test_accuracy": task.accuracy(lora_logits),
-        "untouched_test_accuracy": task.accuracy(untouched),
-        "untouched_logit_difference": untouched_difference,
-        "largest_logit": float(np.abs(ours).max()),
-        "singular_values_above_a_hundredth": ranks,
-        "seconds_per_step": curve.seconds_per_step,
-        "lora_seconds_per_step": lora_curve.seconds_per_step,
-        "losses": {"RandLoRA": curve.losses, "LoRA": lora_curve.losses},
-    }
-    del lora, theirs, untouched, lora_logits
-
-    console.rule("4. The same adapter in PyTorch PEFT: logits, and the words it says")
+    model, ours, curve, results = with_randlora(task, base)
+    if not SHORT:
+        results |= beside_lora(task, model, curve, results["test_accuracy"])
     results |= in_pytorch(task, model, ours)
-
-    console.rule("5. Pictures and report")
-    runs = {
-        f"RandLoRA: {results['test_accuracy']:.3f} on test documents": curve,
-        f"LoRA: {results['lora_test_accuracy']:.3f}": lora_curve,
-    }
-    pictures.curves(runs, OUT / "curves.png")
     if (OUT / "full.json").exists():
         results["full_fine_tuning"] = json.loads((OUT / "full.json").read_text())
     results["total_seconds"] = time.perf_counter() - began
     (OUT / "report.json").write_text(json.dumps(results, indent=2) + "\n")
-    for name in ("curves.png", "changes.png", "report.json", "adapter/"):
-        print(OUT / name)
+
+    console.rule("5. In short")
     report_llm.print_results(console, results)
+    for path in sorted(OUT.iterdir()):
+        print(path)
+
+
+def with_randlora(task: Task, base: Any) -> tuple[Any, np.ndarray, tuning.Curve, dict[str, Any]]:
+    """The model as it is, then trained: the wrapped model, its logits, its curve, the figures."""
+    untouched = task.logits(base, "untouched model")
+    theirs = AutoModelForCausalLM.from_pretrained(smollm.BASE)
+    apart = difference(untouched, task.torch_logits(theirs, "the same in PyTorch"))
+
+    console.rule("2. RandLoRA around every linear layer, trained by tunix's PeftTrainer")
+    model: Any = get_peft_model(base, CONFIG)
+    model.print_trainable_parameters()
+    curve = task.fit(model, "RandLoRA", RATES["RandLoRA"], checks=0 if SHORT else 4)
+    ours = task.logits(model, "RandLoRA")
+    model.save_pretrained(ADAPTER)
+    found = {
+        "trainable_parameters": tuning.trained_numbers(model),
+        "test_documents": len(task.test),
+        "test_accuracy": task.accuracy(ours),
+        "untouched_test_accuracy": task.accuracy(untouched),
+        "untouched_logit_difference": apart,
+        "largest_logit": float(np.abs(ours).max()),
+        "seconds_per_step": curve.seconds_per_step,
+        "losses": curve.losses,
+        "held_back_losses": curve.held_losses,
+    }
+    return model, ours, curve, found
+
+
+def beside_lora(task: Task, randlora: Any, curve: tuning.Curve, accuracy: float) -> dict[str, Any]:
+    """LoRA trained likewise, and both drawn."""
+    console.rule("3. LoRA (qwix) with as many trained numbers, in the same trainer")
+    lora = tuning.lora(smollm.tunix_base())
+    lora_curve = task.fit(lora, "LoRA", RATES["LoRA"])
+    found = task.accuracy(task.logits(lora, "LoRA"))
+    runs = {
+        f"RandLoRA: {accuracy:.3f} of the test documents": curve,
+        f"LoRA: {found:.3f}": lora_curve,
+    }
+    pictures.curves(runs, OUT / "curves.png")
+    deltas = randlora.delta_weights(), tuning.lora_deltas(lora)
+    return {
+        "lora_trainable_parameters": tuning.trained_numbers(lora),
+        "lora_test_accuracy": found,
+        "lora_seconds_per_step": lora_curve.seconds_per_step,
+        "lora_losses": lora_curve.losses,
+        "lora_held_back_losses": lora_curve.held_losses,
+        "singular_values_above_a_hundredth": pictures.changes(*deltas, OUT / "changes.png"),
+    }
 
 
 def in_pytorch(task: Task, model: Any, ours: np.ndarray) -> dict[str, Any]:
     """The adapter, and what `randlora-jax merge` and `to-lora` make of it, in PyTorch."""
+    console.rule("4. The same adapter in PyTorch PEFT: logits, and the words it says")
     prompts = speaking.prompts(task.tokenizer, task.scale.prompts)
     said = speaking.in_tunix(model, task.tokenizer, prompts, "tunix's sampler")
     options = ["--base", str(smollm.BASE), "--force"]
@@ -198,8 +214,11 @@ def in_pytorch(task: Task, model: Any, ours: np.ndarray) -> dict[str, Any]:
         ["to-lora", str(ADAPTER), str(OUT / "lora"), "--rank", "64", *options],
     ):
         print("randlora-jax", *line)
-        if command(line):
-            raise SystemExit("the command failed")
+        with redirect_stdout(StringIO()) as lines:  # a line for each layer
+            status = command(line)
+        if status:
+            raise SystemExit(f"exit status {status}")
+        print(lines.getvalue().splitlines()[-1])
     openers = {
         "PEFT": lambda: smollm.peft_model(ADAPTER),
         "merged": lambda: AutoModelForCausalLM.from_pretrained(OUT / "merged").eval(),

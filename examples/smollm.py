@@ -65,7 +65,12 @@ def tunix_base() -> Any:
         norm_eps=config["rms_norm_eps"],
         weight_tying=config["tie_word_embeddings"],
     )
-    return params.create_model_from_safe_tensors(str(BASE), shape, dtype=jnp.float32)
+    model = params.create_model_from_safe_tensors(str(BASE), shape, dtype=jnp.float32)
+    # The loader ties arrays to a device, and an optimizer's are free until its first step has run:
+    # jax.jit would take that for a reason to compile the step again.
+    free = jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), nnx.state(model))
+    nnx.update(model, free)
+    return model
 
 
 def model_input(tokens: Any, pad: int) -> dict[str, Any]:
