@@ -35,8 +35,8 @@ def curves(runs: Mapping[str, Curve], path: Path) -> None:
             markersize=4,
             label=name,
         )
-    losses.set(xlabel="step", ylabel="cross-entropy", title="Training loss", yscale="log")
-    held.set(xlabel="step", ylabel="cross-entropy", title="Held-back documents", yscale="log")
+    losses.set(xlabel="step", ylabel="cross-entropy", title="Training loss")
+    held.set(xlabel="step", ylabel="cross-entropy", title="Held-back documents")
     held.legend(loc="upper right", frameon=False)
     for axes in (losses, held):
         axes.spines[["top", "right"]].set_visible(False)
@@ -53,7 +53,7 @@ def placed(deltas: Mapping[str, np.ndarray]) -> dict[tuple[int, str], np.ndarray
 
 def changes(
     ours: Mapping[str, np.ndarray], lora: Mapping[str, np.ndarray], path: Path
-) -> dict[str, float]:
+) -> dict[str, int]:
     """Draws how much each layer changed, and the singular values of what changed beside LoRA's.
 
     Returns:

@@ -19,7 +19,6 @@ def print_words(console: Console, words: Mapping[str, Sequence[str]], shown: int
 
 def print_results(console: Console, results: Mapping[str, Any]) -> None:
     """The figures that matter."""
-    ours, theirs = results["adapter_bytes"], results["peft_adapter_bytes"]
     numbers = results["trainable_parameters"]
     rows = {
         "documents tested": f"{results['test_documents']:,}",
@@ -33,17 +32,23 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
         )
     if "full_fine_tuning" in results:
         rows["accuracy, full fine-tuning"] = f"{results['full_fine_tuning']['test_accuracy']:.4f}"
-    rows["largest logit; largest difference of the untouched model in PyTorch"] = (
-        f"{results['largest_logit']:.1f}; {results['untouched_logit_difference']:.1e}"
+    largest = results["largest_logit"]
+    rows["largest logit difference of the untouched model in PyTorch"] = (
+        f"{results['untouched_logit_difference'] / largest:.1e} of the largest logit"
     )
     for name, found in results["in_pytorch"].items():
-        rows[f"in PyTorch, {name}: accuracy, largest logit difference, same words"] = (
-            f"{found['test_accuracy']:.4f}, {found['logit_difference']:.1e}, "
-            f"{found['same_words']} of {results['prompts']}"
+        rows[f"in PyTorch, {name}: logits, topics, prompts continued"] = (
+            f"within {found['logit_difference'] / largest:.1e} of the largest, "
+            f"{found['other_topics']} of {found['test_documents']} others, "
+            f"{found['same_words']} of {results['prompts']} the same"
+        )
+    rows["adapter on disk"] = f"{results['adapter_bytes'] / 1e6:.1f} MB"
+    if "peft_adapter_bytes" in results:
+        times = results["peft_adapter_bytes"] / results["adapter_bytes"]
+        rows["the same, saved by PEFT"] = (
+            f"{results['peft_adapter_bytes'] / 1e6:.1f} MB, {times:.0f} times as much"
         )
     rows |= {
-        "adapter on disk": f"{ours / 1e6:.1f} MB",
-        "the same, saved by PEFT": f"{theirs / 1e6:.1f} MB, {theirs / ours:.0f} times as much",
         "a training step": f"{results['seconds_per_step']:.2f} s",
         "everything": f"{results['total_seconds']:.0f} s",
     }

@@ -20,10 +20,8 @@ def test_a_language_model_says_the_same_words_in_pytorch():
     assert losses[-1] < losses[0], "nothing was learned"
     assert found["untouched_logit_difference"] <= 1e-5 * found["largest_logit"]
     for way in ("PEFT", "merged"):
-        assert said[way]["logit_difference"] <= 1e-4, way
+        assert said[way]["logit_difference"] <= 1e-5 * found["largest_logit"], way
         assert said[way]["same_words"] == found["prompts"], way
-        assert said[way]["test_accuracy"] == found["test_accuracy"], way
-    assert said["to-lora, rank 64"]["logit_difference"] > 1e-4, (
-        "LoRA loses something, but it shows not"
-    )
-    assert found["peft_adapter_bytes"] >= 40 * found["adapter_bytes"]
+        assert said[way]["other_topics"] == 0, way
+    lossy = said["to-lora, rank 64"]["logit_difference"]
+    assert lossy > 1e-5 * found["largest_logit"], "these logits would be within any tolerance"
