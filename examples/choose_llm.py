@@ -26,7 +26,7 @@ def main(task: Any, config: RandLoraConfig) -> None:
     """Trains with every setting in turn and prints the table."""
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     ratio = config.randlora_alpha // config.r
-    runs: list[tuple[str, int, float]] = [("LoRA", 2, rate) for rate in RATES]
+    runs: list[tuple[str, float, float]] = [("LoRA", 2, rate) for rate in RATES]
     runs += [
         ("RandLoRA", scale, rate) for scale, rate in [(ratio, r) for r in RATES[1:]] + [*OTHER]
     ]
@@ -34,17 +34,17 @@ def main(task: Any, config: RandLoraConfig) -> None:
     for column in ("method", "alpha / r", "learning rate", "last loss", "accuracy"):
         table.add_column(column, justify="right")
     for method, scale, rate in runs:
-        name = f"{method}, alpha / r {scale}, {rate:g}"
+        name = f"{method}, alpha / r {scale:g}, {rate:g}"
         if name not in kept:
             kept[name] = outcome(task, config, method, scale, rate, name)
             KEPT.write_text(json.dumps(kept, indent=2) + "\n")
         loss, accuracy = kept[name]
-        table.add_row(method, str(scale), f"{rate:g}", f"{loss:.3f}", f"{accuracy:.4f}")
+        table.add_row(method, f"{scale:g}", f"{rate:g}", f"{loss:.3f}", f"{accuracy:.4f}")
     Console().print(table)
 
 
 def outcome(
-    task: Any, config: RandLoraConfig, method: str, scale: int, rate: float, name: str
+    task: Any, config: RandLoraConfig, method: str, scale: float, rate: float, name: str
 ) -> tuple[float, float]:
     """Mean loss of the last ten steps, and accuracy on the held-back documents."""
     base = smollm.tunix_base()
