@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ CONFIG = RandLoraConfig(
     target_modules="all-linear",
 )
 
-# Chosen on the held-back documents by choose_llm.py, each from the same rates.
+# What choose_llm.py compares on the held-back documents, each method from the same rates.
 RATES = {"RandLoRA": 2e-3, "LoRA": 2e-3, "full fine-tuning": 1e-4}
 
 
@@ -192,7 +193,7 @@ def with_randlora(task: Task, base: Any) -> tuple[Any, np.ndarray, tuning.Curve,
 def beside_lora(task: Task, randlora: Any, curve: tuning.Curve, accuracy: float) -> dict[str, Any]:
     """LoRA trained likewise, and both drawn."""
     console.rule("3. LoRA (qwix) with as many trained numbers, in the same trainer")
-    lora = tuning.lora(smollm.tunix_base())
+    (lora,) = run_all("LoRA, wrapping", lambda: tuning.lora(smollm.tunix_base()))
     lora_curve = task.fit(lora, "LoRA", RATES["LoRA"])
     found = task.accuracy(task.logits(lora, "LoRA"))
     runs = {
@@ -200,7 +201,7 @@ def beside_lora(task: Task, randlora: Any, curve: tuning.Curve, accuracy: float)
         f"LoRA: {found:.3f}": lora_curve,
     }
     pictures.curves(runs, OUT / "curves.png")
-    deltas = randlora.delta_weights(), tuning.lora_deltas(lora)
+    deltas = run_all("changes", randlora.delta_weights, lambda: tuning.lora_deltas(lora))
     return {
         "lora_trainable_parameters": tuning.trained_numbers(lora),
         "lora_test_accuracy": found,
@@ -235,11 +236,10 @@ def in_pytorch(task: Task, model: Any, ours: np.ndarray) -> dict[str, Any]:
     found: dict[str, Any] = {"adapter_bytes": weight_bytes(ADAPTER), "in_pytorch": {}}
     words = {"tunix": said}
     for name, opened in openers.items():
-        theirs = opened()
-        if name == "PEFT" and not SHORT:  # 2 GB
-            with tempfile.TemporaryDirectory() as scratch:
-                theirs.save_pretrained(scratch)
-                found["peft_adapter_bytes"] = weight_bytes(Path(scratch))
+        (theirs,) = run_all(f"{name}, opening", opened)
+        if name == "PEFT" and not SHORT:
+            save = partial(saved_bytes, theirs)
+            (found["peft_adapter_bytes"],) = run_all("PEFT's own save", save)
         logits = task.torch_logits(theirs, name, None if name == "PEFT" else FEW)
         words[name] = speaking.in_torch(theirs, task.tokenizer, prompts, f"{name}, words")
         same = sum(a == b for a, b in zip(said, words[name], strict=True))
@@ -271,6 +271,13 @@ def full(task: Task, base: Any) -> None:
 def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     """The largest between two sets of logits, as far as the second goes."""
     return float(np.abs(ours[: len(theirs)] - theirs).max())
+
+
+def saved_bytes(model: Any) -> int:
+    """How large a file PEFT makes of an adapter."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch)
+        return weight_bytes(Path(scratch))
 
 
 def weight_bytes(directory: Path) -> int:

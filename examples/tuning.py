@@ -1,5 +1,6 @@
 """A model trained on the news by tunix's own trainer, whatever of it is trained."""
 
+import itertools
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,5 +125,7 @@ def fit(
     trainer.with_training_hooks(curve)
     batches = (inputs(train.take(chosen)) for chosen in rows)
     checked = [inputs(batch) for batch in held.batches(settings.batch_size)] if checks else None
-    trainer.train(track(batches, title, steps), checked)
+    shown = track(batches, title, steps)
+    first = next(shown)  # or the bar would appear only once the held-back documents are judged
+    trainer.train(itertools.chain([first], shown), checked)
     return curve
