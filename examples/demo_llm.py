@@ -5,7 +5,7 @@
     python examples/demo_llm.py --full     # full fine-tuning, for the table; half an hour more
     python examples/demo_llm.py --select   # how the settings below were chosen
 
-Some of the training documents are held back: the settings were chosen on them, the curves are drawn
+Some of the training documents are held back: settings are compared on them, the curves are drawn
 on them, and nothing is trained on them. The test documents give the numbers at the end, no more.
 """
 
