@@ -16,12 +16,10 @@ def test_a_language_model_says_the_same_words_in_pytorch():
     command = [sys.executable, "-W", "ignore", "examples/demo_llm.py", "--short"]
     subprocess.run(command, cwd=ROOT, check=True)
     found = json.loads((ROOT / "out/demo-llm-short/report.json").read_text())
-    losses, said = found["losses"], found["in_pytorch"]
+    losses, said = found["losses"], found["in_pytorch"]["PEFT"]
     assert losses[-1] < losses[0], "nothing was learned"
+    assert found["moved_by"] > 0.1, "the adapter hardly does anything"
     assert found["untouched_logit_difference"] <= 1e-5 * found["largest_logit"]
-    for way in ("PEFT", "merged"):
-        assert said[way]["logit_difference"] <= 1e-5 * found["largest_logit"], way
-        assert said[way]["same_words"] == found["prompts"], way
-        assert said[way]["other_topics"] == 0, way
-    lossy = said["to-lora, rank 64"]["logit_difference"]
-    assert lossy > 1e-5 * found["largest_logit"], "these logits would be within any tolerance"
+    assert said["logit_difference"] <= 1e-5 * found["largest_logit"]
+    assert said["same_words"] == found["prompts"]
+    assert said["other_topics"] == 0
