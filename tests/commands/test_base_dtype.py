@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft_side import save_adapter, save_base
 from randlora_jax.interop.peft_dir import read_adapter
-from safetensors.torch import load_file
+from torch_files import load_file
 
 from randlora_jax.commands.main import main
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers as T
 from peft_side import load, logits, randomise, save_adapter, save_base
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch_files import load_file
 
 from randlora_jax.commands.main import main
 

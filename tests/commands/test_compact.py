@@ -28,7 +28,7 @@ from randlora_jax.interop.errors import AdapterFileError
 from randlora_jax.interop.peft_dir import read_adapter, write_adapter
 from randlora_jax.interop.tensor_file import TensorFile
 from randlora_jax.interop.torch_rng import generation_of
-from safetensors.torch import load_file
+from torch_files import load_file
 
 from randlora_jax.commands.compact import compact
 from randlora_jax.commands.report import Misuse

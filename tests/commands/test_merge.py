@@ -13,7 +13,8 @@ import transformers
 from families import FAMILIES, twins
 from peft_side import assert_same_logits, load, logits, save_adapter, save_base
 from randlora_jax.interop.errors import AdapterFileError, TargetError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch_files import load_file
 
 from randlora_jax import RandLoraConfig, get_peft_model
 from randlora_jax.commands.main import main

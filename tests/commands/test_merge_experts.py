@@ -10,8 +10,9 @@ import transformers
 from families import WIDTHS
 from peft_side import randomise
 from randlora_jax.interop.errors import AdapterFileError, TargetError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn import Linear, Module, ModuleList
+from torch_files import load_file
 
 from randlora_jax.commands.merge import merge
 from randlora_jax.commands.to_lora import to_lora

@@ -10,7 +10,8 @@ import torch
 from families import FAMILIES
 from peft_side import assert_same_logits, load, logits, save_adapter, save_base
 from randlora_jax.interop.config import CONFIG_NAME
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch_files import load_file
 
 from randlora_jax.commands.low_rank import at_energy, factor
 from randlora_jax.commands.main import main

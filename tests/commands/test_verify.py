@@ -11,7 +11,8 @@ from families import FAMILIES, twins
 from peft_side import save_adapter, save_base
 from randlora_jax.interop.adapter import Adapter
 from randlora_jax.interop.numpy_delta import Deltas
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch_files import load_file
 
 from randlora_jax import RandLoraConfig, get_peft_model
 from randlora_jax.commands.main import main

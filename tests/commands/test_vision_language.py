@@ -8,7 +8,8 @@ import torch
 import transformers
 from peft_side import randomise
 from randlora_jax.interop.base_model import BaseModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch_files import load_file
 from vision_language import model
 
 from randlora_jax.commands.main import main

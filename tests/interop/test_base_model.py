@@ -9,7 +9,8 @@ import transformers
 from families import FAMILIES
 from randlora_jax.interop.base_model import BaseModel, base_shapes
 from randlora_jax.interop.errors import AdapterFileError, TargetError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch_files import load_file
 
 pytestmark = pytest.mark.torch
 

@@ -7,7 +7,8 @@ from randlora_jax.interop.base_model import BaseModel, base_shapes
 from randlora_jax.interop.checkpoint_names import spelling
 from randlora_jax.interop.errors import TargetError
 from randlora_jax.interop.tensor_writer import write_tensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch_files import load_file
 from vision_language import MODELS, model
 
 pytestmark = pytest.mark.torch

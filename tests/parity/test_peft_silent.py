@@ -14,7 +14,8 @@ from families import twins
 from flax import nnx
 from peft_mlp import NnxMLP, TorchMLP, X, torch_mlp
 from peft_mlp import run as our_run
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch_files import load_file
 
 from randlora_jax import AdapterFileError, RandLoraConfig, RandLoraModel, get_peft_model
 
