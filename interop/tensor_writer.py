@@ -86,7 +86,8 @@ def _append(file: BufferedWriter, made: Made, entry: Entry) -> None:
     for part in [made] if isinstance(made, np.ndarray) else made:
         for piece in pieces(part):
             file.write(bytes_of(piece.astype(entry.dtype, copy=False)))
-        del part, piece  # or they lie beside the next
+            del piece  # or it lies beside the next, as would
+        del part
 
 
 def write_tensors(

@@ -341,7 +341,8 @@ def mend_clip() -> None:
     """Let jnp.clip take the names of its limits that Flax's T5 still uses."""
     clip = jnp.clip
     if "a_max" not in inspect.signature(clip).parameters:
-        jnp.clip = lambda x, a_min=None, a_max=None, **more: clip(x, a_min, a_max, **more)
+        names = {"a_min": "min", "a_max": "max"}
+        jnp.clip = lambda *args, **named: clip(*args, **{names.get(k, k): named[k] for k in named})
 
 
 def twins(name: str, folder) -> Twins:

@@ -19,7 +19,7 @@ class _Shown:
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None:
-            return self
+            return self._method
         bound = functools.partial(self._method, instance)
         bound.__wrapped__ = self._of(instance).__call__  # type: ignore[attr-defined]
         return bound
