@@ -202,14 +202,17 @@ def beside_lora(task: Task, randlora: Any, curve: tuning.Curve, accuracy: float)
         f"LoRA: {found:.3f}": lora_curve,
     }
     pictures.curves(runs, OUT / "curves.png")
-    deltas = run_all("changes", randlora.delta_weights, lambda: tuning.lora_deltas(lora))
+    changed, lora_changed = run_all(
+        "changes", randlora.delta_weights, lambda: tuning.lora_deltas(lora)
+    )
+    above = pictures.changes(changed, lora_changed, OUT / "changes.png")
     return {
         "lora_trainable_parameters": tuning.trained_numbers(lora),
         "lora_test_accuracy": found,
         "lora_seconds_per_step": lora_curve.seconds_per_step,
         "lora_losses": lora_curve.losses,
         "lora_held_back_losses": lora_curve.held_losses,
-        "singular_values_above_a_hundredth": pictures.changes(*deltas, OUT / "changes.png"),
+        "singular_values_above_a_hundredth": above,
     }
 
 
