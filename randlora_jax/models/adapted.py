@@ -2,7 +2,7 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from randlora_jax.core.abstract import is_abstract, some_abstract
+from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.mesh import on_host, on_mesh
 from randlora_jax.interop.adapter_name import checked_name
 from randlora_jax.interop.config import ALL_LINEAR, RandLoraConfig, expected_config
@@ -174,7 +175,7 @@ class AdaptedModel(ABC):
             warn("all these adapters are merged already: nothing to do")
             return
         states = self._numbers(wanted)
-        pairs = adapter_arrays.shared_pairs(registry, states)
+        pairs = self._pairs(states)
         updates = adapter_arrays.updates_by_layer(registry, states, pairs)
         base = store.base_leaves()
         kernels = adapter_arrays.merged_kernels(registry, base, updates)
@@ -263,6 +264,23 @@ class AdaptedModel(ABC):
         if some_abstract(leaves):
             raise ConfigError(ABSTRACT)
         return states
+
+    def _pairs(self, states: Mapping[str, AdapterState]) -> dict[str, BasisPair]:
+        """The shared pairs of adapters, of just what their layers slice.
+
+        Raises:
+          ConfigError: the model has come to hold other numbers.
+        """
+        drawn, held = adapter_arrays.shared_pairs(self._registry, states), self._store.pairs()
+        for identity, pair in drawn.items():
+            if identity in held and not adapter_arrays.is_corner(pair, held[identity]):
+                raise ConfigError(
+                    f"the shared bases {identity!r} of this model were changed, as an optimizer "
+                    "for every nnx.Param does: no file could say so, and delta_W means what the "
+                    "bases of their key make it. Train the adapter alone (wrt=AdapterParam); "
+                    "model.draw_bases() puts the bases back"
+                )
+        return drawn
 
     def _trained_whole(self, adapter_names: Sequence[str]) -> dict[Path, jax.Array]:
         """What the named adapters trained whole, by path in the model.

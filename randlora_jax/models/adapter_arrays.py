@@ -9,6 +9,7 @@ import numpy as np
 
 from randlora_jax.core.abstract import is_abstract, put, shape_of
 from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents, used_extents
+from randlora_jax.core.hoisting import is_traced
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.mesh import on_mesh
 from randlora_jax.core.update import Update, at_least_float32
@@ -162,6 +163,15 @@ def shared_pairs(
         )
         for identity, extents in _needed(registry, states).items()
     }
+
+
+def is_corner(pair: BasisPair, whole: BasisPair) -> bool:
+    """Whether `pair` is the leading corner of `whole`, as far as numbers can be looked at."""
+    if is_traced(whole) or any(x.is_deleted() for x in whole):
+        return True
+    (_, smallest), (largest, n, _) = pair.A.shape, pair.B.shape
+    corner = whole.A[:, :smallest], whole.B[:largest, :n]
+    return all(bool(jnp.array_equal(x, y)) for x, y in zip(pair, corner, strict=True))
 
 
 def abstract_pairs(

@@ -90,7 +90,7 @@ class RandLoraModel(AdaptedModel):
           ConfigError: no such adapter, or the model is abstract.
         """
         states = self._numbers([self._registry.spec(adapter_name).name])
-        pairs = adapter_arrays.shared_pairs(self._registry, states)
+        pairs = self._pairs(states)
         found: dict[str, np.ndarray] = {}
         updates = adapter_arrays.updates_by_layer(self._registry, states, pairs)
         for name, (update,) in updates.items():
@@ -184,6 +184,7 @@ class RandLoraModel(AdaptedModel):
         if not self._registry.specs:
             raise ConfigError("this model has no adapter to save: add one first")
         held = self._numbers(self._registry.specs)
+        self._pairs(held)  # they are what will be written
         states = {name: state.on_host() for name, state in held.items()}
         with alone_among_processes("save_pretrained") as first:
             if not first:
