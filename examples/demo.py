@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import numpy as np
 import plots
 import report
 import reuters
+from directories import saved_bytes, weight_bytes
 from rich.console import Console
 from training import Settings, accuracy, fit, predict_all, run_all
 from transformers import AutoTokenizer
@@ -110,9 +110,7 @@ def main() -> None:
     console.rule("5. The same adapter in PyTorch PEFT")
     model.save_pretrained(ADAPTER)
     peft_model = bert.peft_model(BASE, ADAPTER)
-    with tempfile.TemporaryDirectory() as scratch:
-        peft_model.save_pretrained(scratch)
-        peft_bytes = weight_bytes(Path(scratch))
+    peft_bytes = saved_bytes(peft_model)
     theirs = bert.torch_logits(peft_model, test, "PyTorch PEFT, test split")
 
     console.rule("6. The directory back in a fresh Flax model")
@@ -158,11 +156,6 @@ def main() -> None:
 
     console.rule("8. In short")
     report.print_results(console, results)
-
-
-def weight_bytes(directory: Path) -> int:
-    """Size of an adapter's weights on disk."""
-    return (directory / "adapter_model.safetensors").stat().st_size
 
 
 if __name__ == "__main__":

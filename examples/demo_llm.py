@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -34,6 +33,7 @@ import reuters
 import smollm
 import speaking
 import tuning
+from directories import saved_bytes, weight_bytes
 from reuters import Documents
 from rich.console import Console
 from training import Settings, accuracy, run_all
@@ -280,18 +280,6 @@ def full(task: Task, base: Any) -> None:
 def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     """The largest between two sets of logits, as far as the second goes."""
     return float(np.abs(ours[: len(theirs)] - theirs).max())
-
-
-def saved_bytes(model: Any) -> int:
-    """How large a file PEFT makes of an adapter."""
-    with tempfile.TemporaryDirectory() as scratch:
-        model.save_pretrained(scratch)
-        return weight_bytes(Path(scratch))
-
-
-def weight_bytes(directory: Path) -> int:
-    """Size of an adapter's weights on disk."""
-    return (directory / "adapter_model.safetensors").stat().st_size
 
 
 if __name__ == "__main__":

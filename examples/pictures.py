@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from plots import COLOURS, smooth
+from plots import COLOURS, draw_checks, draw_losses, finish
 from tuning import Curve
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -23,26 +23,12 @@ def curves(runs: Mapping[str, Curve], path: Path) -> None:
     """
     figure, (losses, held) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for colour, (name, run) in zip(COLOURS, runs.items(), strict=False):
-        steps = np.arange(1, len(run.losses) + 1)
-        losses.plot(steps, run.losses, color=colour, alpha=0.25, linewidth=1)
-        losses.plot(steps, smooth(np.array(run.losses), 7), color=colour, linewidth=2)
-        held.plot(
-            list(run.held_losses),
-            list(run.held_losses.values()),
-            color=colour,
-            linewidth=2,
-            marker="o",
-            markersize=4,
-            label=name,
-        )
+        draw_losses(losses, run.losses, colour, width=7)
+        draw_checks(held, list(run.held_losses), list(run.held_losses.values()), colour, name)
     losses.set(xlabel="step", ylabel="cross-entropy", title="Training loss")
     held.set(xlabel="step", ylabel="cross-entropy", title="Held-back documents")
     held.legend(loc="upper right", frameon=False)
-    for axes in (losses, held):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.25)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    finish(figure, (losses, held), path)
 
 
 def placed(deltas: Mapping[str, np.ndarray]) -> dict[tuple[int, str], np.ndarray]:

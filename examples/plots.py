@@ -1,6 +1,6 @@
 """The two pictures of the demo."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -8,6 +8,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from training import Curve
 
 COLOURS = ("#0b6e99", "#d9730d", "#8a8a8a")
@@ -21,29 +23,39 @@ def curves(runs: Mapping[str, tuple[Curve, float]], path: Path) -> None:
     """
     figure, (losses, accuracies) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for colour, (name, (run, final)) in zip(COLOURS, runs.items(), strict=True):
-        steps = np.arange(1, len(run.losses) + 1)
-        losses.plot(steps, run.losses, color=colour, alpha=0.25, linewidth=1)
-        losses.plot(steps, smooth(np.array(run.losses)), color=colour, linewidth=2)
-        accuracies.plot(
-            run.checked_at,
-            run.accuracies,
-            color=colour,
-            linewidth=2,
-            marker="o",
-            markersize=4,
-            label=f"{name}: {final:.3f} on the test split",
-        )
+        draw_losses(losses, run.losses, colour)
+        label = f"{name}: {final:.3f} on the test split"
+        draw_checks(accuracies, run.checked_at, run.accuracies, colour, label)
     losses.set(xlabel="step", ylabel="cross-entropy", title="Training loss", ylim=(0, None))
     accuracies.set(xlabel="step", ylabel="accuracy", title="Held-back documents", ylim=(0, 1))
     accuracies.legend(loc="lower right", frameon=False)
-    for axes in (losses, accuracies):
+    finish(figure, (losses, accuracies), path)
+
+
+def draw_losses(axes: Axes, losses: Sequence[float], colour: str, width: int = 15) -> None:
+    """The loss of every step, faint, and their mean over a window of `width`."""
+    steps = np.arange(1, len(losses) + 1)
+    axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=1)
+    axes.plot(steps, smooth(np.array(losses), width), color=colour, linewidth=2)
+
+
+def draw_checks(
+    axes: Axes, steps: Sequence[int], found: Sequence[float], colour: str, label: str
+) -> None:
+    """What was found on held-back documents after some of the steps."""
+    axes.plot(steps, found, color=colour, linewidth=2, marker="o", markersize=4, label=label)
+
+
+def finish(figure: Figure, both: Iterable[Axes], path: Path) -> None:
+    """Light lines and no frame around curves; the picture is written and let go."""
+    for axes in both:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def smooth(values: np.ndarray, width: int = 15) -> np.ndarray:
+def smooth(values: np.ndarray, width: int) -> np.ndarray:
     """Mean over a window of `width` steps, narrower at both ends."""
     half = width // 2
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])

@@ -9,6 +9,7 @@ from bert import KINDS
 from flax.traverse_util import flatten_dict
 from rich.console import Console
 from rich.table import Table
+from tables import print_rows
 
 THREE_LINES = """\
 model = get_peft_model(model, RandLoraConfig(r=16, randlora_alpha=32, target_modules="all-linear"))
@@ -58,10 +59,6 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
         "training": f"{results['train_seconds']:.0f} s, {results['seconds_per_step']:.2f} s a step",
         "everything": f"{results['total_seconds']:.0f} s",
     }
-    table = Table("what", show_header=False)
-    table.add_column(justify="right")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console.print(table)
+    print_rows(console, rows)
     console.print("\nThe same with your own Hugging Face Flax model:\n")
     console.print(THREE_LINES, style="bold", highlight=False, soft_wrap=True)

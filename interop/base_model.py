@@ -54,7 +54,7 @@ class BaseLayer:
 
     Attributes:
       name: as the adapter calls it.
-      part: where its weight is: a tensor, of an embedding whose weight it uses too, or in one.
+      stored: where its weight is: a tensor, of an embedding whose weight it uses too, or in one.
       tensor: that tensor's place and size.
       conv1d: it is a Conv1D in PyTorch, whose weight is (in, out) rather than (out, in).
     """

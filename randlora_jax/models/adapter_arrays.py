@@ -56,8 +56,7 @@ def fresh_state(
         layers[layer.name] = _fresh(layer, config, base[layer.kernel_path], drawn)
     whole = whole_paths(registry.names, base, config, layers)
     # arrays of their own, so that they can be donated
-    saved = {path: _copied(base[path]) for path in whole}
-    return AdapterState(layers, saved)
+    return AdapterState(layers, {path: _copied(base[path]) for path in whole})
 
 
 def _copied(leaf: Any) -> Any:

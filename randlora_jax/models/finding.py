@@ -155,7 +155,7 @@ def find_layers(modules: Iterable[FoundModule], stated: StatedLayouts, names: Na
     refuse_unused_views(said, layers.values())
     own_names = {rule: name for rule, name in names.rules.items() if rule not in names.known}
     refuse_idle("names", own_names, holders)
-    refuse_shadowed("names", own_names, map(names.rules_of, holders))
+    refuse_shadowed("names", own_names, map(names.rules_of, dict.fromkeys(holders)))
     return FoundLayers(layers, tuple(sorted(others)), tuple(left))
 
 

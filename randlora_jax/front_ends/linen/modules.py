@@ -63,12 +63,11 @@ def modules_of(
 
 def _untold(arrays: Arrays) -> dict[Path, str]:
     """Why the integers of a module that has not run take no adapter."""
-    whole = {leaf: x for leaf, x in arrays.items() if not jnp.issubdtype(x.dtype, jnp.inexact)}
     return {
         leaf: f"it holds {x.dtype} numbers, and only a run tells whether its module is one that is "
         "known to multiply by them: pass sample_inputs=(...), what the model is called with"
-        for leaf, x in whole.items()
-        if leaf[-len(QUANTISED) :] != QUANTISED
+        for leaf, x in arrays.items()
+        if not jnp.issubdtype(x.dtype, jnp.inexact) and leaf[-len(QUANTISED) :] != QUANTISED
     }
 
 
