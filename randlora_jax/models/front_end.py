@@ -67,15 +67,26 @@ class WrapRules:
         )
 
     def beside(self, known: KnownModel) -> WrapRules:
-        """The user's rules, and after them those of a model that is known by name."""
+        """The user's rules, and after them those of a model that is known by name.
+
+        A rule of the user's with the very key of a known one takes its place.
+        """
+        layouts = _untaken(known.layouts, self.layouts.rules)
+        names = _untaken(known.names, self.names.rules)
         return replace(
             self,
-            layouts=StatedLayouts(
-                {**self.layouts.rules, **known.layouts}, frozenset(known.layouts)
-            ),
-            names=Names({**self.names.rules, **known.names}, frozenset(known.names)),
-            layer_types={**self.layer_types, **known.layer_types},
+            layouts=StatedLayouts({**self.layouts.rules, **layouts}, frozenset(layouts)),
+            names=Names({**self.names.rules, **names}, frozenset(names)),
+            layer_types={**known.layer_types, **self.layer_types},
         )
+
+
+_Meant = TypeVar("_Meant")
+
+
+def _untaken(known: Mapping[str, _Meant], stated: Mapping[str, _Meant]) -> dict[str, _Meant]:
+    """The known rules whose keys the user did not take."""
+    return {rule: meant for rule, meant in known.items() if rule not in stated}
 
 
 def _all_text(value: Any, kind: Any) -> bool:

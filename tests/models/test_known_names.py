@@ -4,7 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.models import known_models
+from randlora_jax.models.finding import StatedLayouts
+from randlora_jax.models.front_end import WrapRules
+from randlora_jax.models.known.entry import KnownModel
+from randlora_jax.models.layer import LayerType
 from randlora_jax.models.names import Names
 
 GEMMA = {
@@ -39,3 +44,21 @@ def test_norms_of_gemma(code_base, version):
     names = Names(known_models.about(model).names)
     for ours, theirs in NORMS[version].items():
         assert names.of((*layer, ours)) == (f"model.layers.1.{theirs}",)
+
+
+def test_a_users_rule_takes_the_place_of_a_known_one_with_its_key():
+    mine, known = LayerType(KernelLayout("o i")), LayerType(KernelLayout("i o"))
+    rules = WrapRules(
+        layouts=StatedLayouts({"up": "o i"}),
+        names=Names({"up": "mine"}),
+        layer_types={"some.Dense": mine},
+    ).beside(
+        KnownModel(
+            layouts={"down": "i o", "up": "i o"},
+            names={"down": "theirs.down", "up": "theirs.up"},
+            layer_types={"some.Dense": known, "some.Other": known},
+        )
+    )
+    assert rules.layouts == StatedLayouts({"up": "o i", "down": "i o"}, frozenset({"down"}))
+    assert rules.names == Names({"up": "mine", "down": "theirs.down"}, frozenset({"down"}))
+    assert rules.layer_types == {"some.Dense": mine, "some.Other": known}
