@@ -7,7 +7,7 @@
 #   make examples  a short training loop in every library, each adapter opened in PyTorch PEFT
 #   make bench   what a step costs beside PEFT, JAX LoRA and full fine-tuning; about 20 minutes
 #   make profile  where the time of those steps goes
-#   make compare  RandLoRA beside LoRA, the head alone and full fine-tuning; some hours
+#   make compare  RandLoRA beside LoRA, the head alone and full fine-tuning; eight hours
 #   make fit     how near each kind of adapter comes to given matrices
 #   make low-precision  how a bfloat16 model learns, by the ways to apply an adapter; loss curves
 #   make fuzz    damages adapters in 100,000 ways (FUZZ_ARGS='--cases 5000 --seed 1')
@@ -37,7 +37,7 @@ PINNED := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000
 demo: $(VENV)/.installed
 	$(PINNED) $(RUN) examples/demo.py
 
-DEMO_ARGS ?= # --full, --select: see the file
+DEMO_ARGS ?= # --full: see the file
 demo-llm: $(VENV)/.installed
 	$(PINNED) $(RUN) -W ignore examples/demo_llm.py $(DEMO_ARGS)
 

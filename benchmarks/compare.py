@@ -1,13 +1,13 @@
 """Quality for the price: RandLoRA beside LoRA, the head alone and full fine-tuning.
 
-    make compare      two to three hours on two cores; prints tables, writes out/compare/; goes on
-                      where it was stopped
+    make compare                      some eight hours on two cores; prints tables, writes
+                                      out/compare/; goes on where it was stopped
+    python benchmarks/compare.py chat    one task of three: R8, R52, chat
 
-MiniLM-L6 on Reuters R8 and R52, one epoch of 32 documents a step, 24 tokens a document, AdamW with
-warm-up and cosine decay. LoRA (qwix's) has about as many trained numbers as RandLoRA. Every method
-gets its own learning rate: accuracy on a tenth of the training split, after half an epoch with one
-seed, climbed in steps of two until neither neighbour is better. Then three seeds (head, order,
-adapter) train for the whole epoch and are tested on the test split. Each core takes a method.
+Three tasks: Reuters R8 and R52 with MiniLM-L6 under a new head, R8 asked in chat of SmolLM2. Every
+method gets its own learning rates: accuracy on held-back documents, after a shorter run with one
+seed, climbed until no neighbour is better. Then three seeds (head, order, adapter) train until the
+loss is flat and are tested on test documents. Each core takes a method.
 """
 
 from __future__ import annotations
@@ -17,187 +17,82 @@ import multiprocessing
 import os
 import statistics
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-import bert
+import compare_llm
+import compare_news
 import jax
-import jax.numpy as jnp
 import matplotlib
-import qwix
-import reuters
 import transformers
-from flax.traverse_util import flatten_dict, unflatten_dict
-from training import Logits, Settings, accuracy, fit, predict_all
-
-from randlora_jax import RandLoraConfig, get_peft_model
+from trials import Result, Trial, climb
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 OUT = Path("out/compare")
-SUBJECTS, SEEDS, LENGTH = (8, 52), (0, 1, 2), 24
-Tree = Any
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run starts: the model as a function, what trains, what does not.
-
-    encoder: where the function wants features in the place of tokens, the model that makes them.
-    """
-
-    logits: Logits
-    trained: Tree
-    frozen: Tree
-    encoder: Any = None
-
-
-def randlora(**kind: bool) -> Callable[[Any, int], Start]:
-    """RandLoRA on every linear layer, and the head trained whole."""
-
-    def start(base: Any, seed: int) -> Start:
-        config = RandLoraConfig(
-            r=16,
-            randlora_alpha=32,
-            task_type="SEQ_CLS",
-            projection_prng_key=seed,
-            target_modules=r"bert\.encoder\..*\.(query|key|value|dense)",
-            modules_to_save=("classifier",),
-            **kind,
-        )
-        model = get_peft_model(base, config)
-        return Start(bert.adapted(model), *model.split())
-
-    return start
-
-
-def lora(base: Any, seed: int) -> Start:
-    """qwix's LoRA on the same layers, and the head trained whole."""
-    provider = qwix.LoraProvider(module_path=".*/encoder/.*", rank=8, alpha=16.0)
-    module = qwix.apply_lora_to_model(base.module, provider)
-
-    def apply(params: Tree, fields: Any) -> jax.Array:
-        ids = fields["input_ids"]
-        places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        return module.apply(
-            {"params": params}, **fields, position_ids=places, head_mask=None
-        ).logits
-
-    one = jnp.ones((1, 8), jnp.int32)
-    fields = {"input_ids": one, "attention_mask": one, "token_type_ids": one}
-    made = module.init(jax.random.key(seed), **fields, position_ids=one, head_mask=None)["params"]
-    flat, given = flatten_dict(made), flatten_dict(base.params)
-    trained = {path: x for path, x in flat.items() if "lora" in path[-1]}
-    trained |= {path: x for path, x in given.items() if path[0] == "classifier"}
-    frozen = {path: x for path, x in given.items() if path not in trained}
-
-    def logits(trained: Tree, frozen: Tree, fields: Any) -> jax.Array:
-        return apply(_merged(unflatten_dict(frozen["base"]), trained), fields)
-
-    return Start(logits, unflatten_dict(trained), {"base": frozen})
-
-
-def full(base: Any, seed: int) -> Start:
-    """Everything."""
-
-    def logits(trained: Tree, _: Tree, fields: Any) -> jax.Array:
-        return base(**fields, params=trained).logits
-
-    return Start(logits, base.params, {})
-
-
-def head(base: Any, seed: int) -> Start:
-    """The classifier alone, on what the frozen encoder makes of a document."""
-    return Start(bert.head(base.config), base.params["classifier"], {}, base)
-
-
-def _merged(one: Tree, other: Tree) -> Tree:
-    return unflatten_dict({**flatten_dict(one), **flatten_dict(other)})
-
-
-# where the climb for a learning rate begins
-METHODS: dict[str, tuple[Callable[[Any, int], Start], float]] = {
-    "RandLoRA": (randlora(), 2e-3),
-    "RandLoRA, sparse": (randlora(sparse=True), 2e-3),
-    "RandLoRA, very sparse": (randlora(very_sparse=True), 2e-3),
-    "LoRA (qwix)": (lora, 2e-3),
-    "head alone": (head, 1e-1),
-    "everything": (full, 2e-4),
+TASKS = {
+    "R8": compare_news.News(8),
+    "R52": compare_news.News(52),
+    "chat": compare_llm.Chat(),
 }
+SEEDS = (0, 1, 2)
+Job = tuple[str, str]  # task, method
 
 
-class Task:
-    """One data set, tokenised, and the results of one method on it, kept in a file."""
+class Kept:
+    """The results of one method on one task, in a file; what is not there is run."""
 
-    def __init__(self, subjects: int, method: str) -> None:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(bert.pretrained())
-        known, self.classes = reuters.load("train", tokenizer, LENGTH, subjects)
-        self.test, _ = reuters.load("test", tokenizer, LENGTH, subjects)
-        self.train, self.held = reuters.hold_back(known, share=0.1, seed=0)
-        self.title, self.start = f"R{subjects} {method}", METHODS[method][0]
-        self.path = OUT / f"{self.title}.json"
-        self.found: dict[str, dict[str, float]] = (
-            json.loads(self.path.read_text()) if self.path.exists() else {}
-        )
+    def __init__(self, job: Job) -> None:
+        name, method = job
+        self.job, self.task = job, TASKS[name]
+        self.method = self.task.methods[method]
+        self.path = OUT / f"{name} {method}.json".replace("/", "over")
+        self.found = json.loads(self.path.read_text()) if self.path.exists() else {}
 
-    def run(self, rate: float, seed: int, held: bool) -> dict[str, float]:
-        """What training at `rate` reaches, on the held-back documents or on the test split."""
-        key = f"{rate:g} {'held' if held else f'test, seed {seed}'}"
+    def result(self, trial: Trial) -> Result:
+        """What a trial reaches."""
+        key = str(trial)
         if key not in self.found:
-            self.found[key] = found = self._run(rate, seed, held)
+            result = self.task.run(self.method, trial)
+            self.found[key] = asdict(result)
             self.path.write_text(json.dumps(self.found, indent=1) + "\n")
-            print(f"{self.title}, {key}: {found['accuracy']:.4f}", flush=True)
-        return self.found[key]
+            print(f"{': '.join(self.job)}, {key}: {result.accuracy:.4f}", flush=True)
+        return Result(**self.found[key])
 
-    def _run(self, rate: float, seed: int, held: bool) -> dict[str, float]:
-        with tempfile.TemporaryDirectory() as folder:
-            bert.make_base(Path(folder), self.classes, seed)
-            start = self.start(bert.flax_base(Path(folder)), seed)
-        train, on = self.train, self.held if held else self.test
-        if start.encoder:
-            train, on = (bert.features(start.encoder, part, "") for part in (train, on))
-        trained, _ = fit(
-            start.logits, start.trained, start.frozen, train, on,
-            Settings(rate, epochs=0.5 if held else 1.0, seed=seed), "", checks=0,
-        )  # fmt: skip
-        found = predict_all(jax.jit(start.logits), trained, start.frozen, on)
-        size = sum(x.size for x in jax.tree.leaves(start.trained))
-        return {"accuracy": accuracy(found, on), "trained": size}
-
-    def best_rate(self, start: float) -> float:
-        """A rate whose half and double are no better on the held-back documents."""
-        reached = lambda rate: self.run(rate, 0, held=True)["accuracy"]  # noqa: E731
-        best = start
-        for factor in (2.0, 0.5):
-            while reached(best * factor) > reached(best):
-                best *= factor
-        return best
+    def best(self) -> Trial:
+        """The learning rates that the search ends with."""
+        begin = Trial(self.method.rate, self.method.head_rate)
+        return climb(lambda trial: self.result(trial).accuracy, begin)
 
 
-def outcome(job: tuple[int, str]) -> dict[str, Any]:
-    """The row of one method on one data set."""
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    subjects, method = job
-    task = Task(subjects, method)
-    rate = task.best_rate(METHODS[method][1])
-    tested = [task.run(rate, seed, held=False) for seed in SEEDS]
-    found = [one["accuracy"] for one in tested]
+def outcome(job: Job) -> dict[str, Any]:
+    """The row of one method on one task, whose rates `search` has found."""
+    kept = Kept(job)
+    best = kept.best()
+    tested = [kept.result(replace(best, seed=seed, held=False)) for seed in SEEDS]
+    found = [one.accuracy for one in tested]
     return {
-        "rate": rate,
+        "rate": best.rate,
+        "head_rate": best.head_rate,
         "mean": statistics.mean(found),
         "spread": statistics.stdev(found),
-        "trained": tested[0]["trained"],
+        "trained": tested[0].trained,
+        "losses": tested[0].losses,
     }
+
+
+def search(job: Job) -> str:
+    """Finds the learning rates of one method on one task."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    return f"{': '.join(job)}: {Kept(job).best()}"
 
 
 def one_core(free: Any) -> None:
@@ -210,36 +105,51 @@ def one_core(free: Any) -> None:
 
 def main() -> None:
     """Every run that is not there yet, then the tables and the picture."""
+    if unknown := set(sys.argv[1:]) - set(TASKS):
+        raise SystemExit(f"{', '.join(sorted(unknown))}: expected some of {', '.join(TASKS)}")
     OUT.mkdir(parents=True, exist_ok=True)
-    jobs = [(subjects, method) for subjects in SUBJECTS for method in METHODS]
+    chosen = {name: task for name, task in TASKS.items() if name in (sys.argv[1:] or TASKS)}
+    jobs = [(name, method) for name, task in chosen.items() for method in task.methods]
     spawn = multiprocessing.get_context("spawn")
     free, cores = spawn.Queue(), sorted(os.sched_getaffinity(0))
     for core in cores:
         free.put(core)
     with ProcessPoolExecutor(len(cores), spawn, one_core, (free,)) as pool:
+        for found in pool.map(search, jobs):
+            print(found, flush=True)
         rows = dict(zip(jobs, pool.map(outcome, jobs), strict=True))
-    for subjects in SUBJECTS:
-        print(f"\nReuters R{subjects}, test accuracy, mean and standard deviation of three seeds\n")
-        print("| method | trained numbers | learning rate | accuracy |\n|---|---|---|---|")
-        for method in METHODS:
-            row = rows[subjects, method]
-            print(
-                f"| {method} | {row['trained']:,} | {row['rate']:g} "
-                f"| {row['mean']:.4f} ± {row['spread']:.4f} |"
-            )
-    picture(rows)
+    for name, task in chosen.items():
+        print(f"\n{task.title}: test accuracy, mean and standard deviation of three seeds\n")
+        print(
+            "| method | trained numbers | rate | head's rate | last two tenths' loss | accuracy |"
+        )
+        print("|---|---|---|---|---|---|")
+        for method in task.methods:
+            print(line(method, rows[name, method]))
+    picture(chosen, rows)
 
 
-def picture(rows: dict[tuple[int, str], dict[str, Any]]) -> None:
+def line(method: str, row: dict[str, Any]) -> str:
+    """A row of the table."""
+    head = "" if row["head_rate"] is None else f"{row['head_rate']:g}"
+    before, last = row["losses"][-2:]
+    return (
+        f"| {method} | {row['trained']:,} | {row['rate']:g} | {head} | {before:.3f}, {last:.3f} "
+        f"| {row['mean']:.4f} ± {row['spread']:.4f} |"
+    )
+
+
+def picture(tasks: dict[str, Any], rows: dict[Job, dict[str, Any]]) -> None:
     """Accuracy over trained numbers."""
-    figure, axes = plt.subplots(1, len(SUBJECTS), figsize=(11, 4), layout="constrained")
-    for axis, subjects in zip(axes, SUBJECTS, strict=True):
-        for method in METHODS:
-            row = rows[subjects, method]
+    size = (5 * len(tasks), 4.5)
+    figure, axes = plt.subplots(1, len(tasks), figsize=size, layout="constrained", squeeze=False)
+    for axis, (name, task) in zip(axes[0], tasks.items(), strict=True):
+        for method in task.methods:
+            row = rows[name, method]
             axis.errorbar(row["trained"], row["mean"], row["spread"], marker="o", label=method)
         axis.set(xscale="log", xlabel="trained numbers", ylabel="test accuracy")
-        axis.set_title(f"Reuters R{subjects}")
-    axes[0].legend()
+        axis.set_title(task.title)
+        axis.legend(fontsize="x-small")
     figure.savefig(OUT / "compare.png", dpi=120)
 
 

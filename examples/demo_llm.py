@@ -3,7 +3,6 @@
     python examples/demo_llm.py            # what `make demo-llm` runs; writes out/demo-llm/
     python examples/demo_llm.py --short    # a few steps and prompts, as the tests run it
     python examples/demo_llm.py --full     # full fine-tuning, for the table; half an hour more
-    python examples/demo_llm.py --select   # how the settings below were chosen
 
 Some of the training documents are held back: settings are compared on them, the curves are drawn
 on them, and nothing is trained on them. The test documents give the numbers at the end, no more.
@@ -56,7 +55,7 @@ CONFIG = RandLoraConfig(
     target_modules="all-linear",
 )
 
-# What choose_llm.py compares on the held-back documents, each method from the same rates.
+# Found on the held-back documents by `python benchmarks/compare.py chat`.
 RATES = {"RandLoRA": 2e-3, "LoRA": 2e-3, "full fine-tuning": 1e-4}
 
 
@@ -140,10 +139,6 @@ def main() -> None:
     )
     print(f"{len(task.train)} documents to train on, {len(task.test)} to test\n")
     print(speaking.prompts(task.tokenizer, 1)[0], end="\n\n")
-    if "--select" in sys.argv:
-        import choose_llm
-
-        return choose_llm.main(task, CONFIG)
     if "--full" in sys.argv:
         return full(task, base)
     shutil.rmtree(ADAPTER, ignore_errors=True)

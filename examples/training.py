@@ -25,9 +25,14 @@ class Settings:
     """How to train: AdamW, linear warm-up, cosine decay, gradients clipped by their norm.
 
     The base model's dropout stays off: these runs are too short to overfit, and it slows them.
+
+    Args:
+      head_rate: the learning rate of a classifier that is trained whole; the same where None. A
+        new one begins at random, and wants a higher rate than adapters, which begin at the base.
     """
 
     learning_rate: float
+    head_rate: float | None = None
     epochs: float = 1.0
     batch_size: int = 32
     warmup_share: float = 0.1
@@ -71,16 +76,26 @@ def run_all(title: str, *jobs: Callable[[], Any]) -> list[Any]:
 def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
     """AdamW behind clipping; only what may shrink to zero without harm is decayed."""
     warmup = round(settings.warmup_share * steps)
-    rate = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, warmup, steps)
 
     def decayed(tree: Tree) -> Tree:
         # lambda = 0 is the base model and a kernel is a kernel; gamma and biases are left alone
         names = ("randlora_lambda", "kernel")
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in names, tree)
 
+    def adamw(peak: float) -> optax.GradientTransformation:
+        rate = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps)
+        return optax.adamw(rate, weight_decay=settings.weight_decay, mask=decayed)
+
+    def parts(tree: Tree) -> Tree:
+        def part(path: tuple[Any, ...], _: Any) -> str:
+            return "head" if any(step.key == "classifier" for step in path) else "rest"
+
+        return jax.tree_util.tree_map_with_path(part, tree)
+
+    both = {"rest": adamw(settings.learning_rate), "head": adamw(settings.head_rate or 0.0)}
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
-        optax.adamw(rate, weight_decay=settings.weight_decay, mask=decayed),
+        both["rest"] if settings.head_rate is None else optax.multi_transform(both, parts),
     )
 
 

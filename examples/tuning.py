@@ -59,11 +59,11 @@ class Curve(hooks.TrainingHooks):
         self.batches = 0
 
 
-def lora(base: Any, rank: int = LORA_RANK) -> Any:
+def lora(base: Any, rank: int = LORA_RANK, scaling: float = 2.0, seed: int = 0) -> Any:
     """The base model with qwix's LoRA around the same layers, as tunix's users do it."""
     kinds = ".*(q|k|v|o|gate|up|down)_proj"
-    provider = qwix.LoraProvider(module_path=kinds, rank=rank, alpha=2.0 * rank)
-    return qwix.apply_lora_to_model(base, provider, **base.get_model_input(), rngs=nnx.Rngs(0))
+    provider = qwix.LoraProvider(module_path=kinds, rank=rank, alpha=scaling * rank)
+    return qwix.apply_lora_to_model(base, provider, **base.get_model_input(), rngs=nnx.Rngs(seed))
 
 
 def lora_deltas(model: Any) -> dict[str, np.ndarray]:

@@ -49,7 +49,7 @@ def folders(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("over", ["an old one", "nothing"])
+@pytest.mark.parametrize("over", ["an old one", pytest.param("nothing", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", ["compact", "merge"])
 def test_a_killed_command_leaves_all_or_nothing(folders, tmp_path, name, over):
     source = {"compact": folders / "adapter", "merge": folders / "an old model"}[name]

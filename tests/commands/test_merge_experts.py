@@ -84,7 +84,7 @@ def assert_same(found, expected):
         assert (found[key] - x).abs().max() <= 1e-6 * x.abs().max(), key
 
 
-@pytest.mark.parametrize("nbytes", [1, 3000, 1 << 24])
+@pytest.mark.parametrize("nbytes", [1, pytest.param(3000, marks=pytest.mark.long), 1 << 24])
 @pytest.mark.parametrize("turn", [False, True])
 @pytest.mark.parametrize("family", MODELS)
 def test_each_expert_is_merged_into_its_slice(family, turn, nbytes, tmp_path, monkeypatch):

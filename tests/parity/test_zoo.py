@@ -87,6 +87,12 @@ def test_family(pair, tmp_path):
     assert found.deltas <= 1e-6
 
 
+# One of each kind; the others run in `make test-long`.
+FEW = {"bert", "gpt2", "llama", "t5", "resnet", "vit", "wav2vec2"}
+IN_BFLOAT16 = [n if n in FEW else pytest.param(n, marks=pytest.mark.long) for n in sorted(FAMILIES)]
+
+
+@pytest.mark.parametrize("pair", IN_BFLOAT16, indirect=True)
 def test_in_bfloat16_no_more_is_lost_than_in_peft(pair, tmp_path):
     ratio = in_bfloat16(pair, tmp_path)
     print(f"our error in bfloat16 is {ratio:.2f} of PEFT's")
