@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 TEXT = (Path(__file__).parents[1] / "README.md").read_text()
-NAMES = ("nnx", "linen", "hugging_face")
+NAMES = ("tunix", "nnx", "linen", "hugging_face")
 USAGES = dict(zip(NAMES, re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL), strict=True))
 
 if __name__ == "__main__":
