@@ -90,14 +90,14 @@ def outcome(job: Job) -> dict[str, Any]:
 
 def search(job: Job) -> str:
     """Finds the learning rates of one method on one task."""
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
     return f"{': '.join(job)}: {Kept(job).best()}"
 
 
 def one_core(free: Any) -> None:
-    """Keeps this process, and so the threads that XLA makes in it, to a core of its own."""
+    """Keeps this process, and so the threads that XLA makes in it, to a core of its own; quiet."""
     os.sched_setaffinity(0, {free.get()})
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
     # seeds differ in their arrays alone
     jax.config.update("jax_compilation_cache_dir", str(OUT / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1)

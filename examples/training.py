@@ -92,11 +92,11 @@ def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
 
         return jax.tree_util.tree_map_with_path(part, tree)
 
-    both = {"rest": adamw(settings.learning_rate), "head": adamw(settings.head_rate or 0.0)}
-    return optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm),
-        both["rest"] if settings.head_rate is None else optax.multi_transform(both, parts),
-    )
+    steps_by = adamw(settings.learning_rate)
+    if settings.head_rate is not None:
+        rates = {"rest": steps_by, "head": adamw(settings.head_rate)}
+        steps_by = optax.multi_transform(rates, parts)
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), steps_by)
 
 
 def fit(
