@@ -28,7 +28,15 @@ MODELS = {
     "Qwen3Moe": (GLU, {**ONE_HEAD, "head_dim": 4, "moe_intermediate_size": 20, "num_experts": 4}),
     # a square down, and a square gate_up
     "Olmoe": (GLU, {**ONE_HEAD, "intermediate_size": 36, "num_experts": 3}),
-    "Qwen2Moe": (GLU, {**ONE_HEAD, "moe_intermediate_size": 18, "num_experts": 3}),
+    "Qwen2Moe": (
+        GLU,
+        {
+            **ONE_HEAD,
+            "moe_intermediate_size": 18,
+            "shared_expert_intermediate_size": 28,
+            "num_experts": 3,
+        },
+    ),
 }
 
 
@@ -84,7 +92,7 @@ def assert_same(found, expected):
         assert (found[key] - x).abs().max() <= 1e-6 * x.abs().max(), key
 
 
-@pytest.mark.parametrize("nbytes", [1, pytest.param(3000, marks=pytest.mark.long), 1 << 24])
+@pytest.mark.parametrize("nbytes", [1, 3000, 1 << 24])
 @pytest.mark.parametrize("turn", [False, True])
 @pytest.mark.parametrize("family", MODELS)
 def test_each_expert_is_merged_into_its_slice(family, turn, nbytes, tmp_path, monkeypatch):
