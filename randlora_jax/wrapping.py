@@ -37,6 +37,7 @@ def get_peft_model(
     layer_types: Table | None = None,
     optional: Sequence[str] = (),
     sample_inputs: Any = None,
+    autocast_adapter_dtype: bool = True,
 ) -> NnxRandLora: ...
 @overload
 def get_peft_model(  # type: ignore[overload-cannot-match]  # to our checker flax is Any
@@ -52,6 +53,7 @@ def get_peft_model(  # type: ignore[overload-cannot-match]  # to our checker fla
     layer_types: Table | None = None,
     optional: Sequence[str] = (),
     sample_inputs: Any = None,
+    autocast_adapter_dtype: bool = True,
 ) -> LinenRandLora: ...
 @overload
 def get_peft_model(  # type: ignore[overload-cannot-match]
@@ -67,6 +69,7 @@ def get_peft_model(  # type: ignore[overload-cannot-match]
     layer_types: Table | None = None,
     optional: Sequence[str] = (),
     sample_inputs: Any = None,
+    autocast_adapter_dtype: bool = True,
 ) -> Any: ...
 def get_peft_model(
     model: Any,
@@ -81,6 +84,7 @@ def get_peft_model(
     layer_types: Table | None = None,
     optional: Sequence[str] = (),
     sample_inputs: Any = None,
+    autocast_adapter_dtype: bool = True,
 ) -> Any:
     """Wraps `model` with a fresh RandLoRA adapter; before training it computes what `model` does.
 
@@ -105,6 +109,7 @@ def get_peft_model(
       sample_inputs: of a linen module, what it is called with: a tuple of arguments, a dict of
         keyword arguments or a `SampleInputs`, which may name another method. It is then run once
         without numbers, and every layer that this reaches tells its type.
+      autocast_adapter_dtype: as for `RandLoraModel.add_adapter`.
 
     Raises:
       ConfigError: `model` or `config` cannot be used.
@@ -115,5 +120,7 @@ def get_peft_model(
         WrapRules.stated(apply, token_axes, views, names, layer_types, optional, sample_inputs),
     )
     with given_back(wrapped):
-        wrapped.add_adapter(adapter_name, config, rngs=rngs)
+        wrapped.add_adapter(
+            adapter_name, config, rngs=rngs, autocast_adapter_dtype=autocast_adapter_dtype
+        )
     return wrapped

@@ -24,7 +24,7 @@ from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.mesh import Placement, off_mesh
 from randlora_jax.core.passes import each_pass_its_way
-from randlora_jax.core.update import Update, at_least_float32
+from randlora_jax.core.update import Update, formed_in
 from randlora_jax.core.ways import ExecutionOptions, Way, possible_ways, require_a_way
 
 Run = Callable[..., jax.Array]
@@ -137,6 +137,7 @@ class _Call:
       layout: of its kernel.
       placement: of its kernel, and of the rows of this call.
       axes: of this call; None where the layer is no contraction.
+      dtype: what it multiplies in.
       merge_rows: multiply with the axes of rows merged to one. XLA's CPU compiler sums over one of
         them as it lies, but first transposes a copy to sum over several, as the gradient of delta
         does. On a mesh such axes may be cut, and cannot be merged in place.
@@ -146,6 +147,7 @@ class _Call:
     layout: KernelLayout
     placement: Placement | None
     axes: CallAxes | None
+    dtype: jnp.dtype
     merge_rows: bool
 
     @classmethod
@@ -159,24 +161,27 @@ class _Call:
                 rows = as_rows(x, axes)
                 placement = placement.of_rows(rows, len(axes.shared), options.token_axes)
         merge_rows = not kernel.on_mesh and off_mesh(x)
-        return cls(layer.run, kernel.layout, placement, axes, merge_rows)
+        dtype = jnp.dtype(layer.dtype)
+        return cls(layer.run, kernel.layout, placement, axes, dtype, merge_rows)
 
     def in_kernel(self, arguments: Arguments, updates: Sequence[Update]) -> jax.Array:
         """The layer once, with W + delta."""
-        whole = Kernel(arguments.kernel, self.layout, self.placement).taking(updates)
+        kernel = Kernel(arguments.kernel, self.layout, self.placement)
+        whole = kernel.taking(updates, formed_in(self.dtype))
         return self.run(whole, arguments.x, *arguments.read)
 
     def beside(
         self, arguments: Arguments, updates: Sequence[Update], *, factored: bool
     ) -> jax.Array:
-        """The untouched layer, and what each adapter makes of its input added in float32."""
+        """The untouched layer, and beside it what each adapter makes of its input."""
         out = self.run(arguments.kernel, arguments.x, *arguments.read)
         sizes = self.layout.out_sizes(arguments.kernel.shape)
-        total = out.astype(at_least_float32(out.dtype))
-        for update, dropped in zip(updates, arguments.seen, strict=True):
-            x = arguments.x if dropped is None else dropped
-            total = total + self._through(x, update, sizes, factored)
-        return total.astype(out.dtype)
+        seen = [arguments.x if x is None else x for x in arguments.seen]
+        made = [
+            self._through(x.astype(self.dtype), update, sizes, factored)
+            for x, update in zip(seen, updates, strict=True)
+        ]
+        return out + sum(made[1:], made[0]).astype(out.dtype)
 
     def _through(
         self, x: jax.Array, update: Update, sizes: Sequence[int], factored: bool

@@ -110,13 +110,13 @@ class Sizes:
 
 def cheapest(possible: PossibleWays, sizes: Sizes) -> Plan:
     """The plan with the least work among the possible ones; there must be one."""
-    return _cheapest(possible.forward, possible.trained, sizes)
+    return _cheapest((possible.forward, possible.inputs, possible.trained), sizes)
 
 
 @cache
-def _cheapest(forward: tuple[Way, ...], trained: tuple[Way, ...], sizes: Sizes) -> Plan:
+def _cheapest(possible: tuple[tuple[Way, ...], ...], sizes: Sizes) -> Plan:
     """Asked once for all layers that are alike."""
-    plans = [Plan(*ways) for ways in product(forward, forward, trained)]
+    plans = [Plan(*ways) for ways in product(*possible)]
     return min(plans, key=lambda plan: sum(work.cost for work in sizes.work(plan)))
 
 

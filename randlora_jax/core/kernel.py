@@ -54,19 +54,23 @@ class Kernel:
             return jnp.result_type(x, self.array)
         return x.dtype
 
-    def delta(self, updates: Sequence[Update]) -> jax.Array:
-        """The summed deltas of `updates` in the kernel's layout, float32."""
+    def delta(self, updates: Sequence[Update], dtype: DTypeLike = jnp.float32) -> jax.Array:
+        """The deltas of `updates`, formed in `dtype`, summed in float32, in the kernel's layout."""
         cut = self.placement.cut if self.placement else None
-        total = sum((update.formed(cut) for update in updates), start=jnp.zeros((), jnp.float32))
-        return self.layout.to_kernel(total, self.array.shape)
+        each = (update.formed(cut, dtype) for update in updates)
+        return self.layout.to_kernel(sum(each, start=jnp.zeros((), jnp.float32)), self.array.shape)
 
-    def taking(self, updates: Sequence[Update]) -> jax.Array:
-        """W + delta: formed in float32, or in what is wider, and rounded once to W's dtype.
+    def taking(self, updates: Sequence[Update], dtype: DTypeLike = jnp.float32) -> jax.Array:
+        """W + delta: summed in float32, or in what is wider, and rounded once to W's dtype.
+
+        Args:
+          dtype: what delta is formed in.
 
         Raises:
           ConfigError: it refuses.
         """
         if self.refusal:
             raise ConfigError(f"no adapter can be merged into this layer: {self.refusal}")
-        whole = self.array.astype(at_least_float32(self.array.dtype)) + self.delta(updates)
+        wide = self.array.astype(at_least_float32(self.array.dtype))
+        whole = wide + self.delta(updates, dtype)
         return whole.astype(self.array.dtype)

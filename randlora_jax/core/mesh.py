@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.kernel_layout import KernelLayout
-from randlora_jax.core.update import Update, at_least_float32
+from randlora_jax.core.update import Update, formed_in, through
 
 Axes = tuple[str, ...]
 
@@ -89,7 +89,7 @@ class Placement:
         )
 
     def applied(self, x: jax.Array, update: Update, *, factored: bool) -> jax.Array:
-        """x (rows..., in) @ delta, (rows..., out), float32 or as wide as x.
+        """x (rows..., in) @ delta, (rows..., out), in x's dtype.
 
         `factored`: without forming delta.
 
@@ -110,20 +110,20 @@ class Placement:
             gamma = jax.lax.pcast(
                 gamma, tuple(a for a in self.used if a not in small), to="varying"
             )
-            mine = replace(update, lam=lam, gamma=gamma, pair=BasisPair(*pair)).factors()
+            mine = replace(update, lam=lam, gamma=gamma, pair=BasisPair(*pair))
+            factors = mine.factors(formed_in(x.dtype))
             if factored:
-                return jax.lax.psum(mine.applied(x), kept[0])
-            whole = mine.formed()
+                return jax.lax.psum(factors.applied(x), kept[0])
+            whole = factors.formed()
             for axis, axes in enumerate(gathered):
                 if axes:
                     whole = jax.lax.all_gather(whole, axes, axis=axis, tiled=True)
-            return jax.lax.psum(x @ whole, kept[0])
+            return jax.lax.psum(through(x, whole), kept[0])
 
         rows = [axes or None for axes in self.rows]
         columns = P(None, small or None)
         specs = (P(*rows, kept[0] or None), P(), columns, columns, P(large or None))
-        arrays: tuple[jax.Array, ...]
-        arrays = (x.astype(at_least_float32(x.dtype)), update.lam, update.gamma, *update.pair)
+        arrays: tuple[jax.Array, ...] = (x, update.lam, update.gamma, *update.pair)
         if _explicit(self.mesh):
             arrays = tuple(map(self._placed, arrays, specs))
         mapped = jax.shard_map(

@@ -57,8 +57,35 @@ def _(values: tuple[jax.Array, ...], steps: tuple[Any, ...]) -> tuple[jax.Array,
     return product(lam, a, gamma), sum(moved[1:], moved[0])
 
 
+def formed_in(dtype: DTypeLike) -> DTypeLike:
+    """What delta is formed in for a layer that multiplies in `dtype`.
+
+    bfloat16 for bfloat16, where a delta is rounded to that in any case; else float32. The factors
+    are smaller than delta: float16 would lose them, as it does not reach as far down as float32.
+    """
+    return jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+
+
+def scaled_to(dtype: DTypeLike, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """`x` in `dtype`, and what to multiply a product with it by, None for nothing.
+
+    float16 does not reach as far down as float32: `x` is brought to where it holds 18 bits.
+    """
+    if dtype != jnp.float16:
+        return x.astype(dtype), None
+    unit = lax.stop_gradient(jnp.maximum(jnp.abs(x).max() * 64, jnp.finfo(x.dtype).tiny))
+    return (x / unit).astype(dtype), unit.astype(jnp.float32)
+
+
+def through(x: jax.Array, delta: jax.Array) -> jax.Array:
+    """x (..., in) @ delta (in, out), in x's dtype."""
+    narrow, unit = scaled_to(x.dtype, delta)
+    y = x @ narrow
+    return y if unit is None else (y * unit).astype(x.dtype)
+
+
 class FlatFactors(NamedTuple):
-    """B_flat (max, n*r) and scaled A_flat (r*n, min) of one matrix, both float32.
+    """B_flat (max, n*r) and scaled A_flat (r*n, min) of one matrix, of one dtype.
 
     in_is_smaller: in <= out, square matrices included. Then delta_W is M, so delta is
     A_flat.T B_flat.T: neither is transposed in memory.
@@ -75,10 +102,11 @@ class FlatFactors(NamedTuple):
         return self.b @ self.a
 
     def applied(self, x: jax.Array) -> jax.Array:
-        """x (..., in) @ delta without forming delta, (..., out)."""
-        if self.in_is_smaller:
-            return jnp.einsum("...j,sj->...s", x, self.a) @ self.b.T
-        return (x @ self.b) @ self.a
+        """x (..., in) @ delta without forming delta, (..., out), in x's dtype."""
+        (a, unit), b = scaled_to(x.dtype, self.a), self.b.astype(x.dtype)
+        inner = jnp.einsum("...j,sj->...s", x, a) if self.in_is_smaller else x @ b
+        y = inner @ (b.T if self.in_is_smaller else a)
+        return y if unit is None else (y * unit).astype(x.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -87,8 +115,7 @@ class Update:
     """What one adapter adds to one (in, out) matrix, or to each matrix of a stack: a pytree.
 
     Args:
-      lam: (*stack, r, n) float32.
-      gamma: (*stack, n, min) float32.
+      lam: (*stack, r, n), gamma: (*stack, n, min); float32, or the layer's own dtype.
       pair: the shared bases, at least as large as the matrix slices.
       scaling: alpha / r, times what the product of two integers of ternary bases stands for.
       matrix: (in, out).
@@ -117,36 +144,41 @@ class Update:
         pair = BasisPair(a[:, : min(self.matrix)], b[: max(self.matrix), : self.lam.shape[-1]])
         return replace(self, pair=pair)
 
-    def factors(self) -> FlatFactors:
-        """The flat factors of a sliced update of one matrix."""
+    def factors(self, dtype: DTypeLike = jnp.float32) -> FlatFactors:
+        """The flat factors of a sliced update of one matrix, in `dtype`."""
         r, n = self.lam.shape
         a, b = self.pair
-        scaled = product(self.lam, a.astype(jnp.float32), self.gamma)
+        wide = (x.astype(jnp.float32) for x in (self.lam, a, self.gamma))
+        scaled = product(*wide)
         a_flat = scaled.reshape(r * n, a.shape[1]) * self.scaling
-        b_flat = b.reshape(b.shape[0], n * r).astype(jnp.float32)
-        return FlatFactors(b_flat, a_flat, self.in_is_smaller)
+        b_flat = b.reshape(b.shape[0], n * r)
+        return FlatFactors(b_flat.astype(dtype), a_flat.astype(dtype), self.in_is_smaller)
 
-    def formed(self, cut: "Callable[[Update], Update] | None" = None) -> jax.Array:
-        """Delta of every matrix, (*stack, in, out) in float32, scaling included.
+    def formed(
+        self,
+        cut: "Callable[[Update], Update] | None" = None,
+        dtype: DTypeLike = jnp.float32,
+    ) -> jax.Array:
+        """Delta of every matrix, (*stack, in, out), scaling included.
 
         Args:
           cut: slices the update of one matrix, and says where its parts shall lie on a mesh.
+          dtype: what it is multiplied in, and comes in.
         """
 
         def one(lam: jax.Array, gamma: jax.Array) -> jax.Array:
             update = replace(self, lam=lam, gamma=gamma)
-            return (cut(update) if cut else update.sliced()).factors().formed()
+            return (cut(update) if cut else update.sliced()).factors(dtype).formed()
 
         for _ in range(self.lam.ndim - 2):
             one = jax.vmap(one)
         return one(self.lam, self.gamma)
 
     def applied(self, x: jax.Array, *, factored: bool) -> jax.Array:
-        """x (..., in) @ delta of a single matrix: (..., out) in float32, or as wide as x is.
+        """x (..., in) @ delta of a single matrix: (..., out), multiplied in x's dtype.
 
         Args:
           factored: without forming delta.
         """
-        wide = x.astype(at_least_float32(x.dtype))
-        factors = self.sliced().factors()
-        return factors.applied(wide) if factored else wide @ factors.formed()
+        factors = self.sliced().factors(formed_in(x.dtype))
+        return factors.applied(x) if factored else through(x, factors.formed())

@@ -56,12 +56,14 @@ class PossibleWays:
     """The ways a layer may run.
 
     Args:
-      forward: for the output and the gradient of the input.
+      forward: for the output.
+      inputs: for the gradient of the input.
       trained: for the gradient of lambda and gamma.
-      against: the reason against each way that is impossible.
+      against: the reason against each way that is impossible, be it only for the output.
     """
 
     forward: tuple[Way, ...]
+    inputs: tuple[Way, ...]
     trained: tuple[Way, ...]
     against: Mapping[Way, str]
 
@@ -82,7 +84,6 @@ def possible_ways(
       dtype: what the layer multiplies in.
       drops: an adapter sees dropout(x) in place of x.
     """
-    low_precision = jnp.finfo(dtype).bits < 32
     against: dict[Way, str] = {}
     if contraction is None:
         unknown = "the layer is not known to be a sum over axes of its input"
@@ -91,19 +92,22 @@ def possible_ways(
         against[Way.IN_KERNEL] = kernel.refusal
     elif drops:
         against[Way.IN_KERNEL] = "under adapter dropout the layer itself must see its whole input"
-    elif low_precision and contraction is not None and options.apply != "merged":
-        against[Way.IN_KERNEL] = (
-            f"a small delta_W would drown in the rounding of W to {jnp.dtype(dtype).name}"
-        )
     refused = {"factored": (Way.IN_KERNEL, Way.FORMED), "merged": (Way.FACTORED,), "auto": ()}
     for way in refused[options.apply]:
         against.setdefault(way, f"apply={options.apply!r} was asked for")
-    forward = tuple(way for way in Way if way not in against)
+    inputs = tuple(way for way in Way if way not in against)
+    beside = tuple(way for way in inputs if way is not Way.IN_KERNEL)
     # The gradient of delta is the same through W + delta and beside. Beside, it can be summed over
     # devices when it is small (`mesh`), and rows are merged first (`applying`).
-    alone = Way.FORMED in forward and (kernel.placement is not None or not low_precision)
-    trained = tuple(way for way in forward if not (alone and way is Way.IN_KERNEL))
-    return PossibleWays(forward, trained, against)
+    trained = beside if Way.FORMED in beside else inputs
+    # The gradient of the input has no small part to lose.
+    drowns = jnp.finfo(dtype).bits < 32 and beside != inputs and beside and options.apply == "auto"
+    if drowns:
+        against[Way.IN_KERNEL] = (
+            "in the output, a small delta_W would drown in the rounding of W to "
+            f"{jnp.dtype(dtype).name}"
+        )
+    return PossibleWays(beside if drowns else inputs, inputs, trained, against)
 
 
 def require_a_way(name: str, possible: PossibleWays) -> None:

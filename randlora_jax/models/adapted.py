@@ -41,7 +41,13 @@ class AdaptedModel(ABC):
     # The life of adapters.
 
     def add_adapter(
-        self, adapter_name: str, config: RandLoraConfig, *, rngs: Any = None, trainable: bool = True
+        self,
+        adapter_name: str,
+        config: RandLoraConfig,
+        *,
+        rngs: Any = None,
+        trainable: bool = True,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         """Adds a fresh adapter: lambda zero, gamma 1 / max(n, min), as PEFT initialises them.
 
@@ -51,6 +57,8 @@ class AdaptedModel(ABC):
           rngs: an ``nnx.Rngs`` or a ``jax.random.key``, for ``init_weights=False`` and, in nnx,
             adapter dropout.
           trainable: False keeps it from the optimizer.
+          autocast_adapter_dtype: False holds its numbers in the base model's bfloat16 or float16,
+            where that is what it holds, instead of float32; as in PEFT.
 
         Raises:
           ConfigError: the name is taken, or no adapter can have it; `config` is no RandLoraConfig,
@@ -59,6 +67,7 @@ class AdaptedModel(ABC):
         """
         self._check_new(adapter_name, rngs)
         life.check_flag("trainable", trainable)
+        life.check_flag("autocast_adapter_dtype", autocast_adapter_dtype)
         config = expected_config(config)
         registry, store = self._registry, self._store
         if config.target_modules == ALL_LINEAR:
@@ -71,7 +80,8 @@ class AdaptedModel(ABC):
         scaling = basis_source.scaling(config, identity, kept)
         spec = AdapterSpec(adapter_name, scaling, config.randlora_dropout, identity, extents)
         state = adapter_arrays.fresh_state(registry, base, config, layers, rngs)
-        self._add(store, files.Restored(spec, config, state, kept), trainable, rngs)
+        restored = files.Restored(spec, config, state, kept)
+        self._add(store, restored, trainable, rngs, autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Applies and trains the named adapter or adapters, and no other.
@@ -296,11 +306,21 @@ class AdaptedModel(ABC):
         self._registry = registry
         (store or self._store).follow(registry)
 
-    def _add(self, store: ArrayStore, adapter: files.Restored, trainable: bool, rngs: Any) -> None:
+    def _add(
+        self,
+        store: ArrayStore,
+        adapter: files.Restored,
+        trainable: bool,
+        rngs: Any,
+        autocast_adapter_dtype: bool,
+    ) -> None:
         """Takes an adapter in, or refuses it and changes nothing."""
         spec, config, state, kept = adapter
         after = life.added(self._registry, spec, config, kept, trainable=trainable)
-        state = adapter_arrays.placed(after, store.base_leaves(), state)
+        base = store.base_leaves()
+        if not autocast_adapter_dtype:
+            state = adapter_arrays.in_base_dtype(after, base, state)
+        state = adapter_arrays.placed(after, base, state)
         store.install(after, spec, state, rngs)
         self._follow(after, store)
         self._refresh_pairs(store)

@@ -152,6 +152,24 @@ def placed(registry: AdapterRegistry, base: Leaves, state: AdapterState) -> Adap
     return AdapterState(layers, saved)
 
 
+def in_base_dtype(registry: AdapterRegistry, base: Leaves, state: AdapterState) -> AdapterState:
+    """An adapter's arrays in the dtype of what they are for, where that has 16 bits."""
+
+    def cast(x: Any, leaf: Any) -> Any:
+        narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize == 2
+        dtype = leaf.dtype if narrow else x.dtype
+        return shape_of(x, x.sharding, dtype) if is_abstract(x) else x.astype(dtype)
+
+    def kernel(name: str) -> Any:
+        return base[registry.layers[name].kernel_path]
+
+    layers = {
+        name: (cast(lam, kernel(name)), cast(gamma, kernel(name)))
+        for name, (lam, gamma) in state.layers.items()
+    }
+    return AdapterState(layers, {path: cast(x, base[path]) for path, x in state.saved.items()})
+
+
 def shared_pairs(
     registry: AdapterRegistry, states: Mapping[str, AdapterState]
 ) -> dict[str, BasisPair]:

@@ -53,10 +53,11 @@ def export(registry: AdapterRegistry, adapter_name: str, state: AdapterState) ->
     spec = registry.specs[adapter_name]
     layers: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     owners: dict[str, Layer] = {}
-    for name, (lam, gamma) in state.layers.items():
+    for name, leaves in state.layers.items():
+        lam, gamma = (np.asarray(leaf).astype(np.float32) for leaf in leaves)  # 16 bits: exactly
         layer = registry.layers[name]
-        gammas = layer.split(np.asarray(gamma))
-        layers |= {k: (lam, gammas[k]) for k, lam in layer.split(np.asarray(lam)).items()}
+        gammas = layer.split(gamma)
+        layers |= {k: (lam, gammas[k]) for k, lam in layer.split(lam).items()}
         owners |= dict.fromkeys(layer.names, layer)
     bases = basis_source.stored_pair(spec.identity, spec.extents, registry.kept_pairs)
     saved = _saved_tensors(registry, state)

@@ -221,6 +221,7 @@ class RandLoraModel(AdaptedModel):
         is_trainable: bool = False,
         *,
         rngs: Any = None,
+        autocast_adapter_dtype: bool = True,
         torch_generation: str | None = None,
         base_dtype: npt.DTypeLike | None = None,
         revision: str | None = None,
@@ -231,6 +232,7 @@ class RandLoraModel(AdaptedModel):
         Args:
           directory: or the id of a hub repository, at `revision`; the adapter at its root, or in
             its `subfolder`.
+          autocast_adapter_dtype: as for `add_adapter`; False rounds what the file holds.
           torch_generation: for a file without bases (``save_projection=False``), the draw of the
             torch release it was trained under, such as "bf16-8bit" (``docs/torch-generations.md``).
           base_dtype: for such a file, the dtype that the base model was loaded in for training,
@@ -244,6 +246,7 @@ class RandLoraModel(AdaptedModel):
         """
         self._check_new(adapter_name, rngs)
         check_flag("is_trainable", is_trainable)
+        check_flag("autocast_adapter_dtype", autocast_adapter_dtype)
         folder = hub.local_directory(directory, revision, subfolder)
         store = self._store
         found = files.restore(
@@ -257,7 +260,7 @@ class RandLoraModel(AdaptedModel):
         if not is_trainable:
             config = dataclasses.replace(found.config, inference_mode=True)
             found = found._replace(config=config)
-        self._add(store, found, is_trainable, rngs)
+        self._add(store, found, is_trainable, rngs, autocast_adapter_dtype)
 
     @classmethod
     def from_pretrained(
@@ -275,6 +278,7 @@ class RandLoraModel(AdaptedModel):
         layer_types: Table | None = None,
         optional: Sequence[str] = (),
         sample_inputs: Any = None,
+        autocast_adapter_dtype: bool = True,
         torch_generation: str | None = None,
         base_dtype: npt.DTypeLike | None = None,
         revision: str | None = None,
@@ -287,7 +291,8 @@ class RandLoraModel(AdaptedModel):
           is_trainable: the adapter's numbers are trained on; else they are frozen like the base.
           apply, token_axes, rngs, views, names, layer_types, optional, sample_inputs: as for
             `get_peft_model`.
-          torch_generation, base_dtype, revision, subfolder: as for `load_adapter`.
+          autocast_adapter_dtype, torch_generation, base_dtype, revision, subfolder: as for
+            `load_adapter`.
         """
         rules = WrapRules.stated(
             apply, token_axes, views, names, layer_types, optional, sample_inputs
@@ -299,6 +304,7 @@ class RandLoraModel(AdaptedModel):
                 adapter_name,
                 is_trainable,
                 rngs=rngs,
+                autocast_adapter_dtype=autocast_adapter_dtype,
                 torch_generation=torch_generation,
                 base_dtype=base_dtype,
                 revision=revision,

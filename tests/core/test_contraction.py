@@ -76,7 +76,8 @@ def test_einsums_of_every_form(equation, axes, x_shape, shape, apply, low_precis
     gradients = lambda f: jax.grad(lambda *at: (f(*at) ** 2).sum(), (1, 2, 3))(*at)  # noqa: E731
     pairs = zip([ours(*at), *gradients(ours)], [plain(*at), *gradients(plain)], strict=True)
     for found, expected in pairs:
-        np.testing.assert_allclose(found, expected, atol=1e-4 * float(jnp.abs(expected).max()))
+        allowed = 0.02 if low_precision else 1e-4
+        np.testing.assert_allclose(found, expected, atol=allowed * float(jnp.abs(expected).max()))
 
 
 def test_an_einsum_that_sums_its_tokens_runs_merged():

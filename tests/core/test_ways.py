@@ -60,10 +60,16 @@ def test_no_way_is_one_error_with_every_reason(situation, reasons):
 
 
 def test_the_gradient_beside_takes_the_place_of_that_through_the_kernel():
-    """In float32: it has the same value, and its rows can be merged first."""
+    """It has the same value, and its rows can be merged first."""
     assert ways().trained == (FORMED, FACTORED)
-    assert ways(dtype=jnp.bfloat16, apply="merged").trained == (IN_KERNEL, FORMED)
+    assert ways(dtype=jnp.bfloat16, apply="merged").trained == (FORMED,)
     assert ways(call=None).trained == (IN_KERNEL,)
+
+
+def test_the_gradient_of_the_input_has_no_small_part_to_lose():
+    assert ways(dtype=jnp.bfloat16).inputs == (IN_KERNEL, FORMED, FACTORED)
+    assert ways(dtype=jnp.bfloat16, drops=True).inputs == (FORMED, FACTORED)
+    assert ways(dtype=jnp.bfloat16, apply="factored").inputs == (FACTORED,)
 
 
 def test_a_kernel_that_refuses_takes_nothing():
@@ -104,7 +110,10 @@ def test_explain_knows_types_and_what_layers_multiply_in():
     model = get_peft_model(Nnx(), CONFIG, views={"own": "i o"})
     half, own = sorted(model.explain(64).splitlines())
     assert own.startswith("own") and "forward: W + delta_W" in own and "not factored" in own
-    assert half.startswith("half") and "not W + delta_W: a small delta_W would drown" in half
+    assert (
+        half.startswith("half")
+        and "not W + delta_W: in the output, a small delta_W would drown" in half
+    )
 
 
 def test_a_linen_layer_tells_its_dtype_once_it_has_run():
@@ -112,4 +121,4 @@ def test_a_linen_layer_tells_its_dtype_once_it_has_run():
     config = RandLoraConfig(r=2, randlora_alpha=4, target_modules=["half"])
     model = get_peft_model(module.bind(module.init(jax.random.key(0), x)), config)
     model(x)
-    assert "not W + delta_W: a small delta_W would drown" in model.explain(64)
+    assert "not W + delta_W: in the output, a small delta_W would drown" in model.explain(64)

@@ -1,0 +1,115 @@
+"""A layer that multiplies in 16 bits does so with its adapter, too, and loses nothing."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from randlora_jax import RandLoraConfig, get_peft_model
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from operand_types import TOKENS_PER_WIDTH, arrays, of_one_layer, step
+
+LOW = (jnp.bfloat16, jnp.float16)
+IN, OUT, TOKENS, R = 256, 512, 1024, 24
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize(("apply", "most"), [("auto", 4.2), ("merged", 3.2), ("factored", 7.1)])
+def test_no_product_of_a_bfloat16_layer_has_a_float32_operand(apply, most, platform):
+    found = of_one_layer(apply, platform)
+    # lambda's and gamma's own gradients are float32, and do not grow with the tokens
+    assert set(found) == {"bf16", "f32"} and found["f32"] < 0.005 and sum(found.values()) <= most
+
+
+@pytest.mark.parametrize("apply", ["auto", "merged", "factored"])
+def test_nothing_as_large_as_activations_or_bases_is_copied_to_float32(apply):
+    """B is (width, bases, r): with r 24 its flat form has a shape that nothing else has."""
+    width = 256
+    lowered = step(2, apply, "cuda", width, r=24)
+    seen = [shape for kind, shape in arrays(lowered) if kind == "f32"]
+    assert seen and max(map(np.prod, seen)) < TOKENS_PER_WIDTH * width**2
+    assert not {(width, 264), (width, 11, 24)} & {*seen}
+
+
+def pair(dtype, update, apply="auto", seed=0):
+    """A layer in `dtype` with an adapter of which delta is so much of W, and x; sums in float32."""
+    layer = nnx.Linear(
+        IN, OUT, use_bias=False, dtype=dtype, preferred_element_type=jnp.float32, rngs=nnx.Rngs(0)
+    )
+    layer.kernel[...] = layer.kernel[...].astype(dtype).astype(jnp.float32)
+    net = nnx.Sequential(layer)
+    config = RandLoraConfig(r=R, randlora_alpha=2 * R, target_modules="all-linear")
+    model = get_peft_model(net, config, apply=apply)
+    draw = np.random.default_rng(seed)
+    state = nnx.state(model, nnx.LoRAParam)
+    state = jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape), x.dtype), state)
+    nnx.update(model, state)
+    (delta,) = model.delta_weights().values()
+    (lam,) = (x for path, x in nnx.to_flat_state(state) if "randlora_lambda" in path)
+    lam[...] = lam[...] * update * jnp.std(layer.kernel[...]) / np.std(delta)
+    nnx.update(model, state)
+    x = jnp.asarray(draw.normal(size=(TOKENS, IN)), dtype)
+    return model, layer, x
+
+
+def exact(model, layer, x):
+    """x @ delta in float64."""
+    (delta,) = model.delta_weights().values()
+    return np.asarray(x, np.float64) @ np.asarray(delta, np.float64).T
+
+
+def arrived(found, wanted):
+    """How much of an effect is there, and the error as a share of it."""
+    slope = (found * wanted).sum() / (wanted**2).sum()
+    return slope, (found - wanted).std() / wanted.std()
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("apply", ["auto", "factored"])
+@pytest.mark.parametrize("update", [1e-3, 1e-5])
+def test_a_small_update_arrives(dtype, apply, update):
+    model, layer, x = pair(dtype, update, apply)
+    with model.disable_adapter():
+        frozen = np.asarray(model(x), np.float64)
+    slope, noise = arrived(np.asarray(model(x), np.float64) - frozen, exact(model, layer, x))
+    # float32 sums of the layer's own output: what they round is the less, the larger the update
+    assert slope == pytest.approx(1, abs=0.01) and noise < max(0.01, 3e-7 / update)
+
+
+def test_rounded_into_the_kernel_it_would_not():
+    model, layer, x = pair(jnp.bfloat16, 1e-3, "merged")
+    with model.disable_adapter():
+        frozen = np.asarray(model(x), np.float64)
+    slope, noise = arrived(np.asarray(model(x), np.float64) - frozen, exact(model, layer, x))
+    assert slope < 0.9 and noise > 0.3
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("apply", ["auto", "factored", "merged"])
+def test_gradients_are_those_of_float32(dtype, apply):
+    """Of lambda, gamma and the input; to what the rounding of what goes in leaves open."""
+
+    def gradients(model, x, weights):
+        def loss(model, x):
+            return (model(x).astype(jnp.float32) * weights).sum() / TOKENS
+
+        moving = (nnx.DiffState(0, nnx.LoRAParam), 1)
+        trained, inputs = nnx.grad(loss, argnums=moving)(model, x)
+        return [*jax.tree.leaves(trained), inputs]
+
+    model, _, x = pair(dtype, 0.1, apply)
+    wide, _, _ = pair(jnp.float32, 0.1)
+    nnx.update(wide, nnx.state(model, nnx.LoRAParam))
+    nnx.update(wide, nnx.state(model, nnx.filterlib.PathContains("kernel")))
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=(TOKENS, OUT)), dtype)
+    found = gradients(model, x, weights)
+    wanted = gradients(wide, x.astype(jnp.float32), weights.astype(jnp.float32))
+    for mine, right in zip(found, wanted, strict=True):
+        apart = np.linalg.norm(np.asarray(mine, np.float32) - right) / np.linalg.norm(right)
+        assert apart < 0.01
