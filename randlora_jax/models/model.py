@@ -35,6 +35,7 @@ from randlora_jax.models.front_end import WrapRules, given_back, stated_names, w
 from randlora_jax.models.layer import Layer, LayerRun
 from randlora_jax.models.layer_types import Table
 from randlora_jax.models.life import check_flag
+from randlora_jax.models.memory import Memory, memory
 from randlora_jax.models.names import Rules
 
 
@@ -120,6 +121,13 @@ class RandLoraModel(AdaptedModel):
     def coverage(self) -> Coverage:
         """What the adapters take, train whole and leave out, array by array; prints as a table."""
         return coverage.coverage(self._registry, self._states())
+
+    def memory(self) -> Memory:
+        """Bytes on one device by kind, with AdamW in mind; of an abstract model, too."""
+        store, states, registry = self._store, self._states(), self._registry
+        arrays = {name: (state.layers, state.saved) for name, state in states.items()}
+        moving = [arrays[name] for name in registry.training if registry.enabled]
+        return memory(dict(store.base_leaves()), dict(store.pairs()), arrays, moving)
 
     def explain(self, tokens: int, adapter_name: str = "default") -> str:
         """Which way each pass of each layer takes, what it costs, and what it cannot take.

@@ -1,0 +1,46 @@
+"""model.memory() counts what is there, of arrays and of shapes alone."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from randlora_jax import RandLoraConfig, get_peft_model
+from randlora_jax.models.memory import memory
+
+CONFIG = RandLoraConfig(r=4, randlora_alpha=8, target_modules=["up"], modules_to_save=["norm"])
+
+
+class Net(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.up = nnx.Linear(16, 24, param_dtype=jnp.bfloat16, rngs=rngs)
+        self.norm = nnx.LayerNorm(24, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.up(x))
+
+
+def test_of_arrays_and_of_shapes_alone():
+    model = get_peft_model(Net(), CONFIG)
+    found = model.memory()
+    lam, gamma, whole = 4 * 4, 4 * 16, 2 * 24
+    assert found.base == 2 * (16 * 24 + 24) + 4 * 2 * 24
+    assert found.bases == 2 * (4 * 16 + 24 * 4 * 4)
+    assert found.adapters == found.gradients == found.adamw / 2 == 4 * (lam + gamma + whole)
+    assert found.total == sum(found)
+    assert get_peft_model(nnx.eval_shape(Net), CONFIG).memory() == found
+    model.add_adapter("other", CONFIG)
+    more = model.memory()
+    assert more.adapters == 2 * found.adapters and more.gradients == found.gradients
+    assert str(more).splitlines()[-1].startswith("total ")
+
+
+def test_it_is_of_one_device():
+    mesh = AbstractMesh((4, 2), ("data", "model"))
+    kernel = jax.ShapeDtypeStruct(
+        (64, 32), jnp.bfloat16, sharding=NamedSharding(mesh, P("data", "model"))
+    )
+    int4 = jax.ShapeDtypeStruct((3, 3), jnp.int4)
+    assert memory([kernel], [int4], [], []) == (64 * 32 * 2 // 8, 5, 0, 0, 0)
