@@ -66,22 +66,32 @@ def formed_in(dtype: DTypeLike) -> DTypeLike:
     return jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
 
 
-def scaled_to(dtype: DTypeLike, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """`x` in `dtype`, and what to multiply a product with it by, None for nothing.
+def through(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """x (..., in) @ matrix (in, out), in x's dtype; `matrix` is a delta, or one of its factors."""
+    return _through_small(x, matrix) if x.dtype == jnp.float16 else x @ matrix.astype(x.dtype)
 
-    float16 does not reach as far down as float32: `x` is brought to where it holds 18 bits.
+
+@jax.custom_jvp
+def _through_small(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """In float16, which does not reach as far down as float32.
+
+    `matrix` is brought to where float16 holds 18 bits, and the result brought back. Gradients are
+    as large as elsewhere, and are not scaled.
     """
-    if dtype != jnp.float16:
-        return x.astype(dtype), None
-    unit = lax.stop_gradient(jnp.maximum(jnp.abs(x).max() * 64, jnp.finfo(x.dtype).tiny))
-    return (x / unit).astype(dtype), unit.astype(jnp.float32)
+    peak = jnp.abs(matrix).max()
+    unit = jnp.where(peak > 0, 64 * peak, 1).astype(jnp.float32)
+    return ((x @ (matrix / unit).astype(x.dtype)) * unit).astype(x.dtype)
 
 
-def through(x: jax.Array, delta: jax.Array) -> jax.Array:
-    """x (..., in) @ delta (in, out), in x's dtype."""
-    narrow, unit = scaled_to(x.dtype, delta)
-    y = x @ narrow
-    return y if unit is None else (y * unit).astype(x.dtype)
+@partial(_through_small.defjvp, symbolic_zeros=True)
+def _(values: tuple[jax.Array, ...], steps: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    (x, matrix), (x_step, matrix_step) = values, steps
+    shares = (
+        (x_step, lambda: _through_small(x_step, matrix)),
+        (matrix_step, lambda: x @ matrix_step.astype(x.dtype)),
+    )
+    moved = [share() for step, share in shares if not isinstance(step, SymbolicZero)]
+    return _through_small(x, matrix), sum(moved[1:], moved[0])
 
 
 class FlatFactors(NamedTuple):
@@ -103,10 +113,8 @@ class FlatFactors(NamedTuple):
 
     def applied(self, x: jax.Array) -> jax.Array:
         """x (..., in) @ delta without forming delta, (..., out), in x's dtype."""
-        (a, unit), b = scaled_to(x.dtype, self.a), self.b.astype(x.dtype)
-        inner = jnp.einsum("...j,sj->...s", x, a) if self.in_is_smaller else x @ b
-        y = inner @ (b.T if self.in_is_smaller else a)
-        return y if unit is None else (y * unit).astype(x.dtype)
+        b = self.b.astype(x.dtype)
+        return through(x, self.a.T) @ b.T if self.in_is_smaller else through(x @ b, self.a)
 
 
 @jax.tree_util.register_dataclass
