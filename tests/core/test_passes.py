@@ -235,4 +235,4 @@ def test_what_was_chosen_is_said():
     many = Sizes(65536, 4096, 4096, 4096)
     beside = explained("q", possible((4096, 4096), dtype=jnp.bfloat16), many)
     assert "forward: x delta_W beside" in beside
-    assert "not W + delta_W: a small delta_W would drown" in beside
+    assert "not W + delta_W: in the output, a small delta_W would drown" in beside
