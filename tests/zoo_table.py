@@ -107,14 +107,15 @@ def by_peft(pair: Twins, folder: Path, seed: int) -> peft.PeftModel:
     return theirs
 
 
-def in_bfloat16(pair: Twins, folder: Path, adapters: int = 4) -> float:
+def in_bfloat16(pair: Twins, folder: Path, numbers: int = 150) -> float:
     """How far we are from the float32 outputs, as a share of how far PEFT is (root mean squares).
 
-    Both are chance for a single small adapter, so several are taken together.
+    Both are chance for a few numbers, so there are as many adapters as give enough: four at least.
     """
     flax, torch_model = pair.in_bfloat16()
     ours, theirs = 0.0, 0.0
-    for seed in range(adapters):
+    size = pair.torch_output(pair.torch).size
+    for seed in range(max(4, numbers // size)):
         exact = pair.torch_output(by_peft(pair, folder / str(seed), seed))
         loaded = RandLoraModel.from_pretrained(flax, folder / str(seed))
         opened = peft.PeftModel.from_pretrained(copy.deepcopy(torch_model), folder / str(seed))

@@ -181,7 +181,7 @@ class _Call:
             self._through(x.astype(self.dtype), update, sizes, factored)
             for x, update in zip(seen, updates, strict=True)
         ]
-        return out + sum(made[1:], made[0]).astype(out.dtype)
+        return (out + sum(made[1:], made[0])).astype(out.dtype)
 
     def _through(
         self, x: jax.Array, update: Update, sizes: Sequence[int], factored: bool

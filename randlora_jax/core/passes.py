@@ -2,7 +2,8 @@
 
 A layer is computed forward, then differentiated with respect to its input and to what it trains.
 The cheapest association differs between these three, and none may keep what it built for another:
-delta_W and W + delta_W are as large as the model.
+delta_W and W + delta_W are as large as the model. What a layer reads besides, its input above all,
+stays XLA's to keep or to make again, as it is without adapters.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +21,9 @@ def each_pass_its_way(forward: Function, inputs: Function, trained: Function) ->
 
     ... by `inputs` and `trained` where it is differentiated with respect to its first and second
     argument. A rule for tangents, not for cotangents, so that forward mode and higher derivatives
-    work; its tangents are rebuilt (``jax.checkpoint``), so nothing but the arguments is kept for
-    the backward pass. Where `inputs` and `trained` are the same way, they share what they can.
+    work; its tangents are rebuilt (``jax.checkpoint``) from the arguments and from what is trained,
+    which a barrier makes another value to XLA: what is formed of it forward is not kept for that.
+    Where `inputs` and `trained` are the same way, they share what they can.
     """
 
     @jax.custom_jvp
@@ -59,7 +61,10 @@ def each_pass_its_way(forward: Function, inputs: Function, trained: Function) ->
             ]
             return shares[0] if len(shares) == 1 else shares[0] + shares[1]
 
-        return function(*primals), jax.checkpoint(tangent)(leaves, steps)
+        def rebuilt(leaves: list[jax.Array], steps: dict[int, jax.Array]) -> jax.Array:
+            return tangent(leaves[:first] + jax.lax.optimization_barrier(leaves[first:]), steps)
+
+        return function(*primals), jax.checkpoint(rebuilt, prevent_cse=False)(leaves, steps)
 
     function.defjvp(rule, symbolic_zeros=True)
     return function

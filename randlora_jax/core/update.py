@@ -66,32 +66,53 @@ def formed_in(dtype: DTypeLike) -> DTypeLike:
     return jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
 
 
-def through(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """x (..., in) @ matrix (in, out), in x's dtype; `matrix` is a delta, or one of its factors."""
-    return _through_small(x, matrix) if x.dtype == jnp.float16 else x @ matrix.astype(x.dtype)
+def through(x: jax.Array, matrix: jax.Array, *, basis: bool = False) -> jax.Array:
+    """x (..., in) @ matrix (in, out), multiplied in x's dtype.
 
+    It comes in float32 where that is no larger than `matrix`, for rows so few that rounding them
+    would save nothing; else in x's dtype.
 
-@jax.custom_jvp
-def _through_small(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """In float16, which does not reach as far down as float32.
-
-    `matrix` is brought to where float16 holds 18 bits, and the result brought back. Gradients are
-    as large as elsewhere, and are not scaled.
+    Args:
+      x: in the layer's dtype.
+      matrix: a delta, or one of its factors.
+      basis: that factor which has no lambda and gamma in it.
     """
+    few = x.size // x.shape[-1] <= matrix.shape[0]
+    comes_in = jnp.float32 if few and x.dtype.itemsize < 4 else x.dtype
+    return _through(x, matrix, comes_in, x.dtype == jnp.float16 and not basis)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _through(x: jax.Array, matrix: jax.Array, comes_in: DTypeLike, scales: bool) -> jax.Array:
+    """The product, summed and returned in `comes_in`. Its gradients are multiplied in x's dtype.
+
+    Left to JAX, what is summed in float32 would be multiplied in float32 backwards. float16 does
+    not reach as far down as float32: there `matrix` is brought to where it holds 18 bits, and the
+    result brought back (`scales`). Gradients are as large as elsewhere, and are not scaled.
+    """
+    unit = _unit(matrix) if scales else None
+    scaled = (matrix if unit is None else matrix / unit).astype(x.dtype)
+    y = jnp.matmul(x, scaled, preferred_element_type=comes_in)
+    return y if unit is None else (y * unit).astype(comes_in)
+
+
+def _unit(matrix: jax.Array) -> jax.Array:
+    """What float16 counts `matrix` in."""
     peak = jnp.abs(matrix).max()
-    unit = jnp.where(peak > 0, 64 * peak, 1).astype(jnp.float32)
-    return ((x @ (matrix / unit).astype(x.dtype)) * unit).astype(x.dtype)
+    return jnp.where(peak > 0, 64 * peak, 1).astype(jnp.float32)
 
 
-@partial(_through_small.defjvp, symbolic_zeros=True)
-def _(values: tuple[jax.Array, ...], steps: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+@partial(_through.defjvp, symbolic_zeros=True)
+def _(
+    comes_in: DTypeLike, scales: bool, values: tuple[Any, ...], steps: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
     (x, matrix), (x_step, matrix_step) = values, steps
     shares = (
-        (x_step, lambda: _through_small(x_step, matrix)),
+        (x_step, lambda: _through(x_step, matrix, x.dtype, scales)),
         (matrix_step, lambda: x @ matrix_step.astype(x.dtype)),
     )
     moved = [share() for step, share in shares if not isinstance(step, SymbolicZero)]
-    return _through_small(x, matrix), sum(moved[1:], moved[0])
+    return _through(x, matrix, comes_in, scales), sum(moved[1:], moved[0]).astype(comes_in)
 
 
 class FlatFactors(NamedTuple):
@@ -112,9 +133,10 @@ class FlatFactors(NamedTuple):
         return self.b @ self.a
 
     def applied(self, x: jax.Array) -> jax.Array:
-        """x (..., in) @ delta without forming delta, (..., out), in x's dtype."""
-        b = self.b.astype(x.dtype)
-        return through(x, self.a.T) @ b.T if self.in_is_smaller else through(x @ b, self.a)
+        """x (..., in) @ delta without forming delta, (..., out), as `through` it."""
+        if self.in_is_smaller:
+            return through(through(x, self.a.T).astype(x.dtype), self.b.T, basis=True)
+        return through(x @ self.b.astype(x.dtype), self.a)
 
 
 @jax.tree_util.register_dataclass

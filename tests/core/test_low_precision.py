@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.mlir import ir
 
 from randlora_jax import RandLoraConfig, get_peft_model
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from operand_types import TOKENS_PER_WIDTH, arrays, of_one_layer, step
+from operand_types import TOKENS_PER_WIDTH, arrays, of_one_layer, operations, step
 
 LOW = (jnp.bfloat16, jnp.float16)
 IN, OUT, TOKENS, R = 256, 512, 1024, 24
@@ -35,6 +36,19 @@ def test_nothing_as_large_as_activations_or_bases_is_copied_to_float32(apply):
     seen = [shape for kind, shape in arrays(lowered) if kind == "f32"]
     assert seen and max(map(np.prod, seen)) < TOKENS_PER_WIDTH * width**2
     assert not {(width, 264), (width, 11, 24)} & {*seen}
+
+
+@pytest.mark.parametrize("apply", ["auto", "merged", "factored"])
+def test_what_is_kept_of_activations_is_left_to_xla(apply):
+    """A barrier around them would keep each layer's input beside what it was made of."""
+    lowered = step(2, apply, "tpu")
+    held = [
+        tuple(ir.RankedTensorType(one.type).shape)
+        for operation in operations(lowered.compiler_ir())
+        if operation.name == "stablehlo.optimization_barrier"
+        for one in operation.operands
+    ]
+    assert held and max(map(np.prod, held)) <= 256**2, "lambda, gamma and the bases are no larger"
 
 
 def pair(dtype, update, apply="auto", seed=0):
