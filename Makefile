@@ -10,6 +10,7 @@
 #   make compare  RandLoRA beside LoRA, the head alone and full fine-tuning; eight hours
 #   make fit     how near each kind of adapter comes to given matrices
 #   make low-precision  how a bfloat16 model learns, by the ways to apply an adapter; loss curves
+#   make tpu     what XLA's TPU compiler makes of a bfloat16 step; no TPU needed
 #   make fuzz    damages adapters in 100,000 ways (FUZZ_ARGS='--cases 5000 --seed 1')
 #   make dist    the source distribution and the wheel, checked, into dist/
 #   make compat  older releases of PEFT open what we write; tunix on transformers 5
@@ -27,7 +28,7 @@ PYTEST_ARGS ?=
 # Nothing is downloaded once the environment stands.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo demo-llm test test-long matrix examples bench profile compare fit low-precision lint \
+.PHONY: demo demo-llm test test-long matrix examples bench profile compare fit low-precision tpu lint \
 	types dist fuzz compat clean
 
 # The C allocator would hand every large buffer back and ask for it again: a third of the time.
@@ -55,6 +56,12 @@ fit: $(VENV)/.installed
 
 low-precision: $(VENV)/.installed
 	$(PINNED) $(RUN) -W ignore benchmarks/low_precision.py
+
+# Beside the environment, where JAX would look for a TPU whenever it starts.
+LIBTPU := build/libtpu
+tpu: $(VENV)/.installed
+	$(PIP) install -q --no-deps --upgrade --target $(LIBTPU) libtpu==0.0.52
+	JAX_PLATFORMS=cpu PYTHONPATH=$(LIBTPU) $(RUN) -W ignore benchmarks/compiled_for_tpu.py
 
 # One Python of the matrix goes along, unless tests were chosen; on what meets new releases of flax.
 SHORT := $(addprefix tests/,front_ends models package)

@@ -66,11 +66,12 @@ def compiled(method: str, layers: int, remat: llama3.RematConfig, chip: Any) -> 
     graph, trained, rest = nnx.split(model, trains, ...)
 
     def gradient(trained: Any, rest: Any, tokens: Any, places: Any, mask: Any) -> Any:
-        def loss(trained: Any) -> jax.Array:
-            scores, _ = nnx.merge(graph, trained, rest)(tokens, places, None, mask)
+        def loss(model: Any) -> jax.Array:
+            scores, _ = model(tokens, places, None, mask)
             return (scores.astype(jnp.float32) ** 2).mean()
 
-        return jax.grad(loss)(trained)
+        model = nnx.merge(graph, trained, rest)
+        return nnx.grad(loss, argnums=nnx.DiffState(0, trains))(model)
 
     on_chip = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(chip))
     place = partial(jax.tree.map, lambda x: on_chip(x.shape, x.dtype))
