@@ -70,7 +70,10 @@ class Kernel:
           ConfigError: it refuses.
         """
         if self.refusal:
-            raise ConfigError(f"no adapter can be merged into this layer: {self.refusal}")
+            raise ConfigError(
+                f"no adapter can be merged into this layer: {self.refusal}; where a quantiser made "
+                "them, merge_and_unload(dequantize=True) gives float kernels"
+            )
         wide = self.array.astype(at_least_float32(self.array.dtype))
         whole = wide + self.delta(updates, dtype)
         return whole.astype(self.array.dtype)

@@ -22,6 +22,7 @@ from randlora_jax.front_ends.params import flat, step_of, unboxed, with_leaves
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.front_end import ADAPTED_ALREADY
 from randlora_jax.models.names import Path, dotted
+from randlora_jax.models.quantised import dequantised, is_quantised
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 from randlora_jax.models.store import ArrayStore
 
@@ -50,6 +51,22 @@ class CollectionStore(ArrayStore):
     def set_base_leaves(self, leaves: Mapping[Path, jax.Array]) -> None:
         """In a new tree: the one that the user handed in stays as it is."""
         self.base = {**self.base, "params": with_leaves(self.base["params"], leaves)}
+
+    def dequantised(self) -> Mapping[Path, jax.Array]:
+        """Leaves of the collection "params"."""
+        leaves = jax.tree_util.tree_leaves_with_path(self.base["params"], is_leaf=is_quantised)
+        found = {tuple(map(step_of, keys)): leaf for keys, leaf in leaves if is_quantised(leaf)}
+        return {path: dequantised(path, leaf) for path, leaf in found.items()}
+
+    def put_floats(self, leaves: Mapping[Path, jax.Array]) -> None:
+        """In a new tree."""
+
+        def found(keys: tuple[Any, ...], held: Any) -> Any:
+            return leaves.get(tuple(map(step_of, keys)), held)
+
+        params = self.base["params"]
+        params = jax.tree_util.tree_map_with_path(found, params, is_leaf=is_quantised)
+        self.base = {**self.base, "params": params}
 
     def install(
         self, registry: AdapterRegistry, spec: AdapterSpec, state: AdapterState, rngs: Any

@@ -17,6 +17,7 @@ from randlora_jax.interop.config import ALL_LINEAR, RandLoraConfig, expected_con
 from randlora_jax.interop.errors import ConfigError, shown, warn
 from randlora_jax.models import adapter_arrays, basis_source, coverage, files, life
 from randlora_jax.models.names import Path
+from randlora_jax.models.quantised import INTEGERS
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 from randlora_jax.models.store import ArrayStore
 
@@ -184,17 +185,8 @@ class AdaptedModel(ABC):
         if not wanted:
             warn("all these adapters are merged already: nothing to do")
             return
-        states = self._numbers(wanted)
-        pairs = self._pairs(states)
-        updates = adapter_arrays.updates_by_layer(registry, states, pairs)
         base = store.base_leaves()
-        kernels = adapter_arrays.merged_kernels(registry, base, updates)
-        for path, kernel in kernels.items() if safe_merge else ():
-            if not jnp.isfinite(kernel).all():
-                raise ConfigError(
-                    f"merging {wanted} into {'.'.join(map(str, path[:-1]))!r} gives numbers that "
-                    "are not finite: an adapter is broken; nothing was merged"
-                )
+        kernels = self._kernels_with(wanted, base, safe_merge)
         originals = {p: on_host(base[p]) for p in kernels if p not in registry.originals}
         store.set_base_leaves(kernels)
         self._follow(life.merged(registry, wanted, originals))
@@ -215,23 +207,34 @@ class AdaptedModel(ABC):
         return sum(x.nbytes for x in self._registry.originals.values())
 
     def merge_and_unload(
-        self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+        self,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        dequantize: bool = False,
     ) -> Any:
         """The base model with the active (or named) adapters merged in, and no trace of adapters.
 
         Modules trained whole and biases take the place of the originals. This model must not be
         used afterwards.
 
+        Args:
+          dequantize: first give the base model float kernels in place of quantised ones, in the
+            dtype of their scales. They are what was rounded, which the adapter was trained beside.
+
         Raises:
-          ConfigError: as `merge_adapter`; or two of the adapters trained the same module whole.
+          ConfigError: as `merge_adapter`; two of the adapters trained the same module whole; or
+            (with `dequantize`) nothing is quantised, or it cannot be read.
 
         Returns:
           what was wrapped: the nnx module, a bound linen module, the Hugging Face model.
         """
         life.check_flag("safe_merge", safe_merge)
+        life.check_flag("dequantize", dequantize)
         names = life.named_or_active(self._registry, adapter_names)
         self._trained_whole(names)
-        if not set(names) <= set(self._registry.merged):
+        if dequantize:
+            self._merge_into_floats(names, safe_merge)
+        elif not set(names) <= set(self._registry.merged):
             self.merge_adapter(names, safe_merge)
         return self._unwrapped(names)
 
@@ -242,6 +245,45 @@ class AdaptedModel(ABC):
         return self._unwrapped(self._registry.active)
 
     # Within.
+
+    def _merge_into_floats(self, adapter_names: Sequence[str], safe_merge: bool) -> None:
+        """Puts float kernels in place of quantised ones, the named adapters merged into all.
+
+        Raises:
+          ConfigError: as `merge_and_unload`; nothing has changed.
+        """
+        life.refuse_while_off(self._registry, "merge_and_unload")
+        floats = self._store.dequantised()
+        if not floats:
+            raise ConfigError("dequantize=True: no array of the base model is quantised")
+        if self._registry.merged:
+            adapter_names = tuple({*self._registry.merged, *adapter_names})
+            self.unmerge_adapter()
+        store = self._store
+        read = {(*path, *INTEGERS): numbers for path, numbers in floats.items()}
+        kernels = self._kernels_with(adapter_names, {**store.base_leaves(), **read}, safe_merge)
+        store.set_base_leaves({path: x for path, x in kernels.items() if path not in read})
+        whole = {**read, **{path: x for path, x in kernels.items() if path in read}}
+        store.put_floats({path[: -len(INTEGERS)]: x for path, x in whole.items()})
+
+    def _kernels_with(
+        self, adapter_names: Sequence[str], base: Mapping[Path, jax.Array], safe_merge: bool
+    ) -> dict[Path, jax.Array]:
+        """The kernels in `base` with the named adapters merged in.
+
+        Raises:
+          ConfigError: a kernel takes none, or (with `safe_merge`) would not be finite.
+        """
+        states = self._numbers(adapter_names)
+        updates = adapter_arrays.updates_by_layer(self._registry, states, self._pairs(states))
+        kernels = adapter_arrays.merged_kernels(self._registry, base, updates)
+        for path, kernel in kernels.items() if safe_merge else ():
+            if not jnp.isfinite(kernel).all():
+                raise ConfigError(
+                    f"merging {adapter_names} into {'.'.join(map(str, path[:-1]))!r} gives numbers "
+                    "that are not finite: an adapter is broken; nothing was merged"
+                )
+        return kernels
 
     def _check_new(self, adapter_name: str, rngs: Any) -> None:
         """What every way to an adapter takes from the user.

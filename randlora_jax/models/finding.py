@@ -13,6 +13,7 @@ from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.idle_rules import refuse_idle, refuse_shadowed, refuse_unused_views
 from randlora_jax.models.layer import Layer, LayerType
 from randlora_jax.models.names import KERNEL_LEAVES, Names, Path, slashed
+from randlora_jax.models.quantised import INTEGERS
 
 
 class Stated(NamedTuple):
@@ -124,10 +125,6 @@ class FoundLayers:
     left: tuple[LeftArray, ...] = ()
 
 
-# Where a quantised array, as qwix makes it, holds its integers.
-QUANTISED = ("array", "qvalue")
-
-
 def find_layers(modules: Iterable[FoundModule], stated: StatedLayouts, names: Names) -> FoundLayers:
     """The layers among `modules`, each visited once.
 
@@ -199,7 +196,7 @@ def _whole_layer(module: FoundModule, stated: StatedLayouts) -> _Kernel | None:
         said = stated.find(module.path, (*module.path, *leaf)) if leaf else None
         return _Kernel(leaf, said.layout, said.rule) if leaf and said else None
     kernel = tuple(module.type.leaf.split("/"))
-    kernel = kernel if kernel in arrays else (*kernel, *QUANTISED)
+    kernel = kernel if kernel in arrays else (*kernel, *INTEGERS)
     if kernel not in arrays:
         return None
     axes = module.type.layout.axes

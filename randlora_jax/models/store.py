@@ -26,6 +26,18 @@ class ArrayStore(ABC):
         """Replaces some of them."""
 
     @abstractmethod
+    def dequantised(self) -> Mapping[Path, jax.Array]:
+        """The numbers of every quantised array of the base model, by its path.
+
+        Raises:
+          ConfigError: one cannot be read.
+        """
+
+    @abstractmethod
+    def put_floats(self, leaves: Mapping[Path, jax.Array]) -> None:
+        """Puts arrays in place of the quantised ones; the model then runs as it did before."""
+
+    @abstractmethod
     def install(
         self, registry: AdapterRegistry, spec: AdapterSpec, state: AdapterState, rngs: Any
     ) -> None:

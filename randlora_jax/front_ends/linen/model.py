@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import flax.linen as nn
+import jax
 from flax.core import unfreeze
 from flax.errors import ScopeParamShapeError
 
@@ -30,7 +31,8 @@ from randlora_jax.models.finding import find_layers
 from randlora_jax.models.front_end import WrapRules, register_front_end
 from randlora_jax.models.layer import Layer, LayerRun
 from randlora_jax.models.layer_types import LayerTypes, Table, refuse_idle_types
-from randlora_jax.models.names import slashed
+from randlora_jax.models.names import Path, slashed
+from randlora_jax.models.quantised import unquantised_class
 from randlora_jax.models.reaching import expected, refuse_unreached
 from randlora_jax.models.registry import AdapterRegistry, BaseModelInfo
 
@@ -129,6 +131,12 @@ class LinenStore(CollectionStore):
     def __init__(self, module: nn.Module, base: dict[str, Any]) -> None:
         super().__init__(base)
         self.module = module
+
+    def put_floats(self, leaves: Mapping[Path, jax.Array]) -> None:
+        """The module whose class quantises becomes one of the class that was made of."""
+        super().put_floats(leaves)
+        self.module = self.module.copy()
+        self.module.__class__ = unquantised_class(type(self.module))
 
     def release(self) -> nn.Module:
         """The bound module."""

@@ -12,9 +12,10 @@ from randlora_jax.front_ends.linen.normed import normed_kernels
 from randlora_jax.front_ends.linen.tracing import Axes, Trace, TracedModule
 from randlora_jax.front_ends.nnx_types import DENSE
 from randlora_jax.front_ends.params import owner_of
-from randlora_jax.models.finding import QUANTISED, FoundModule, StatedLayouts
+from randlora_jax.models.finding import FoundModule, StatedLayouts
 from randlora_jax.models.layer import LayerType
 from randlora_jax.models.names import Path
+from randlora_jax.models.quantised import INTEGERS
 
 Arrays = dict[Path, jax.Array]
 
@@ -67,13 +68,13 @@ def _untold(arrays: Arrays) -> dict[Path, str]:
         leaf: f"it holds {x.dtype} numbers, and only a run tells whether its module is one that is "
         "known to multiply by them: pass sample_inputs=(...), what the model is called with"
         for leaf, x in arrays.items()
-        if not jnp.issubdtype(x.dtype, jnp.inexact) and leaf[-len(QUANTISED) :] != QUANTISED
+        if not jnp.issubdtype(x.dtype, jnp.inexact) and leaf[-len(INTEGERS) :] != INTEGERS
     }
 
 
 def taken_for(path: Path, arrays: Arrays, stated: StatedLayouts) -> LayerType | None:
     """What a module that has not run is taken for."""
-    for leaf in (("kernel",), ("kernel", *QUANTISED)):
+    for leaf in (("kernel",), ("kernel", *INTEGERS)):
         if leaf in arrays and arrays[leaf].ndim == 2:
             return None if stated.find(path) or stated.find((*path, *leaf)) else DENSE
     return None

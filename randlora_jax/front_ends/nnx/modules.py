@@ -13,7 +13,6 @@ from randlora_jax.front_ends.nnx.layer import RandLoraLayer
 from randlora_jax.front_ends.nnx.variables import SharedBasis
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.finding import (
-    QUANTISED,
     FoundModule,
     StatedLayouts,
     multiplies_another,
@@ -21,6 +20,7 @@ from randlora_jax.models.finding import (
 from randlora_jax.models.layer import LayerType
 from randlora_jax.models.layer_types import LayerTypes
 from randlora_jax.models.names import Path, dotted, slashed
+from randlora_jax.models.quantised import INTEGERS, SCALE, is_quantised
 
 # What has kernels and is no linear layer.
 _OTHER: Mapping[type, str] = {
@@ -146,9 +146,9 @@ def _variables_of(holder: Any) -> Iterator[tuple[Path, nnx.Variable[Any]]]:
         if isinstance(value, nnx.Variable):
             if not isinstance(value, _NO_PARAMETERS):
                 yield (name,), value
-        elif all(hasattr(getattr(value, QUANTISED[0], None), n) for n in (QUANTISED[1], "scale")):
-            for part in (QUANTISED[1], "scale"):
-                yield (name, QUANTISED[0], part), getattr(value.array, part)
+        elif is_quantised(value):
+            for outer, inner in (INTEGERS, SCALE):
+                yield (name, outer, inner), getattr(getattr(value, outer), inner)
         elif isinstance(value, (*_CONTAINERS, list, tuple, dict)) and name != "_pytree__nodes":
             for leaf, variable in _variables_of(value):
                 yield (name, *leaf), variable

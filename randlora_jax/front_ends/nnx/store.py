@@ -27,6 +27,7 @@ from randlora_jax.models import reaching
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
+from randlora_jax.models.quantised import dequantised, is_quantised, unquantised_class
 from randlora_jax.models.store import ArrayStore
 
 
@@ -97,6 +98,37 @@ class NnxStore(ArrayStore):
         """In place."""
         for path, value in leaves.items():
             self._params[path][...] = value
+
+    def _quantised(self) -> dict[Path, nnx.Module]:
+        """The module that holds each quantised array, by the array's path."""
+        modules = {p: m.base_layer if self._is_ours(m) else m for p, m in self._modules.items()}
+        return {
+            (*path, name): module
+            for path, module in modules.items()
+            for name, value in vars(module).items()
+            if is_quantised(value)
+        }
+
+    def dequantised(self) -> Mapping[Path, jax.Array]:
+        """Attributes of modules."""
+
+        def plain(x: Any) -> Any:
+            return x.get_raw_value() if isinstance(x, nnx.Variable) else x
+
+        def numbers(path: Path, module: nnx.Module) -> jax.Array:
+            held = getattr(module, str(path[-1]))
+            raw = jax.tree.map(plain, held, is_leaf=lambda x: isinstance(x, nnx.Variable))
+            return dequantised(path, raw)
+
+        return {path: numbers(path, module) for path, module in self._quantised().items()}
+
+    def put_floats(self, leaves: Mapping[Path, jax.Array]) -> None:
+        """As ``nnx.Param``; modules whose class quantises get the one it was made of."""
+        holders = self._quantised()
+        for path, value in leaves.items():
+            setattr(holders[path], str(path[-1]), nnx.Param(value))
+        for _, module in nnx.iter_modules(self.root.model):
+            module.__class__ = unquantised_class(type(module))
 
     def install(
         self, registry: AdapterRegistry, spec: AdapterSpec, state: AdapterState, rngs: Any
