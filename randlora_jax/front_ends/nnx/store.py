@@ -26,8 +26,8 @@ from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models import reaching
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, slashed
-from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 from randlora_jax.models.quantised import dequantised, is_quantised, unquantised_class
+from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 from randlora_jax.models.store import ArrayStore
 
 
