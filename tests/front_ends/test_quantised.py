@@ -5,11 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import qwix
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from randlora_jax import ConfigError, RandLoraConfig, RandLoraModel, get_peft_model
+
+qwix = pytest.importorskip("qwix")
 
 CONFIG = RandLoraConfig(r=8, randlora_alpha=16, target_modules="all-linear")
 KINDS = [(kind, tile) for kind in ("int8", "int4", "nf4") for tile in (None, 16)]
