@@ -102,16 +102,16 @@ def test_known_mistakes_miss_by_a_hundredfold(pair, from_peft, mistake, monkeypa
     ours = RandLoraModel.from_pretrained(pair.flax, folder, apply="merged")
     formed, factors = Update.formed, Update.factors
 
-    def transposed(update, cut=None):
-        delta = formed(update, cut)
+    def transposed(update, *given):
+        delta = formed(update, *given)
         return delta.swapaxes(-1, -2) if len(set(update.matrix)) == 1 else delta
 
-    def unscaled(update, cut=None):
-        return formed(update, cut) / update.scaling
+    def unscaled(update, *given):
+        return formed(update, *given) / update.scaling
 
-    def swapped(update):
+    def swapped(update, *given):
         r, n = update.lam.shape
-        right = factors(update)
+        right = factors(update, *given)
         b = right.b.reshape(-1, n, r).transpose(0, 2, 1).reshape(right.b.shape)
         return right._replace(b=b)
 
