@@ -70,10 +70,7 @@ class Kernel:
           ConfigError: it refuses.
         """
         if self.refusal:
-            raise ConfigError(
-                f"no adapter can be merged into this layer: {self.refusal}; where a quantiser made "
-                "them, merge_and_unload(dequantize=True) gives float kernels"
-            )
+            raise ConfigError(f"no adapter can be merged into this layer: {self.refusal}")
         wide = self.array.astype(at_least_float32(self.array.dtype))
         whole = wide + self.delta(updates, dtype)
         return whole.astype(self.array.dtype)

@@ -250,21 +250,20 @@ class AdaptedModel(ABC):
         """Puts float kernels in place of quantised ones, the named adapters merged into all.
 
         Raises:
-          ConfigError: as `merge_and_unload`; nothing has changed.
+          ConfigError: as `merge_and_unload`; what was merged before is apart again.
         """
         life.refuse_while_off(self._registry, "merge_and_unload")
         floats = self._store.dequantised()
         if not floats:
             raise ConfigError("dequantize=True: no array of the base model is quantised")
         if self._registry.merged:
-            adapter_names = tuple({*self._registry.merged, *adapter_names})
+            adapter_names = tuple(dict.fromkeys((*self._registry.merged, *adapter_names)))
             self.unmerge_adapter()
         store = self._store
         read = {(*path, *INTEGERS): numbers for path, numbers in floats.items()}
         kernels = self._kernels_with(adapter_names, {**store.base_leaves(), **read}, safe_merge)
         store.set_base_leaves({path: x for path, x in kernels.items() if path not in read})
-        whole = {**read, **{path: x for path, x in kernels.items() if path in read}}
-        store.put_floats({path[: -len(INTEGERS)]: x for path, x in whole.items()})
+        store.put_floats({p: kernels.get((*p, *INTEGERS), x) for p, x in floats.items()})
 
     def _kernels_with(
         self, adapter_names: Sequence[str], base: Mapping[Path, jax.Array], safe_merge: bool

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from randlora_jax.core.abstract import is_abstract, put, shape_of
+from randlora_jax.core.abstract import is_abstract, moved, put, shape_of
 from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents, used_extents
 from randlora_jax.core.hoisting import is_traced
 from randlora_jax.core.kernel import Kernel
@@ -19,6 +19,7 @@ from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models import basis_source
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import TORCH_LEAF, Names, Path, dotted
+from randlora_jax.models.quantised import INTEGERS
 from randlora_jax.models.registry import AdapterRegistry, AdapterState
 
 Leaves = Mapping[Path, jax.Array]
@@ -157,8 +158,7 @@ def in_base_dtype(registry: AdapterRegistry, base: Leaves, state: AdapterState) 
 
     def cast(x: Any, leaf: Any) -> Any:
         narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize == 2
-        dtype = leaf.dtype if narrow else x.dtype
-        return shape_of(x, x.sharding, dtype) if is_abstract(x) else x.astype(dtype)
+        return moved(lambda x: x.astype(leaf.dtype), x) if narrow else x
 
     def kernel(name: str) -> Any:
         return base[registry.layers[name].kernel_path]
@@ -238,6 +238,9 @@ def merged_kernels(
 
     Args:
       traced: inside ``jit``, where an array's own sharding cannot be seen: as it was when wrapped.
+
+    Raises:
+      ConfigError: a kernel takes none.
     """
     merged = {}
     for name, mine in updates.items():
@@ -245,8 +248,13 @@ def merged_kernels(
         array = base[layer.kernel_path]
         if traced:
             kernel = Kernel.traced(array, layer.layout, layer.sharding)
-            merged[layer.kernel_path] = kernel.taking(mine)
         else:
-            whole = Kernel(array, layer.layout).taking(mine)
-            merged[layer.kernel_path] = jax.device_put(whole, on_mesh(array))
+            kernel = Kernel(array, layer.layout)
+        if kernel.refusal and layer.leaf[-len(INTEGERS) :] == INTEGERS:
+            raise ConfigError(
+                f"no adapter can be merged into {name!r}: {kernel.refusal}; a quantiser made them: "
+                "merge_and_unload(dequantize=True) gives float kernels"
+            )
+        whole = kernel.taking(mine)
+        merged[layer.kernel_path] = whole if traced else jax.device_put(whole, on_mesh(array))
     return merged

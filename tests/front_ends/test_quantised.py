@@ -52,13 +52,16 @@ def quantised_linen(kind, tile):
     return module.bind({"params": qwix.quantize_params(numbers, shapes)})
 
 
+QUANTISE = {"nnx": quantised_nnx, "linen": quantised_linen}
+
+
 def samples(front_end):
     return {"sample_inputs": (X,)} if front_end == "linen" else {}
 
 
 def wrapped(front_end, kind, tile, scale=0.1):
     """A quantised model, its outputs, and it with an adapter that moves them."""
-    base = {"nnx": quantised_nnx, "linen": quantised_linen}[front_end](kind, tile)
+    base = QUANTISE[front_end](kind, tile)
     plain = base(X)
     model = get_peft_model(base, CONFIG, **samples(front_end))
     assert (model(X) == plain).all()
@@ -143,7 +146,7 @@ def test_the_layer_itself_runs_as_it_is_and_delta_beside(front_end):
 def test_bytes_are_the_quantised_models_and_the_adapters(front_end):
     model, _ = wrapped(front_end, "nf4", 16)
     found = model.memory()
-    base = {"nnx": quantised_nnx, "linen": quantised_linen}[front_end]("nf4", 16)
+    base = QUANTISE[front_end]("nf4", 16)
     assert found.base <= 1.05 * sum(x.nbytes for x in jax.tree.leaves(arrays(base)))
 
 
