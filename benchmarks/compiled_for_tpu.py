@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu would look for a TPU's host
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import jax
 import jax.numpy as jnp
-import qwix
+import tuning
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
@@ -28,7 +31,6 @@ from tunix.models.llama3 import model as llama3
 
 from randlora_jax import RandLoraConfig, get_peft_model
 
-PROJECTIONS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 DOCUMENTS, LENGTH = 8, 1024
 CHIP = "v5e:2x2"
 
@@ -48,14 +50,10 @@ def build(method: str, layers: int, remat: llama3.RematConfig) -> Any:
     model = llama3.Llama3(shape, rngs=nnx.Rngs(0))
     nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(model)))
     if method == "LoRA":
-        kinds = f".*({'|'.join(PROJECTIONS)})"
-        provider = qwix.LoraProvider(module_path=kinds, rank=16, alpha=32)
-        return qwix.apply_lora_to_model(
-            model, provider, **model.get_model_input(), rngs=nnx.Rngs(0)
-        )
+        return tuning.lora(model, rank=16)
     if method == "full":
         return model
-    config = RandLoraConfig(r=32, randlora_alpha=64, target_modules=PROJECTIONS)
+    config = RandLoraConfig(r=32, randlora_alpha=64, target_modules="all-linear")
     return get_peft_model(model, config, apply=method)
 
 
