@@ -1,4 +1,4 @@
-"""What every test needs: no network, full-precision products, the same draws at every run.
+"""What every test needs: no network, full-precision products, the same draws, Ctrl-C's signal.
 
 Tests marked `torch` need torch, PEFT or transformers. Where one of these is not installed, they are
 left out, and the last line of the report counts them.
@@ -6,6 +6,7 @@ left out, and the last line of the report counts them.
 
 import ast
 import os
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +18,9 @@ import pytest
 from hypothesis import settings
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# A shell's background job ignores it, and whatever it starts would, too: some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Compiling takes longer than hypothesis' deadline; a failure must come back at the next run.
 settings.register_profile("randlora", deadline=None, derandomize=True, max_examples=25)
@@ -57,6 +61,7 @@ def _marks_torch(statement: ast.stmt) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
     if HAS_TORCH:
         return
     marked = [item for item in items if item.get_closest_marker("torch")]

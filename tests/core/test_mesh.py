@@ -12,6 +12,7 @@ from randlora_jax.interop.peft_dir import read_adapter
 HERE = Path(__file__).parents[1]
 
 
+@pytest.mark.first
 def test_on_eight_devices():
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     command = [sys.executable, "-m", "pytest", "-q", "-rP", "-p", "no:cacheprovider"]

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.torch
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.first
 def test_a_language_model_says_the_same_words_in_pytorch():
     command = [sys.executable, "-W", "ignore", "examples/demo_llm.py", "--short"]
     subprocess.run(command, cwd=ROOT, check=True)

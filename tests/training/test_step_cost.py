@@ -13,6 +13,7 @@ from shapes import minilm
 pytestmark = pytest.mark.torch
 
 
+@pytest.mark.first
 def test_operations_and_temporary_bytes():
     """32 x 128 tokens, every linear layer, r 32; compiled, not run: a minute, so once for both."""
     shape = minilm()
