@@ -215,9 +215,10 @@ class RandLoraLayer(nnx.Module):
         found, key = [], slashed(layer.leaf)
         for spec in specs:
             both = [held[spec.name][key] for held in (self.randlora_lambda, self.randlora_gamma)]
-            for leaf in both:
-                refuse_abstract(f"adapter {spec.name} of {layer.name}", leaf.get_raw_value())
-            lam, gamma = (layout.stack_first(leaf[...]) for leaf in both)
+            arrays = [leaf.get_raw_value() for leaf in both]  # leaf[...] copies, to no purpose
+            for array in arrays:
+                refuse_abstract(f"adapter {spec.name} of {layer.name}", array)
+            lam, gamma = map(layout.stack_first, arrays)
             drop: Callable[[jax.Array], jax.Array] | None = self.randlora_dropout.get(spec.name)
             off = drop is None or drop.deterministic  # type: ignore[attr-defined]
             update = spec.update(lam, gamma, context.pairs, layer.matrix)

@@ -7,6 +7,7 @@ by any of its methods (`run_in_kernels`).
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -39,6 +40,13 @@ class _RunLayer:
     leaf: Path
     place: int | str
     values: Hoisted
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.graph, self.leaf, self.place, self.values))
+
+    def __hash__(self) -> int:  # looked up more than once a call, and graphs take their time
+        return self._hash
 
     def __call__(self, kernel: jax.Array, x: jax.Array, *read: jax.Array) -> jax.Array:
         """What the layer returns."""
