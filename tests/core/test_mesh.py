@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from randlora_jax.interop.peft_dir import read_adapter
 
 HERE = Path(__file__).parents[1]
