@@ -6,6 +6,7 @@
 #   make matrix  every Python we declare, with old and new releases, on what needs no torch
 #   make examples  a short training loop in every library, each adapter opened in PyTorch PEFT
 #   make bench   what a step costs beside PEFT, JAX LoRA and full fine-tuning; about 20 minutes
+#   make bench-gpu PYTHON=...  the like on a GPU, by a Python that has a CUDA jax; installs nothing
 #   make profile  where the time of those steps goes
 #   make compare  RandLoRA beside LoRA, the head alone and full fine-tuning; eight hours
 #   make fit     how near each kind of adapter comes to given matrices
@@ -14,7 +15,7 @@
 #   make fuzz    damages adapters in 100,000 ways (FUZZ_ARGS='--cases 5000 --seed 1')
 #   make dist    the source distribution and the wheel, checked, into dist/
 #   make compat  older releases of PEFT open what we write; tunix on transformers 5
-# All install what they need into .venv the first time.
+# All but bench-gpu install what they need into .venv the first time.
 
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c # a pipe fails with any of its commands
@@ -28,8 +29,8 @@ PYTEST_ARGS ?=
 # Nothing is downloaded once the environment stands.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo demo-llm test test-long matrix examples bench profile compare fit low-precision tpu lint \
-	types dist fuzz compat clean
+.PHONY: demo demo-llm test test-long matrix examples bench bench-gpu profile compare fit low-precision \
+	tpu lint types dist fuzz compat clean
 
 # The C allocator would hand every large buffer back and ask for it again: a third of the time.
 # One arena, since the others, which XLA's threads take, map large buffers whatever they are told.
@@ -44,6 +45,12 @@ demo-llm: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(PINNED) $(RUN) -W ignore benchmarks/bench.py
+
+# A machine with a GPU has a jax of its own, which is not to be replaced.
+PYTHON ?= python3
+BENCH_GPU_ARGS ?= # --small, --seconds: see the file
+bench-gpu:
+	$(PYTHON) -W ignore benchmarks/bench_gpu.py $(BENCH_GPU_ARGS)
 
 profile: $(VENV)/.installed
 	$(PINNED) $(RUN) -W ignore benchmarks/where_time_goes.py
