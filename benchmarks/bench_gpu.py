@@ -217,7 +217,7 @@ BENCH_GPU_ARGS=--small tiny shapes run on the CPU"
         "skipped": without(CONTESTANTS.values(), torch, args.small),
     }
     run.save()
-    print(f"{machine['device']}: ", *run.report["choices"], sep="\n- ", flush=True)
+    print(f"{machine['device']}:", *run.report["choices"], sep="\n- ", flush=True)
     for name, reason in run.report["skipped"].items():
         print(f"skipped: {name}: {reason}", flush=True)
     for contestants in ROUNDS:

@@ -125,8 +125,8 @@ SMALL = Sizes(
     models=(Model("tiny Llama", 1, 64, 128, 4, 2, 256),),
     tokens=(64, 128),
     length=64,
-    batches=(1, 2),
-    process_seconds=150,
+    batches=(1,),
+    process_seconds=400,
     start_seconds=20,
 )
 
