@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-RANK, LORA_RANK = 32, 16  # which train about as many numbers in these shapes
+RANK, LORA_RANK = 32, 16  # which train about as many numbers in Llama-3.2-1B
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RATE = 1e-3
 WARM, STEPS, FEWEST, PATIENCE = 2, 7, 3, 6.0  # runs that are not timed, that are; seconds
