@@ -205,7 +205,7 @@ installs nothing)"
             f"jax finds no GPU here, only {machine['device']} ({machine['platform']}): with \
 BENCH_GPU_ARGS=--small tiny shapes run on the CPU"
         )
-    torch = {"failed": "not asked"}
+    torch: Report = {"failed": "not asked"}
     if find_spec("torch"):
         torch, why = probed("torch", env)
         torch = torch or {"failed": why}

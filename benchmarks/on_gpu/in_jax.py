@@ -33,6 +33,15 @@ def adapted(contestant: Contestant, base: Llama) -> tuple[Any, Any]:
     return qwix.apply_lora_to_model(base, provider, one, rngs=nnx.Rngs(0)), nnx.LoRAParam
 
 
+def planned(compiled: jax.stages.Compiled) -> int | None:
+    """Bytes that there are at once while a program runs; None where XLA does not tell."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    given = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return given + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+
+
 class JaxSide:
     """A contestant that is ready to take steps."""
 
@@ -41,7 +50,7 @@ class JaxSide:
         self._graph, trained, self._rest = nnx.split(wrapped, kind, ...)
         self._tx = optax.adamw(RATE)
         self._now = [trained, self._tx.init(trained)]
-        self._planned = 0
+        self._planned: int | None = None
         self.trained = sum(x.size for x in jax.tree.leaves(trained))
 
     def train(self, ids: np.ndarray) -> Callable[[], float]:
@@ -58,13 +67,7 @@ class JaxSide:
 
         inputs = (self._rest, tokens, targets)
         compiled = jax.jit(one, donate_argnums=(0, 1)).lower(*self._now, *inputs).compile()
-        memory = compiled.memory_analysis()
-        self._planned = (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            + memory.temp_size_in_bytes
-            - memory.alias_size_in_bytes
-        )
+        self._planned = planned(compiled)
 
         def step() -> float:
             *self._now[:], value = jax.block_until_ready(compiled(*self._now, *inputs))
@@ -82,7 +85,7 @@ class JaxSide:
     def forget_peak(self) -> None:
         """Nothing: JAX's peak never falls, so sizes must rise."""
 
-    def memory(self) -> dict[str, int]:
+    def memory(self) -> dict[str, int | None]:
         """Most bytes there were at once, by the allocator; and what XLA plans for the last step.
 
         A CPU has the plan alone.

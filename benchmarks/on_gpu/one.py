@@ -47,7 +47,8 @@ def timed(run: Callable[[], object]) -> tuple[list[float], list[Any]]:
 
     Seven are timed; fewer, but never less than three, where they take long.
     """
-    returned, times = [run() for _ in range(WARM)], []
+    returned = [run() for _ in range(WARM)]
+    times: list[float] = []
     while len(times) < STEPS and (len(times) < FEWEST or sum(times) < PATIENCE):
         began = time.perf_counter()
         returned.append(run())
