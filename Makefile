@@ -5,7 +5,7 @@
 #   make test-long  all tests, those too that are slow and seldom find anything
 #   make matrix  every Python we declare, with old and new releases, on what needs no torch
 #   make examples  a short training loop in every library, each adapter opened in PyTorch PEFT
-#   make bench   what a step costs beside PEFT, JAX LoRA and full fine-tuning; about 20 minutes
+#   make bench   what a step costs beside PEFT, JAX LoRA and full fine-tuning; about 17 minutes
 #   make bench-gpu PYTHON=...  the like on a GPU, by a Python that has a CUDA jax; installs nothing
 #   make profile  where the time of those steps goes
 #   make compare  RandLoRA beside LoRA, the head alone and full fine-tuning; eight hours

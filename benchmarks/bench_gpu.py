@@ -26,24 +26,20 @@ from on_gpu import tables
 from on_gpu.cases import (
     CONTESTANTS,
     DEFAULT,
-    FEWEST,
     FLOPS,
     LORA_RANK,
-    ON_GPU,
     OURS,
-    PATIENCE,
     PEAKS,
     RANK,
     RATE,
     ROUNDS,
-    SMALL,
-    STEPS,
-    WARM,
+    SIZES,
     Contestant,
     Model,
     Sizes,
 )
 from on_gpu.following import follow
+from on_gpu.timing import TIMING
 
 ROOT = Path(__file__).parents[1]
 OUT = Path("out/bench-gpu")
@@ -116,10 +112,7 @@ def choices(machine: Report, torch: Report, sizes: Sizes) -> Iterator[str]:
         "PyTorch: torch.autocast to bfloat16, as Trainer(bf16=True) has it, unless it says "
         '"no autocast"; what stays float32 may take TF32; compiled: torch.compile(dynamic=False)'
     )
-    yield (
-        f"seconds: median of {STEPS} steps after {WARM + 1} (of at least {FEWEST} where they take "
-        f"more than {PATIENCE:.0f} s), each waited for"
-    )
+    yield TIMING
     yield (
         "peak GB (1e9 bytes): the most that JAX's or PyTorch's allocator had handed out"
         if machine["platform"] == "gpu"
@@ -192,7 +185,8 @@ def main() -> int:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that children end with us
     began, env = time.monotonic(), environment(args.small)
-    sizes, chosen = (SMALL, "small") if args.small else (ON_GPU, "gpu")
+    chosen = "small" if args.small else "gpu"
+    sizes = SIZES[chosen]
     machine, why = probed("jax", env)
     if not machine:
         lacks = ", ".join(missing(OURS)) or "nothing that it asks for"

@@ -20,6 +20,7 @@ import peft
 import qwix
 import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
+from planned import planned_bytes
 from shapes import Shape
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -138,17 +139,13 @@ def jax_contestant(
         return float(value)
 
     step()
-    memory = compiled.memory_analysis()
     return Contestant(
         name,
         step,
         sum(x.size for x in jax.tree.leaves(trained)),
         compiled.cost_analysis()["flops"],
-        memory.temp_size_in_bytes,
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes,
+        compiled.memory_analysis().temp_size_in_bytes,
+        planned_bytes(compiled),
         seconds,
         program,
     )

@@ -9,7 +9,6 @@ from typing import Literal
 RANK, LORA_RANK = 32, 16  # which train about as many numbers in Llama-3.2-1B
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RATE = 1e-3
-WARM, STEPS, FEWEST, PATIENCE = 2, 7, 3, 6.0  # runs that are not timed, that are; seconds
 
 
 @dataclass(frozen=True)
@@ -129,6 +128,7 @@ SMALL = Sizes(
     process_seconds=400,
     start_seconds=20,
 )
+SIZES = {"gpu": ON_GPU, "small": SMALL}
 
 # Dense bfloat16 products accumulated in float32, TFLOP/s, by NVIDIA's data sheets.
 PEAKS = {

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from planned import planned_bytes
 
 from randlora_jax import AdapterParam, RandLoraConfig, get_peft_model
 
@@ -31,15 +32,6 @@ def adapted(contestant: Contestant, base: Llama) -> tuple[Any, Any]:
     )
     one = jnp.ones((1, 1), jnp.int32)
     return qwix.apply_lora_to_model(base, provider, one, rngs=nnx.Rngs(0)), nnx.LoRAParam
-
-
-def planned(compiled: jax.stages.Compiled) -> int | None:
-    """Bytes that there are at once while a program runs; None where XLA does not tell."""
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return None
-    given = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return given + memory.temp_size_in_bytes - memory.alias_size_in_bytes
 
 
 class JaxSide:
@@ -67,7 +59,7 @@ class JaxSide:
 
         inputs = (self._rest, tokens, targets)
         compiled = jax.jit(one, donate_argnums=(0, 1)).lower(*self._now, *inputs).compile()
-        self._planned = planned(compiled)
+        self._planned = planned_bytes(compiled)
 
         def step() -> float:
             *self._now[:], value = jax.block_until_ready(compiled(*self._now, *inputs))

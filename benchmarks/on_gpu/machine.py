@@ -5,11 +5,11 @@ In processes of their own, so that whoever asks holds none of the card's memory.
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+from .telling import in_a_line, teller
 
 Found = dict[str, Any]
 
@@ -38,7 +38,7 @@ def attention() -> dict[str, str]:
     try:
         jax.block_until_ready(jax.jit(jax.grad(loss, (0, 1)))(q, kv))
     except Exception as error:  # whatever it is, there is another way
-        return {"attention": "xla", "why": str(error).strip().splitlines()[0][:200]}
+        return {"attention": "xla", "why": in_a_line(error)}
     return {"attention": "cudnn"}
 
 
@@ -65,10 +65,9 @@ def in_torch() -> Found:
 
 
 def main() -> None:
-    """One line to what was standard output."""
-    to = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    print(json.dumps({"jax": in_jax, "torch": in_torch}[sys.argv[1]]()), file=to, flush=True)
+    """Tells it."""
+    tell = teller()
+    tell({"jax": in_jax, "torch": in_torch}[sys.argv[1]]())
 
 
 if __name__ == "__main__":

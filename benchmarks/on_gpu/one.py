@@ -5,8 +5,6 @@ python -m on_gpu.one SIZES MODEL CONTESTANT ATTENTION, as ../bench_gpu.py calls 
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 import sys
 import time
@@ -15,18 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from .cases import (
-    CONTESTANTS,
-    FEWEST,
-    ON_GPU,
-    PATIENCE,
-    SMALL,
-    STEPS,
-    WARM,
-    Contestant,
-    Model,
-    Sizes,
-)
+from .cases import CONTESTANTS, SIZES, Contestant, Model, Sizes
+from .telling import in_a_line, teller
+from .timing import timed
 
 Row = dict[str, Any]
 
@@ -40,20 +29,6 @@ def side_of(contestant: Contestant, model: Model, length: int, attend: Any) -> A
     from .in_torch import TorchSide
 
     return TorchSide(contestant, model, length)
-
-
-def timed(run: Callable[[], object]) -> tuple[list[float], list[Any]]:
-    """Seconds of each run after the warm ones, and what all of them returned.
-
-    Seven are timed; fewer, but never less than three, where they take long.
-    """
-    returned = [run() for _ in range(WARM)]
-    times: list[float] = []
-    while len(times) < STEPS and (len(times) < FEWEST or sum(times) < PATIENCE):
-        began = time.perf_counter()
-        returned.append(run())
-        times.append(time.perf_counter() - began)
-    return times, returned
 
 
 def training(side: Any, model: Model, tokens: int, length: int) -> Row:
@@ -90,8 +65,7 @@ def attempted(figures: Callable[[], Row]) -> Row:
     try:
         return figures()
     except Exception as error:  # out of memory, what a compiler refuses: all is a result here
-        first = (str(error).strip().splitlines() or [""])[0]
-        return {"failed": f"{type(error).__name__}: {first}"[:300]}
+        return {"failed": in_a_line(error)}
 
 
 def rows(contestant: Contestant, model: Model, sizes: Sizes, attend: Any) -> Iterator[Row]:
@@ -110,14 +84,13 @@ def rows(contestant: Contestant, model: Model, sizes: Sizes, attend: Any) -> Ite
 
 
 def main() -> None:
-    """Writes to what was standard output; whatever libraries print there goes to the log."""
-    to = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    """Tells every row."""
+    tell = teller()
     chosen, model_name, name, attend = sys.argv[1:]
-    sizes = {"gpu": ON_GPU, "small": SMALL}[chosen]
+    sizes = SIZES[chosen]
     model = next(model for model in sizes.models if model.name == model_name)
     for row in rows(CONTESTANTS[name], model, sizes, attend):
-        print(json.dumps(row), file=to, flush=True)
+        tell(row)
 
 
 if __name__ == "__main__":

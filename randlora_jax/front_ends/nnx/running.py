@@ -7,7 +7,6 @@ by any of its methods (`run_in_kernels`).
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -41,7 +40,7 @@ class _RunLayer:
     place: int | str
     values: Hoisted
 
-    @cached_property
+    @functools.cached_property
     def _hash(self) -> int:
         return hash((self.graph, self.leaf, self.place, self.values))
 
