@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
 from jax.typing import DTypeLike
 
 from randlora_jax.core.contraction import CallAxes, Contraction, as_output, as_rows, for_each_matrix
@@ -24,7 +25,7 @@ from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.mesh import Placement, off_mesh
 from randlora_jax.core.passes import each_pass_its_way
-from randlora_jax.core.update import Update, formed_in
+from randlora_jax.core.update import Update, formed_in, holds_sums
 from randlora_jax.core.ways import ExecutionOptions, Way, possible_ways, require_a_way
 
 Run = Callable[..., jax.Array]
@@ -204,6 +205,8 @@ class _Call:
 
 def _run(call: _Call, plan: Plan, arguments: Arguments, updates: Sequence[Update]) -> jax.Array:
     """The layer's output, each pass its way."""
+    if not holds_sums(arguments.kernel.dtype) and is_traced(arguments):
+        call = replace(call, run=_read_now(call.run, arguments))
     ways: Mapping[Way, Callable[[Arguments, Sequence[Update]], jax.Array]] = {
         Way.IN_KERNEL: call.in_kernel,
         Way.FORMED: partial(call.beside, factored=False),
@@ -211,6 +214,16 @@ def _run(call: _Call, plan: Plan, arguments: Arguments, updates: Sequence[Update
     }
     product = each_pass_its_way(ways[plan.forward], ways[plan.inputs], ways[plan.trained])
     return product(arguments, updates)
+
+
+def _read_now(run: Run, arguments: Arguments) -> Run:
+    """The operations of a layer, as they are while its model is called.
+
+    What a quantiser makes of them holds only until then, and gradients are asked for later.
+    """
+    kernel, x, _, read = arguments
+    operations = jaxpr_as_fun(jax.make_jaxpr(run)(kernel, x, *read))
+    return lambda *arrays: operations(*arrays)[0]
 
 
 _run_sharing_traces = jax.jit(_run, static_argnums=(0, 1))

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.mesh import Placement, placement_of
-from randlora_jax.core.update import Update, at_least_float32
+from randlora_jax.core.update import Update, at_least_float32, holds_sums
 from randlora_jax.interop.errors import ConfigError
 
 
@@ -40,7 +40,7 @@ class Kernel:
     @property
     def refusal(self) -> str | None:
         """Why no update can be added to its numbers, None where one can."""
-        if jnp.issubdtype(self.array.dtype, jnp.inexact):
+        if holds_sums(self.array.dtype):
             return None
         return f"its kernel holds {self.array.dtype} numbers, which a float update cannot join"
 
@@ -49,8 +49,7 @@ class Kernel:
 
         Integers stand for x's, and so do floats of 8 bits, which JAX promotes with nothing.
         """
-        dtype = self.array.dtype
-        if jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 1:
+        if holds_sums(self.array.dtype):
             return jnp.result_type(x, self.array)
         return x.dtype
 

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from jax.custom_derivatives import SymbolicZero
 
+from randlora_jax.core.update import holds_sums
+
 Tree = Any
 Function = Callable[[Tree, Tree], jax.Array]  # (arguments, what is trained) -> the result
 
@@ -21,9 +23,10 @@ def each_pass_its_way(forward: Function, inputs: Function, trained: Function) ->
 
     ... by `inputs` and `trained` where it is differentiated with respect to its first and second
     argument. A rule for tangents, not for cotangents, so that forward mode and higher derivatives
-    work; its tangents are rebuilt (``jax.checkpoint``) from the arguments and from what is trained,
-    which a barrier makes another value to XLA: what is formed of it forward is not kept for that.
-    Where `inputs` and `trained` are the same way, they share what they can.
+    work; its tangents are rebuilt (``jax.checkpoint``) from the arguments and from what is trained.
+    A barrier makes another value to XLA of the latter, and of what a quantiser counts in: what is
+    formed of them forward is not kept for that. Where `inputs` and `trained` are the same way, they
+    share what they can.
     """
 
     @jax.custom_jvp
@@ -62,7 +65,12 @@ def each_pass_its_way(forward: Function, inputs: Function, trained: Function) ->
             return shares[0] if len(shares) == 1 else shares[0] + shares[1]
 
         def rebuilt(leaves: list[jax.Array], steps: dict[int, jax.Array]) -> jax.Array:
-            return tangent(leaves[:first] + jax.lax.optimization_barrier(leaves[first:]), steps)
+            formed = [
+                i for i in range(len(leaves)) if i >= first or not holds_sums(leaves[i].dtype)
+            ]
+            others = jax.lax.optimization_barrier([leaves[i] for i in formed])
+            now = {**dict(enumerate(leaves)), **dict(zip(formed, others, strict=True))}
+            return tangent([now[i] for i in range(len(leaves))], steps)
 
         return function(*primals), jax.checkpoint(rebuilt, prevent_cse=False)(leaves, steps)
 

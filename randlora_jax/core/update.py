@@ -34,6 +34,14 @@ def at_least_float32(dtype: DTypeLike) -> DTypeLike:
     return dtype if wider else jnp.float32
 
 
+def holds_sums(dtype: DTypeLike) -> bool:
+    """Whether numbers of `dtype` can take a delta: floats of 16 bits or more.
+
+    Integers cannot, nor floats of 8 bits or fewer, which lose it: quantisers count in them.
+    """
+    return jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize > 1
+
+
 @jax.custom_jvp
 def product(lam: jax.Array, a: jax.Array, gamma: jax.Array) -> jax.Array:
     """lam (r, n), a (r, min) and gamma (n, min), multiplied to (r, n, min) in PEFT's order.
@@ -47,7 +55,12 @@ def product(lam: jax.Array, a: jax.Array, gamma: jax.Array) -> jax.Array:
 @partial(product.defjvp, symbolic_zeros=True)
 def _(values: tuple[jax.Array, ...], steps: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
     (lam, a, gamma), (lam_step, a_step, gamma_step) = values, steps
-    outer = partial(jnp.einsum, "kb,bj->kbj", precision="highest")
+
+    def outer(lam: jax.Array, gamma: jax.Array) -> jax.Array:  # "kb,bj->kbj"
+        axes = (((), ()), ((1,), (0,)))
+        by_basis = lax.dot(lam, gamma, dimension_numbers=axes, precision="highest")
+        return by_basis.swapaxes(0, 1)
+
     shares = (
         (lam_step, lambda: outer(lam_step, gamma) * a[:, None]),
         (gamma_step, lambda: outer(lam, gamma_step) * a[:, None]),
@@ -55,6 +68,17 @@ def _(values: tuple[jax.Array, ...], steps: tuple[Any, ...]) -> tuple[jax.Array,
     )
     moved = [share() for step, share in shares if not isinstance(step, SymbolicZero)]
     return product(lam, a, gamma), sum(moved[1:], moved[0])
+
+
+def times(x: jax.Array, matrix: jax.Array, comes_in: DTypeLike | None = None) -> jax.Array:
+    """x (..., in) @ matrix (in, out): (..., out), in `comes_in` or the dtype of both.
+
+    Not by ``@`` or einsum: they go through ``lax.dot_general``, which qwix, while a model runs that
+    it quantised, replaces by its own; what an adapter multiplies would be rounded as the model's
+    activations are.
+    """
+    axes = (((x.ndim - 1,), (0,)), ((), ()))
+    return lax.dot(x, matrix, dimension_numbers=axes, preferred_element_type=comes_in)
 
 
 def formed_in(dtype: DTypeLike) -> DTypeLike:
@@ -92,7 +116,7 @@ def _through(x: jax.Array, matrix: jax.Array, comes_in: DTypeLike, scales: bool)
     """
     unit = _unit(matrix) if scales else None
     scaled = (matrix if unit is None else matrix / unit).astype(x.dtype)
-    y = jnp.matmul(x, scaled, preferred_element_type=comes_in)
+    y = times(x, scaled, comes_in)
     return y if unit is None else (y * unit).astype(comes_in)
 
 
@@ -109,7 +133,7 @@ def _(
     (x, matrix), (x_step, matrix_step) = values, steps
     shares = (
         (x_step, lambda: _through(x_step, matrix, x.dtype, scales)),
-        (matrix_step, lambda: x @ matrix_step.astype(x.dtype)),
+        (matrix_step, lambda: times(x, matrix_step.astype(x.dtype))),
     )
     moved = [share() for step, share in shares if not isinstance(step, SymbolicZero)]
     return _through(x, matrix, comes_in, scales), sum(moved[1:], moved[0]).astype(comes_in)
@@ -129,14 +153,14 @@ class FlatFactors(NamedTuple):
     def formed(self) -> jax.Array:
         """Delta (in, out)."""
         if self.in_is_smaller:
-            return lax.dot_general(self.a, self.b, (((0,), (1,)), ((), ())))
-        return self.b @ self.a
+            return lax.dot(self.a, self.b, dimension_numbers=(((0,), (1,)), ((), ())))
+        return times(self.b, self.a)
 
     def applied(self, x: jax.Array) -> jax.Array:
         """x (..., in) @ delta without forming delta, (..., out), as `through` it."""
         if self.in_is_smaller:
             return through(through(x, self.a.T).astype(x.dtype), self.b.T, basis=True)
-        return through(x @ self.b.astype(x.dtype), self.a)
+        return through(times(x, self.b.astype(x.dtype)), self.a)
 
 
 @jax.tree_util.register_dataclass

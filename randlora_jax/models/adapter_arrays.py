@@ -6,16 +6,17 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from randlora_jax.core.abstract import is_abstract, moved, put, shape_of
 from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents, used_extents
 from randlora_jax.core.hoisting import is_traced
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.mesh import on_mesh
-from randlora_jax.core.update import Update, at_least_float32
+from randlora_jax.core.update import Update, at_least_float32, holds_sums
 from randlora_jax.interop import targets
 from randlora_jax.interop.config import RandLoraConfig
-from randlora_jax.interop.errors import ConfigError
+from randlora_jax.interop.errors import ConfigError, shown
 from randlora_jax.models import basis_source
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import TORCH_LEAF, Names, Path, dotted
@@ -81,8 +82,7 @@ def _fresh(
     dtype = kernel.dtype
     # PEFT makes gamma in the base layer's dtype and keeps it in float32 afterwards; in 8 bits it
     # would be zero, and so would lambda's gradient
-    wide = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
-    held = dtype if wide else np.float32
+    held = dtype if holds_sums(dtype) else np.float32
     start = np.float32(1 / largest).astype(held).astype(np.float32)
     gamma = np.full((*layer.stack, n, smallest), start)
     if key is None:
@@ -91,12 +91,15 @@ def _fresh(
 
 
 def whole_paths(
-    names: Names, base: Iterable[Path], config: RandLoraConfig, adapted: Collection[str]
+    names: Names, base: Leaves, config: RandLoraConfig, adapted: Collection[str]
 ) -> list[Path]:
     """The base leaves that an adapter trains whole: of modules_to_save, and biases.
 
     Args:
       adapted: the adapter's layers, by `Layer.name`.
+
+    Raises:
+      ConfigError: one holds no floats.
     """
     patterns = targets.saved_modules(config)
     if config.bias == "none" and not patterns:
@@ -109,7 +112,32 @@ def whole_paths(
         )
         return bias or targets.inside_saved(names.first(path[:-1]), patterns)
 
-    return list(filter(trains, base))
+    whole = list(filter(trains, base))
+    for path in whole:
+        _refuse_integers(path, base[path].dtype, config)
+    return whole
+
+
+def _refuse_integers(path: Path, dtype: DTypeLike, config: RandLoraConfig) -> None:
+    """Nothing, if steps can move the numbers of a leaf that is to be trained whole.
+
+    Raises:
+      ConfigError: it holds what a quantiser counts in, or other integers.
+    """
+    if holds_sums(dtype):
+        return
+    made = path[-len(INTEGERS) :] == INTEGERS
+    way_out = (
+        "quantise without this module (a rule with another module_path)"
+        if made
+        else ("hold it in floats")
+    )
+    raise ConfigError(
+        f"modules_to_save={shown(config.modules_to_save)} with task_type={shown(config.task_type)} "
+        f"trains {dotted(path[: -len(INTEGERS)] if made else path)!r} whole: expected floats of 16 "
+        f"bits or more, which steps can move, found {dtype} numbers: {way_out}, or let "
+        "target_modules adapt it"
+    )
 
 
 def trained_whole(states: Mapping[str, AdapterState]) -> dict[Path, jax.Array]:

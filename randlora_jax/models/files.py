@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from randlora_jax.core.bases import used_extents
-from randlora_jax.core.update import at_least_float32
+from randlora_jax.core.update import at_least_float32, holds_sums
 from randlora_jax.interop import promises, targets
 from randlora_jax.interop.adapter import Adapter, Provenance, bases_digest
 from randlora_jax.interop.config import RandLoraConfig
@@ -225,7 +225,7 @@ def kernel_dtype(base: Mapping[Path, jax.Array], layers: Iterable[Layer]) -> np.
     PEFT moves one shared pair along layer by layer, so the last layer decides; here they agree.
     """
     dtypes = {base[layer.kernel_path].dtype for layer in layers}
-    alike = len(dtypes) == 1 and all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes)
+    alike = len(dtypes) == 1 and all(map(holds_sums, dtypes))
     return np.dtype(dtypes.pop()) if alike else np.dtype(np.float32)
 
 

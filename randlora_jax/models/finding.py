@@ -5,10 +5,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.mesh import on_mesh
+from randlora_jax.core.update import holds_sums
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.idle_rules import refuse_idle, refuse_shadowed, refuse_unused_views
 from randlora_jax.models.layer import Layer, LayerType
@@ -230,10 +229,10 @@ def _layer(module: FoundModule, kernel: _Kernel, names: Names, path: Path) -> La
 
 def _no_way(array: Any, known: LayerType | None) -> str | None:
     """Why a layer could not run with an adapter; None where it can."""
-    if jnp.issubdtype(array.dtype, jnp.inexact) or (known and known.call):
+    if holds_sums(array.dtype) or (known and known.call):
         return None
     return (
-        f"its kernel holds {array.dtype} numbers, which an update of floating numbers cannot join, "
+        f"its kernel holds {array.dtype} numbers, which a float update cannot join, "
         "and what the layer computes is unknown: say it with layer_types={...: LayerType(layout, "
         "Contraction(equation))}"
     )

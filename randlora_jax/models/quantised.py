@@ -1,5 +1,6 @@
 """Quantised arrays as qwix makes them: known by what they hold, read by the package they are of."""
 
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
@@ -49,3 +50,40 @@ def dequantised(path: Path, value: Any) -> jax.Array:
 def unquantised_class(kind: type) -> type:
     """The class of which qwix made one that quantises; else `kind` itself."""
     return getattr(kind, "_unquantized_type", kind)
+
+
+def quantises(kind: type) -> bool:
+    """Whether qwix made it of another class: while it runs, operations in it are qwix's."""
+    return unquantised_class(kind) is not kind
+
+
+def quantiser_around(kinds: Iterable[type]) -> type | None:
+    """The innermost class that quantises, which decides what a layer's operations are.
+
+    Args:
+      kinds: of a layer and of the modules around it, outwards.
+    """
+    return next(filter(quantises, kinds), None)
+
+
+def refuse_rounding(module: Path, kind: type, arrays: Iterable[Path]) -> None:
+    """Nothing, if a module whose class quantises holds arrays that are quantised.
+
+    Args:
+      module: where it is.
+      arrays: where the model's arrays are.
+
+    Raises:
+      ConfigError: it holds none.
+    """
+    within = len(module)
+    held = (path[:within] == module and path[-len(INTEGERS) :] == INTEGERS for path in arrays)
+    if quantises(kind) and not any(held):
+        name = f"{dotted(module)!r}, a {kind.__name__}," if module else f"this {kind.__name__}"
+        raise ConfigError(
+            f"{name} was made by qwix.quantize_model and holds no quantised array: it rounds float "
+            "weights whenever it runs (as with a QtProvider), and would round away what an adapter "
+            "adds to them; or none of its rules matches. Quantise the weights first (with a "
+            "PtqProvider; for linen, with qwix.quantize_params, too), or wrap the model that it "
+            "was made of"
+        )

@@ -1,81 +1,17 @@
-"""Base models quantised by qwix: int8, int4, nf4, whole or in tiles; nnx and linen."""
+"""Base models quantised by qwix: integers, nf4, floats of few bits, whole or in tiles."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from quantised_nets import CONFIG, FRONT_ENDS, QUANTISE, Net, X, samples, wrapped
 
-from randlora_jax import ConfigError, RandLoraConfig, RandLoraModel, get_peft_model
+from randlora_jax import ConfigError, RandLoraModel, get_peft_model
 
-qwix = pytest.importorskip("qwix")
-
-CONFIG = RandLoraConfig(r=8, randlora_alpha=16, target_modules="all-linear")
 KINDS = [(kind, tile) for kind in ("int8", "int4", "nf4") for tile in (None, 16)]
-X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 64)), jnp.float32)
-
-
-class Net(nnx.Module):
-    def __init__(self):
-        rngs = nnx.Rngs(0)
-        self.up = nnx.Linear(64, 128, rngs=rngs)
-        self.down = nnx.Linear(128, 32, use_bias=False, rngs=rngs)
-        self.heads = nnx.Einsum("BTD,DNH->BTNH", (32, 4, 16), rngs=rngs)
-
-    def __call__(self, x):
-        return self.heads(self.down(nnx.relu(self.up(x)))[None])[0]
-
-
-class LinenNet(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.Dense(128, name="up")(x))
-        x = nn.Dense(32, use_bias=False, name="down")(x)
-        return nn.DenseGeneral((4, 16), name="heads")(x)
-
-
-def provider(kind, tile):
-    rule = qwix.QuantizationRule(module_path=".*", weight_qtype=kind, tile_size=tile)
-    return qwix.PtqProvider([rule])
-
-
-def quantised_nnx(kind, tile):
-    return qwix.quantize_model(Net(), provider(kind, tile), X)
-
-
-def quantised_linen(kind, tile):
-    module = qwix.quantize_model(LinenNet(), provider(kind, tile))
-    shapes = jax.eval_shape(module.init, jax.random.key(0), X)["params"]
-    numbers = LinenNet().init(jax.random.key(0), X)["params"]
-    return module.bind({"params": qwix.quantize_params(numbers, shapes)})
-
-
-QUANTISE = {"nnx": quantised_nnx, "linen": quantised_linen}
-
-
-def samples(front_end):
-    return {"sample_inputs": (X,)} if front_end == "linen" else {}
-
-
-def wrapped(front_end, kind, tile, scale=0.1):
-    """A quantised model, its outputs, and it with an adapter that moves them."""
-    base = QUANTISE[front_end](kind, tile)
-    plain = base(X)
-    model = get_peft_model(base, CONFIG, **samples(front_end))
-    assert (model(X) == plain).all()
-    draw = np.random.default_rng(1)
-
-    def drawn(leaf):
-        return jnp.asarray(draw.normal(0, scale, leaf.shape), leaf.dtype)
-
-    if front_end == "nnx":
-        nnx.update(model, jax.tree.map(drawn, nnx.state(model, nnx.LoRAParam)))
-    else:
-        trained, frozen = model.split()
-        model.variables = {**frozen, "randlora": jax.tree.map(drawn, trained)}
-    return model, plain
+KINDS += [("float8_e4m3fn", None), ("mxfp4", 32)]
 
 
 def gradients(model, weights):
@@ -99,7 +35,6 @@ def assert_near(found, expected, share):
     assert np.abs(found - expected).max() <= share * np.abs(expected).max()
 
 
-FRONT_ENDS = pytest.mark.parametrize("front_end", ["nnx", "linen"])
 QUANTISED = pytest.mark.parametrize(("kind", "tile"), KINDS)
 
 

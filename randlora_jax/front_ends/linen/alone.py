@@ -1,6 +1,6 @@
 """A linen layer as a function of its kernel and its input, and of all else that it reads."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from randlora_jax.core.hoisting import Hoisted
 from randlora_jax.front_ends.call_input import CallInput, with_input
 from randlora_jax.front_ends.params import with_leaves
 from randlora_jax.models.names import Path
+from randlora_jax.models.quantised import quantiser_around
 
 _KERNEL = "kernel"  # stands in its place
 
@@ -26,12 +27,14 @@ class RunAlone:
       place: where its input stands among the arguments.
       values: of its params without the kernel, its other collections and rngs, and the call's
         other arguments.
+      quantiser: the class around it that quantises, which tells apart layers that are alike.
     """
 
     module: nn.Module
     leaf: Path
     place: int | str
     values: Hoisted
+    quantiser: type | None
 
     def __call__(self, kernel: jax.Array, x: jax.Array, *read: jax.Array) -> jax.Array:
         """What the module returns."""
@@ -54,7 +57,18 @@ def alone(
     rest = with_leaves(params, {leaf: _KERNEL})
     values, read = Hoisted.of((rest, others, _rngs_of(module), *taken.rest))
     # without its name, so that layers that are alike but for it are equal
-    return RunAlone(module.clone(parent=None, name=None), leaf, taken.place, values), read
+    bare = module.clone(parent=None, name=None)
+    return RunAlone(
+        bare, leaf, taken.place, values, quantiser_around(map(type, around(module)))
+    ), read
+
+
+def around(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and those that it lies in, outwards."""
+    inner: Any = module
+    while isinstance(inner, nn.Module):
+        yield inner
+        inner = inner.parent
 
 
 def _rngs_of(module: nn.Module) -> dict[str, LazyRng]:

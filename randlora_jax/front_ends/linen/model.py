@@ -32,7 +32,7 @@ from randlora_jax.models.front_end import WrapRules, register_front_end
 from randlora_jax.models.layer import Layer, LayerRun
 from randlora_jax.models.layer_types import LayerTypes, Table, refuse_idle_types
 from randlora_jax.models.names import Path, slashed
-from randlora_jax.models.quantised import unquantised_class
+from randlora_jax.models.quantised import refuse_rounding, unquantised_class
 from randlora_jax.models.reaching import expected, refuse_unreached
 from randlora_jax.models.registry import AdapterRegistry, BaseModelInfo
 
@@ -66,7 +66,9 @@ class InterceptedRandLora(FunctionalRandLora):
         self._seen = {}
         self._token = TokenOfCalls()
         self._untold = untold
-        modules = modules_of(store.base, store.base_leaves(), trace, rules.layouts)
+        leaves = store.base_leaves()
+        refuse_rounding((), type(module), leaves)
+        modules = modules_of(store.base, leaves, trace, rules.layouts)
         found = find_layers(modules, rules.layouts, rules.names)
         self._registry = AdapterRegistry.of(found, info, rules.names, rules.options, rules.optional)
 

@@ -22,7 +22,7 @@ from randlora_jax.core.contraction import Contraction
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.ways import Way, possible_ways, require_a_way
 from randlora_jax.front_ends.call_input import Arguments, CallInput, input_of, multiplies_in
-from randlora_jax.front_ends.linen.alone import alone
+from randlora_jax.front_ends.linen.alone import alone, around
 from randlora_jax.front_ends.linen.beside import BESIDE, SHARES, Shares, joined, layers_in
 from randlora_jax.front_ends.linen.lifted import (
     HandsOutModules,
@@ -44,6 +44,7 @@ from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.layer import Layer, LayerRun, LayerType
 from randlora_jax.models.layer_types import LayerTypes
 from randlora_jax.models.names import Path, slashed
+from randlora_jax.models.quantised import quantises, refuse_rounding
 from randlora_jax.models.registry import AdapterRegistry
 
 
@@ -184,6 +185,9 @@ class LinenRunner:
         }
         if not layers:
             return None
+        for outer in around(module):
+            if quantises(type(outer)):
+                refuse_rounding((), type(outer), flat(outer.variables["params"]))
         method = method_of(context)
         if bridges:
             inside = {slashed(path): part for path, part in modules_inside(module).items()}

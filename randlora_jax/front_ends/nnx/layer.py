@@ -42,6 +42,7 @@ class Settings:
       model: whose call it belongs to.
       specs: of the adapters that are active and have something here.
       merged: names of the adapters whose deltas are in the kernels.
+      quantiser: the class around it that quantises, if one does.
     """
 
     layers: tuple[Layer, ...]
@@ -49,6 +50,7 @@ class Settings:
     model: ModelToken
     specs: tuple[AdapterSpec, ...] = ()
     merged: tuple[str, ...] = ()
+    quantiser: type | None = None
 
 
 class RandLoraLayer(nnx.Module):
@@ -170,7 +172,7 @@ class RandLoraLayer(nnx.Module):
         if taken is None:
             kernels = self._kernels(state, context)
             return run_in_kernels(base, method, (args, kwargs), kernels)
-        run, read = as_function(graph, state, layer.leaf, taken)
+        run, read = as_function(graph, state, layer.leaf, taken, self.settings.quantiser)
         dtype = multiplies_in(self.base_layer, kernel.promoted(taken.x))
         running = RunningLayer(layer.name, run, read, kernel, call, dtype)
         shares = self._shares(layer, specs, kernel.layout, context)

@@ -25,6 +25,7 @@ from randlora_jax.models.front_end import WrapRules, register_front_end
 from randlora_jax.models.layer import Layer, LayerRun
 from randlora_jax.models.layer_types import LayerTypes, refuse_idle_types
 from randlora_jax.models.model import RandLoraModel
+from randlora_jax.models.quantised import refuse_rounding
 from randlora_jax.models.reaching import refuse_unreached
 from randlora_jax.models.registry import AdapterRegistry
 
@@ -57,7 +58,11 @@ class NnxRandLora(RandLoraModel, nnx.Module):
         self.randlora_bases: dict[str, dict[str, SharedBasis]] = nnx.data({})
         self._token = ModelToken(type(model), depth_of(module for _, module in walked))
         self._expected: frozenset[str] = frozenset()
-        found = find_layers(modules_of(walked, types, rules.layouts), rules.layouts, rules.names)
+        modules = modules_of(walked, types, rules.layouts)
+        arrays = [(*module.path, *leaf) for module in modules for leaf in module.arrays]
+        for path, module in walked:
+            refuse_rounding(path, type(module), arrays)
+        found = find_layers(modules, rules.layouts, rules.names)
         self._registry = AdapterRegistry.of(
             found, known.info, rules.names, rules.options, rules.optional
         )

@@ -22,6 +22,7 @@ from randlora_jax.core.update import Update
 from randlora_jax.front_ends.call_input import Arguments, CallInput, with_input
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.names import Path, dotted
+from randlora_jax.models.quantised import INTEGERS
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,18 @@ class _RunLayer:
       leaf: where its kernel is.
       place: where its input stands among the arguments.
       values: of its state, kernel first, and of the call's other arguments.
+      quantiser: the class around it that quantises, which tells apart layers that are alike.
     """
 
     graph: nnx.GraphDef[nnx.Module]
     leaf: Path
     place: int | str
     values: Hoisted
+    quantiser: type | None
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.graph, self.leaf, self.place, self.values))
+        return hash((self.graph, self.leaf, self.place, self.values, self.quantiser))
 
     def __hash__(self) -> int:  # looked up more than once a call, and graphs take their time
         return self._hash
@@ -55,6 +58,11 @@ class _RunLayer:
         before = _values(layer)
         out = layer(*args, **kwargs)
         if changes := _changed(layer, before):
+            if any(path[-len(INTEGERS) :] == INTEGERS for path in changes):
+                raise ConfigError(
+                    f"a {type(layer).__name__} was quantised in its call, its adapter around it: "
+                    "quantise the model first, then wrap it"
+                )
             raise ConfigError(
                 f"a {type(layer).__name__} changes its {dotted(next(iter(changes)))!r} when it is "
                 "called, so it is more than a sum over its input: state its type without its "
@@ -94,7 +102,11 @@ def refuse_abstract(name: str, value: Any) -> None:
 
 
 def as_function(
-    graph: nnx.GraphDef[nnx.Module], state: Mapping[Path, Any], leaf: Path, taken: CallInput
+    graph: nnx.GraphDef[nnx.Module],
+    state: Mapping[Path, Any],
+    leaf: Path,
+    taken: CallInput,
+    quantiser: type | None,
 ) -> tuple[Run, Sequence[jax.Array]]:
     """A layer as a function of its kernel and its input; and all else that it reads.
 
@@ -102,10 +114,11 @@ def as_function(
       graph: of the layer.
       state: of the layer, by path.
       leaf: where its kernel is.
+      quantiser: the class around it that quantises, if one does.
     """
     rest = {path: value for path, value in state.items() if path != leaf}
     values, (_, *read) = Hoisted.of((state[leaf], rest, *taken.rest))
-    return comparable(_RunLayer(graph, leaf, taken.place, values)), read
+    return comparable(_RunLayer(graph, leaf, taken.place, values, quantiser)), read
 
 
 class AdaptedKernel(NamedTuple):

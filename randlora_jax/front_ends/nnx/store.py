@@ -26,7 +26,12 @@ from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models import reaching
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, slashed
-from randlora_jax.models.quantised import dequantised, is_quantised, unquantised_class
+from randlora_jax.models.quantised import (
+    dequantised,
+    is_quantised,
+    quantiser_around,
+    unquantised_class,
+)
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 from randlora_jax.models.store import ArrayStore
 
@@ -169,13 +174,16 @@ class NnxStore(ArrayStore):
         layers: dict[Path, list[Layer]] = {}
         for layer in registry.layers.values():
             layers.setdefault(layer.owner, []).append(layer)
-        made = {
-            path: _wrapper_of(module)(
-                module,
-                Settings(tuple(layers.get(path, ())), registry.options, self.root._token),
+        made = {}
+        for path, module in bare.items():
+            around = (modules.get(path[:i]) for i in range(len(path), -1, -1))
+            settings = Settings(
+                tuple(layers.get(path, ())),
+                registry.options,
+                self.root._token,
+                quantiser=quantiser_around(map(type, around)),
             )
-            for path, module in bare.items()
-        }
+            made[path] = _wrapper_of(module)(module, settings)
         replace_modules(
             cast(nnx.Module, self.root), {id(bare[path]): wrapper for path, wrapper in made.items()}
         )
