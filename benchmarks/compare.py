@@ -4,6 +4,9 @@
                                       out/compare/; goes on where it was stopped
     python benchmarks/compare.py chat    one task of three: R8, R52, chat
 
+What each training reached is kept in benchmarks/compared/, with what it cost and at which commit;
+remove a file to have its method trained again.
+
 Three tasks: Reuters R8 and R52 with MiniLM-L6 under a new head, R8 asked in chat of SmolLM2. Every
 method gets its own learning rates: accuracy on held-back documents, after a shorter run with one
 seed, climbed until no neighbour is better. Then three seeds (head, order, adapter) train until the
@@ -16,10 +19,12 @@ import json
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
+import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +42,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 OUT = Path("out/compare")
+KEPT = Path(__file__).parent / "compared"
 TASKS = {
     "R8": compare_news.News(8),
     "R52": compare_news.News(52),
@@ -53,18 +59,26 @@ class Kept:
         name, method = job
         self.job, self.task = job, TASKS[name]
         self.method = self.task.methods[method]
-        self.path = OUT / f"{name} {method}.json".replace("/", "over")
+        self.path = KEPT / f"{name} {method}.json".replace("/", "over")
         self.found = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def result(self, trial: Trial) -> Result:
         """What a trial reaches."""
         key = str(trial)
         if key not in self.found:
+            began = time.monotonic()
             result = self.task.run(self.method, trial)
-            self.found[key] = asdict(result)
+            cost = {"minutes": round((time.monotonic() - began) / 60, 1), "commit": commit()}
+            self.found[key] = {**asdict(result), **cost}
             self.path.write_text(json.dumps(self.found, indent=1) + "\n")
             print(f"{': '.join(self.job)}, {key}: {result.accuracy:.4f}", flush=True)
-        return Result(**self.found[key])
+        names = [field.name for field in fields(Result)]
+        return Result(**{name: self.found[key][name] for name in names})
+
+    @property
+    def minutes(self) -> float:
+        """What all trials cost, on one core."""
+        return sum(one["minutes"] for one in self.found.values())
 
     def best(self) -> Trial:
         """The learning rates that the search ends with."""
@@ -85,7 +99,14 @@ def outcome(job: Job) -> dict[str, Any]:
         "spread": statistics.stdev(found),
         "trained": tested[0].trained,
         "losses": tested[0].losses,
+        "minutes": kept.minutes,
     }
+
+
+def commit() -> str:
+    """The commit that runs."""
+    told = ["git", "-C", str(KEPT.parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(told, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def search(job: Job) -> str:
@@ -107,7 +128,8 @@ def main() -> None:
     """Every run that is not there yet, then the tables and the picture."""
     if unknown := set(sys.argv[1:]) - set(TASKS):
         raise SystemExit(f"{', '.join(sorted(unknown))}: expected some of {', '.join(TASKS)}")
-    OUT.mkdir(parents=True, exist_ok=True)
+    for folder in (OUT, KEPT):
+        folder.mkdir(parents=True, exist_ok=True)
     chosen = {name: task for name, task in TASKS.items() if name in (sys.argv[1:] or TASKS)}
     jobs = [(name, method) for name, task in chosen.items() for method in task.methods]
     spawn = multiprocessing.get_context("spawn")
@@ -121,9 +143,10 @@ def main() -> None:
     for name, task in chosen.items():
         print(f"\n{task.title}: test accuracy, mean and standard deviation of three seeds\n")
         print(
-            "| method | trained numbers | rate | head's rate | last two tenths' loss | accuracy |"
+            "| method | trained numbers | rate | head's rate | last two tenths' loss | accuracy "
+            "| minutes of a core, search and all |"
         )
-        print("|---|---|---|---|---|---|")
+        print("|---|---|---|---|---|---|---|")
         for method in task.methods:
             print(line(method, rows[name, method]))
     picture(chosen, rows)
@@ -135,7 +158,7 @@ def line(method: str, row: dict[str, Any]) -> str:
     before, last = row["losses"][-2:]
     return (
         f"| {method} | {row['trained']:,} | {row['rate']:g} | {head} | {before:.3f}, {last:.3f} "
-        f"| {row['mean']:.4f} ± {row['spread']:.4f} |"
+        f"| {row['mean']:.4f} ± {row['spread']:.4f} | {row['minutes']:.0f} |"
     )
 
 

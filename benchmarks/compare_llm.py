@@ -42,9 +42,9 @@ def lora(scaling: float) -> Callable[[Any, int], Any]:
 METHODS = {
     "RandLoRA, r 32, alpha / r 2": Method(randlora(2), 2e-3),
     "RandLoRA, r 32, alpha / r 6": Method(randlora(6), 1e-3),
-    "RandLoRA, r 32, alpha / r 20": Method(randlora(20), 2.5e-4),
+    "RandLoRA, r 32, alpha / r 20": Method(randlora(20), 5e-4),
     "RandLoRA, r 32, alpha / r 6, sparse": Method(randlora(6, sparse=True), 1e-3),
-    "LoRA (qwix), rank 6, alpha / r 2": Method(lora(2), 2e-3),
+    "LoRA (qwix), rank 6, alpha / r 2": Method(lora(2), 4e-3),
     "rsLoRA, rank 6, alpha / sqrt(r) 4.9": Method(lora(2 * tuning.LORA_RANK**0.5), 1e-3),
     "everything": Method(lambda base, seed: base, 5e-5),
 }
