@@ -1,6 +1,6 @@
 """Quality for the price: RandLoRA beside LoRA, the head alone and full fine-tuning.
 
-    make compare                      some eight hours on two cores; prints tables, writes
+    make compare                      some five hours on two cores; prints tables, writes
                                       out/compare/; goes on where it was stopped
     python benchmarks/compare.py chat    one task of three: R8, R52, chat
 
@@ -8,9 +8,9 @@ What each training reached is kept in benchmarks/compared/, with what it cost an
 remove a file to have its method trained again.
 
 Three tasks: Reuters R8 and R52 with MiniLM-L6 under a new head, R8 asked in chat of SmolLM2. Every
-method gets its own learning rates: accuracy on held-back documents, after a shorter run with one
-seed, climbed until no neighbour is better. Then three seeds (head, order, adapter) train until the
-loss is flat and are tested on test documents. Each core takes a method.
+method gets its own learning rates: accuracy on held-back documents, after a run with one seed (a
+shorter one, for MiniLM), climbed until no neighbour is better. Then three seeds (head, order,
+adapter) train until the loss is flat and are tested on test documents. Each core takes a method.
 """
 
 from __future__ import annotations
