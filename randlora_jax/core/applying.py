@@ -161,7 +161,7 @@ class _Call:
             if placement:
                 rows = as_rows(x, axes)
                 placement = placement.of_rows(rows, len(axes.shared), options.token_axes)
-        merge_rows = not kernel.on_mesh and off_mesh(x)
+        merge_rows = kernel.placement is None and off_mesh(x)
         dtype = jnp.dtype(layer.dtype)
         return cls(layer.run, kernel.layout, placement, axes, dtype, merge_rows)
 
@@ -195,6 +195,8 @@ class _Call:
             mine = replace(update, lam=lam, gamma=gamma)
             if self.placement and self.placement.used:
                 return self.placement.applied(rows, mine, factored=factored)
+            if self.placement:
+                mine = self.placement.sliced(mine)
             laid = rows.reshape(-1, n_in) if self.merge_rows else rows
             return mine.applied(laid, factored=factored).reshape(*rows.shape[:-1], n_out)
 

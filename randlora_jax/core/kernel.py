@@ -21,21 +21,19 @@ class Kernel:
     Args:
       array: its numbers, or a `jax.ShapeDtypeStruct` where only questions are asked.
       layout: how its axes form matrices.
-      placement: where it lies on a mesh; None for anywhere, or where that cannot be followed.
-      on_mesh: it lay on a mesh when its model was wrapped.
+      placement: where it lies on a mesh; None for anywhere.
     """
 
     array: jax.Array
     layout: KernelLayout
     placement: Placement | None = None
-    on_mesh: bool = False
 
     @classmethod
     def traced(
         cls, array: jax.Array, layout: KernelLayout, sharding: NamedSharding | None
     ) -> "Kernel":
         """A kernel in the middle of a call; `sharding` as its model was wrapped."""
-        return cls(array, layout, placement_of(array, layout, sharding), sharding is not None)
+        return cls(array, layout, placement_of(array, layout, sharding))
 
     @property
     def refusal(self) -> str | None:

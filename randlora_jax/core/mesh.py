@@ -9,7 +9,9 @@ partitioner would sum delta's gradient, which is as large as the kernel.
 Explicit mesh axes are part of an array's type. Automatic ones a trace cannot see: then the kernel
 counts as it lay when its model was wrapped, and the user names the axes that split the tokens.
 Where the layout cannot be followed (an inner axis of several that form one side of the matrix is
-cut), the partitioner decides.
+cut), the partitioner decides, but for the bases: what a layer takes of them is whole on every
+device. A cut that runs through the shared pair would be another one in each layer's corner of it,
+and rows of bases would be sent to and fro.
 """
 
 import math
@@ -38,12 +40,14 @@ class Placement:
     Args:
       mesh: of devices.
       n_in, n_out: the mesh axes that split the kernel's matrix.
+      followed: it is cut along no others, so that what is made for it can be cut alike.
       rows: in a call, for each leading axis of x, the mesh axes that split it.
     """
 
     mesh: Any
     n_in: Axes
     n_out: Axes
+    followed: bool = True
     rows: tuple[Axes, ...] = ()
 
     def of_rows(self, x: jax.Array, shared: int, token_axes: Axes) -> "Placement":
@@ -53,6 +57,8 @@ class Placement:
           token_axes: mesh axes that split the first of the rows, where their type does not say.
         """
         sizes = x.shape[shared:-1]
+        if not self.followed:
+            return self
         if _explicit(self.mesh):
             return replace(
                 self, rows=tuple(_entries(jax.typeof(x).sharding.spec, x.ndim)[shared:-1])
@@ -76,11 +82,18 @@ class Placement:
         """How many devices lie along `axes`."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
+    def sliced(self, update: Update) -> Update:
+        """`update` of one matrix with just its corners of the bases, whole on every device."""
+        update = update.sliced()
+        return replace(update, pair=BasisPair(*(self._placed(x, P()) for x in update.pair)))
+
     def cut(self, update: Update) -> Update:
         """`update` of one matrix, its bases sliced and cut as the kernel is."""
+        update = self.sliced(update)
+        if not self.followed:
+            return update
         n_in, n_out = self.n_in, self.n_out
         small, large = (n_in, n_out) if update.in_is_smaller else (n_out, n_in)
-        update = update.sliced()
         columns, rows = P(None, small or None), P(large or None)
         return replace(
             update,
@@ -98,7 +111,7 @@ class Placement:
         is formed in parts and gathered: its gradient is scattered, and each device works on its
         part. Along other axes (tensor parallel) each device keeps to its part of the layer.
         """
-        update = update.sliced()
+        update = self.sliced(update)
         gathered = [tuple(a for a in axes if a in self.tokens) for axes in (self.n_in, self.n_out)]
         kept = [tuple(a for a in axes if a not in self.tokens) for axes in (self.n_in, self.n_out)]
         cuts = kept if factored else [self.n_in, self.n_out]
@@ -172,7 +185,7 @@ def alone_among_processes(what: str) -> Iterator[bool]:
 def placement_of(
     kernel: jax.Array, layout: KernelLayout, base: NamedSharding | None
 ) -> Placement | None:
-    """Where a layer lies, by its kernel, None where there is no mesh, or no way to follow it.
+    """Where a layer lies, by its kernel, None where there is no mesh.
 
     Args:
       base: the kernel's sharding when its model was wrapped, of the axes that scans left, for
@@ -191,7 +204,7 @@ def placement_of(
     # a side made of several axes is cut in contiguous parts only along the first of them
     inner = [axes for side in "io" for axes in sides[side][1:]]
     if any(inner) or any(sides["s"]):
-        return None
+        return Placement(sharding.mesh, (), (), followed=False)
     return Placement(sharding.mesh, sides["i"][0], sides["o"][0])
 
 

@@ -1,4 +1,4 @@
-"""Runs `mesh_cases.py` where there are eight devices, and two processes that share a mesh."""
+"""Runs `mesh_*cases.py` where there are eight devices, and two processes that share a mesh."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ def test_on_eight_devices():
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     command = [sys.executable, "-m", "pytest", "-q", "-rP", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, str(HERE / "mesh_cases.py")],
+        [*command, *map(str, sorted(HERE.glob("mesh_*cases.py")))],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
