@@ -28,8 +28,9 @@ Kind = Literal["dense", "sparse", "very_sparse"]
 class BasisPair(NamedTuple):
     """One pair of shared bases, as layers use it.
 
-    A: (r, MIN), B: (MAX, N, r); bfloat16 wherever that loses nothing, else float32. Ternary ones
-    are int8, -1, 0 or 1, and their unit is a part of the adapter's scaling.
+    A: (r, MIN), B: (MAX, N, r); bfloat16 wherever that loses nothing of float32, else in the file's
+    float32 or float16. Ternary ones are int8, -1, 0 or 1, and their unit is a part of the adapter's
+    scaling.
     """
 
     A: jax.Array

@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,8 @@ from randlora_jax.interop.adapter import BASE_DTYPES, Adapter, StoredPair, bases
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.interop.missing_bases import draw_missing, refuse_in_vain
+from randlora_jax.interop.peft_dir import narrowest
+from randlora_jax.interop.tensor_file import pieces
 from randlora_jax.interop.torch_rng import (
     Generation,
     TorchDraw,
@@ -134,12 +135,12 @@ def stored_pair(identity: BasisIdentity, extents: Extents, kept: KeptPairs) -> S
     """A pair of exactly `extents`, as files hold it: A (r, 1, MIN), B (MAX, N, r)."""
     if identity in kept:
         return kept[identity]
-    pair = draw(identity, extents)
-
-    def numbers(x: jax.Array) -> np.ndarray:
-        return (np.asarray(x, np.float32) * np.float32(identity.unit)).astype(ml_dtypes.bfloat16)
-
-    return numbers(pair.A)[:, None], numbers(pair.B)
+    a, b = map(np.asarray, draw(identity, extents))
+    if identity.sparsity:
+        a, b = (x.astype(ml_dtypes.bfloat16) for x in (a, b))
+        for x in (a, b):
+            x *= ml_dtypes.bfloat16(identity.unit)  # exactly
+    return a[:, None], b
 
 
 def device_pair(
@@ -150,17 +151,26 @@ def device_pair(
         return draw(identity, extents, sharding)
     a, b = kept[identity] if identity.kind == "dense" else integers(kept[identity])[0]
     parts = a[:, 0, : extents.min], b[: extents.max, : extents.n]
-    return BasisPair(*(jax.device_put(jnp.asarray(part), sharding) for part in parts))
+    return BasisPair(*(jax.device_put(part, sharding) for part in parts))
 
 
 def integers(pair: StoredPair) -> tuple[StoredPair, float]:
     """A ternary pair as -1, 0 and 1 in int8, and the unit of their products; any other as it is."""
-    units = [np.abs(x).max().astype(np.float32) for x in pair]
-    for x, unit in zip(pair, units, strict=True):
-        if not np.isin(np.abs(x).astype(np.float32), (0, unit)).all():
-            return pair, 1.0
-    a, b = (np.sign(x.astype(np.float32)).astype(np.int8) for x in pair)
-    return (a, b), float(units[0]) * float(units[1])
+    units = [max(float(np.abs(piece).max()) for piece in pieces(x)) for x in pair]
+    if not all(map(_is_ternary, pair, units)):
+        return pair, 1.0
+    a, b = map(_signs, pair)
+    return (a, b), units[0] * units[1]
+
+
+def _is_ternary(x: np.ndarray, unit: float) -> bool:
+    sizes = (np.abs(piece).astype(np.float32) for piece in pieces(x))
+    return all(np.isin(piece, (0, unit)).all() for piece in sizes)
+
+
+def _signs(x: np.ndarray) -> np.ndarray:
+    found = [np.sign(piece.astype(np.float32)).astype(np.int8) for piece in pieces(x)]
+    return np.concatenate(found).reshape(x.shape)
 
 
 def scaling(config: RandLoraConfig, identity: BasisIdentity, kept: KeptPairs) -> float:
@@ -217,7 +227,5 @@ def _narrowed_pair(pair: StoredPair) -> StoredPair:
 
 
 def _narrowed(x: np.ndarray) -> np.ndarray:
-    """`x` in bfloat16 where that loses nothing, else in float32."""
-    wide = x.astype(np.float32)
-    narrow = wide.astype(ml_dtypes.bfloat16)
-    return narrow if np.array_equal(narrow.astype(np.float32), wide) else wide
+    """`x` in bfloat16 where that loses nothing of float32, else as it is."""
+    return x.astype(narrowest(x), copy=False)
