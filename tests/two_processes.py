@@ -1,4 +1,4 @@
-"""One of two processes that train one model on one mesh and save one adapter.
+"""One of two processes that train one model on one mesh, save one adapter and merge it.
 
 python tests/two_processes.py ADDRESS NUMBER FOLDER     NUMBER: 0 or 1; "alone" for one process
 """
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -85,11 +86,46 @@ class Hub:
 
 for _ in range(5):
     trained, state = step(trained, state, frozen, x)
+# as a user may lay them: lambda by its rank, gamma by its columns
+cut = {2: {8: P("data"), 4: P(None, "data"), 32: P("data", None)}, 1: {8: P()}}
+trained = jax.tree.map(
+    lambda x: jax.device_put(x, NamedSharding(mesh, cut[x.ndim][x.shape[0]])), trained
+)
 model.variables = {**frozen, "randlora": trained}
+
+gathered, gather = [], multihost_utils.process_allgather
+multihost_utils.process_allgather = lambda x, **how: gathered.append(x.shape) or gather(x, **how)
 model.save_pretrained(folder)
+if number != "alone":  # the adapter's own leaves alone: lambda, gamma and the head, each once
+    arrays = filter(None, gathered)  # processes wait for each other by a number
+    assert sorted(arrays) == sorted(x.shape for x in jax.tree.leaves(trained) if x.ndim == 2)
 written = sorted(p.name for p in Path(folder).iterdir())
 huggingface_hub.HfApi = Hub
 assert model.push_to_hub("me/x") == ("commit" if jax.process_index() == 0 else None)
 again = RandLoraModel.from_pretrained(net.bind(variables), folder, token_axes=["data"])
 run = jax.jit(lambda v, x: again.apply(v, x), out_shardings=everywhere)
-print("saved", written, float(jnp.sum(run(again.variables, x))))
+adapted = run(again.variables, x)
+
+
+def kernels():
+    """What this process holds of them."""
+    layers = again.variables["params"]
+    found = {name: layers[name]["kernel"] for name in ("up", "down")}
+    assert all(
+        x.sharding == variables["params"][name]["kernel"].sharding for name, x in found.items()
+    )
+    return [np.asarray(part.data) for x in found.values() for part in x.addressable_shards]
+
+
+gathered.clear()
+before = kernels()
+again.merge_adapter(safe_merge=True)
+share = 1 if number == "alone" else 2
+assert again.merged_bytes == 4 * 2 * 32 * 64 // share  # each process keeps its own part
+assert all(np.abs(x - y).max() > 1e-3 for x, y in zip(kernels(), before, strict=True))
+np.testing.assert_allclose(run(again.variables, x), adapted, rtol=1e-4, atol=1e-5)
+again.unmerge_adapter()
+for x_now, x_then in zip(kernels(), before, strict=True):
+    np.testing.assert_array_equal(x_now, x_then)
+assert not gathered
+print("saved", written, float(jnp.sum(adapted)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from randlora_jax.core.kernel_layout import KernelLayout
-from randlora_jax.core.mesh import Placement, placement_of
+from randlora_jax.core.mesh import Placement, placed, placement_of
 from randlora_jax.core.update import Update, at_least_float32, holds_sums
 from randlora_jax.interop.errors import ConfigError
 
@@ -71,3 +72,23 @@ class Kernel:
         wide = self.array.astype(at_least_float32(self.array.dtype))
         whole = wide + self.delta(updates, dtype)
         return whole.astype(self.array.dtype)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def merged(
+    array: jax.Array,
+    updates: Sequence[Update],
+    layout: KernelLayout,
+    sharding: NamedSharding | None,
+) -> jax.Array:
+    """W + delta where W lies, as `Kernel.taking` makes it: on a mesh each device its own part.
+
+    Args:
+      array: W.
+      sharding: its own; None where it is on no mesh.
+
+    Raises:
+      ConfigError: as `Kernel.taking`.
+    """
+    whole = Kernel.traced(array, layout, sharding).taking(updates)
+    return placed(whole, sharding) if sharding else whole

@@ -149,9 +149,13 @@ class Placement:
         return mapped(*arrays)
 
     def _placed(self, x: jax.Array, spec: P) -> jax.Array:
-        if _explicit(self.mesh):
-            return jax.sharding.reshard(x, NamedSharding(self.mesh, spec))
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+        return placed(x, NamedSharding(self.mesh, spec))
+
+
+def placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """`x`, to lie as `sharding` says, in a trace or outside."""
+    put = jax.sharding.reshard if _explicit(sharding.mesh) else jax.lax.with_sharding_constraint
+    return put(x, sharding)
 
 
 def on_mesh(x: Any) -> NamedSharding | None:
@@ -170,6 +174,35 @@ def on_host(x: jax.Array) -> Any:
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+class Parts:
+    """What this process holds, in host memory, of an array that lies on devices of several."""
+
+    def __init__(self, x: jax.Array) -> None:
+        self.shape, self.sharding = x.shape, x.sharding
+        self.parts = {str(part.index): np.asarray(part.data) for part in x.addressable_shards}
+
+    @property
+    def nbytes(self) -> int:
+        """Of all parts, each counted once however many devices have it."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    def joined(self) -> jax.Array:
+        """The array as it lay: every process calls this."""
+        return jax.make_array_from_callback(
+            self.shape, self.sharding, lambda index: self.parts[str(index)]
+        )
+
+
+def kept_on_host(x: jax.Array) -> np.ndarray | Parts:
+    """An array's numbers in host memory, of each process its own: nothing is sent."""
+    return np.asarray(x) if x.is_fully_addressable else Parts(x)
+
+
+def put_back(kept: np.ndarray | Parts, sharding: NamedSharding | None) -> jax.Array:
+    """The array of which `kept` is what `kept_on_host` returned, where `sharding` says."""
+    return jax.device_put(kept.joined() if isinstance(kept, Parts) else kept, sharding)
 
 
 @contextmanager

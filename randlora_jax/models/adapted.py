@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from randlora_jax.core.abstract import is_abstract, some_abstract
 from randlora_jax.core.bases import BasisPair
-from randlora_jax.core.mesh import on_host, on_mesh
+from randlora_jax.core.mesh import kept_on_host, on_mesh, put_back
 from randlora_jax.interop.adapter_name import checked_name
 from randlora_jax.interop.config import ALL_LINEAR, RandLoraConfig, expected_config
 from randlora_jax.interop.errors import ConfigError, shown, warn
@@ -167,8 +167,8 @@ class AdaptedModel(ABC):
     ) -> None:
         """Adds the deltas of the active (or named) adapters into the base kernels.
 
-        Formed in float32 and rounded once. The original kernels wait in host memory
-        (`merged_bytes`) until `unmerge_adapter` puts back their very bits.
+        Formed in float32 where they lie, and rounded once. The original kernels wait in host memory
+        (`merged_bytes`), each process's own, until `unmerge_adapter` puts back their very bits.
 
         Args:
           safe_merge: check every merged kernel, and change nothing if one is not finite.
@@ -187,7 +187,7 @@ class AdaptedModel(ABC):
             return
         base = store.base_leaves()
         kernels = self._kernels_with(wanted, base, safe_merge)
-        originals = {p: on_host(base[p]) for p in kernels if p not in registry.originals}
+        originals = {p: kept_on_host(base[p]) for p in kernels if p not in registry.originals}
         store.set_base_leaves(kernels)
         self._follow(life.merged(registry, wanted, originals))
 
@@ -198,12 +198,12 @@ class AdaptedModel(ABC):
             return
         store = self._store
         base, originals = store.base_leaves(), self._registry.originals.items()
-        store.set_base_leaves({p: jax.device_put(x, on_mesh(base[p])) for p, x in originals})
+        store.set_base_leaves({p: put_back(x, on_mesh(base[p])) for p, x in originals})
         self._follow(life.unmerged(self._registry))
 
     @property
     def merged_bytes(self) -> int:
-        """Bytes of host memory that hold original kernels while adapters are merged."""
+        """Bytes of this process's memory that hold original kernels while adapters are merged."""
         return sum(x.nbytes for x in self._registry.originals.values())
 
     def merge_and_unload(

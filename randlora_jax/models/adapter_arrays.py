@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from randlora_jax.core.abstract import is_abstract, moved, put, shape_of
 from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents, used_extents
 from randlora_jax.core.hoisting import is_traced
-from randlora_jax.core.kernel import Kernel
+from randlora_jax.core.kernel import Kernel, merged
 from randlora_jax.core.mesh import on_mesh
 from randlora_jax.core.update import Update, at_least_float32, holds_sums
 from randlora_jax.interop import targets
@@ -270,7 +270,7 @@ def merged_kernels(
     Raises:
       ConfigError: a kernel takes none.
     """
-    merged = {}
+    found = {}
     for name, mine in updates.items():
         layer = registry.layers[name]
         array = base[layer.kernel_path]
@@ -283,6 +283,8 @@ def merged_kernels(
                 f"no adapter can be merged into {name!r}: {kernel.refusal}; a quantiser made them: "
                 "merge_and_unload(dequantize=True) gives float kernels"
             )
-        whole = kernel.taking(mine)
-        merged[layer.kernel_path] = whole if traced else jax.device_put(whole, on_mesh(array))
-    return merged
+        if traced:
+            found[layer.kernel_path] = kernel.taking(mine)
+        else:
+            found[layer.kernel_path] = merged(array, mine, layer.layout, on_mesh(array))
+    return found

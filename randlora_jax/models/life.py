@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from randlora_jax.core.mesh import Parts
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import ConfigError, shown
 from randlora_jax.models.basis_source import KeptPairs
@@ -131,7 +132,9 @@ def deleted(registry: AdapterRegistry, adapter_name: str) -> AdapterRegistry:
 
 
 def merged(
-    registry: AdapterRegistry, adapter_names: Collection[str], originals: Mapping[Path, np.ndarray]
+    registry: AdapterRegistry,
+    adapter_names: Collection[str],
+    originals: Mapping[Path, np.ndarray | Parts],
 ) -> AdapterRegistry:
     """With the named adapters' deltas in the base kernels, whose `originals` are kept.
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from randlora_jax.core.mesh import on_mesh
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.names import Path, dotted
 
@@ -24,6 +25,8 @@ def is_quantised(value: Any) -> bool:
 def dequantised(path: Path, value: Any) -> jax.Array:
     """The numbers of a quantised array of plain arrays, in the dtype of its scales.
 
+    On a mesh they lie as its integers do.
+
     Args:
       path: for messages.
 
@@ -38,7 +41,8 @@ def dequantised(path: Path, value: Any) -> jax.Array:
             f"{dotted(path)!r} is a {type(held).__name__} of {package}, which has no dequantize(): "
             "keep the adapter beside it, or load the base model unquantised and the adapter into it"
         )
-    numbers = jnp.asarray(read(held))
+    sharding = on_mesh(held.qvalue)
+    numbers = jax.jit(read, out_shardings=sharding)(held) if sharding else jnp.asarray(read(held))
     if numbers.shape != held.qvalue.shape:
         raise ConfigError(
             f"{dotted(path)!r}: {package}.dequantize gives {numbers.shape}, expected the shape of "

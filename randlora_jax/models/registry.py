@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents, used_extents
-from randlora_jax.core.mesh import on_host
+from randlora_jax.core.mesh import Parts, on_host
 from randlora_jax.core.update import Update
 from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.interop import targets
@@ -114,7 +114,9 @@ class AdapterRegistry:
     enabled: bool = True  # else no adapter is applied, though some are active
     trained: frozenset[str] = frozenset()  # adapters that train when they are active
     merged: tuple[str, ...] = ()  # adapters whose deltas are in the base kernels
-    originals: Mapping[Path, np.ndarray] = field(default_factory=dict)  # kernels before merging
+    originals: Mapping[Path, np.ndarray | Parts] = field(
+        default_factory=dict
+    )  # kernels before merging
 
     def _value(self) -> tuple[Any, ...]:
         kept = {name: id(array) for name, array in self.originals.items()}
