@@ -51,6 +51,9 @@ def dequantised(path: Path, value: Any) -> jax.Array:
     return numbers
 
 
+_LORA = "_lora_a"  # how qwix names what its LoraProvider adds
+
+
 def unquantised_class(kind: type) -> type:
     """The class of which qwix made one that quantises; else `kind` itself."""
     return getattr(kind, "_unquantized_type", kind)
@@ -71,7 +74,7 @@ def quantiser_around(kinds: Iterable[type]) -> type | None:
 
 
 def refuse_rounding(module: Path, kind: type, arrays: Iterable[Path]) -> None:
-    """Nothing, if a module whose class quantises holds arrays that are quantised.
+    """Nothing, if a module whose class quantises holds arrays that are quantised, or qwix's LoRA.
 
     Args:
       module: where it is.
@@ -80,9 +83,11 @@ def refuse_rounding(module: Path, kind: type, arrays: Iterable[Path]) -> None:
     Raises:
       ConfigError: it holds none.
     """
-    within = len(module)
-    held = (path[:within] == module and path[-len(INTEGERS) :] == INTEGERS for path in arrays)
-    if quantises(kind) and not any(held):
+    if not quantises(kind):
+        return
+    held = [path for path in arrays if path[: len(module)] == module]
+    quantised = any(path[-len(INTEGERS) :] == INTEGERS for path in held)
+    if not quantised and not any(str(path[-1]).endswith(_LORA) for path in held):
         name = f"{dotted(module)!r}, a {kind.__name__}," if module else f"this {kind.__name__}"
         raise ConfigError(
             f"{name} was made by qwix.quantize_model and holds no quantised array: it rounds float "
