@@ -14,9 +14,10 @@ from randlora_jax.front_ends.collections import GAMMA, LAMBDA, TRAINED
 from randlora_jax.front_ends.linen.beside import TokenOfCalls, cleared, laid_beside
 from randlora_jax.front_ends.linen.modules import taken_for
 from randlora_jax.front_ends.linen.running import LinenRunner
-from randlora_jax.front_ends.linen.types import TYPES
+from randlora_jax.front_ends.linen.types import TYPES, unquantised
 from randlora_jax.front_ends.nnx.bridges import Bridge, register_bridge
 from randlora_jax.front_ends.nnx.call import CallContext, reached
+from randlora_jax.front_ends.nnx.held import arrays_of
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
 from randlora_jax.models.finding import FoundLayers, FoundModule, StatedLayouts
 from randlora_jax.models.layer import Layer
@@ -106,8 +107,9 @@ def _by_itself(
 
 def _inside(layer: Layer) -> Layer:
     """A layer as the linen module by itself has it."""
-    path, (*owner, leaf) = layer.path[len(layer.owner) :], layer.leaf
-    return replace(layer, path=path, owner=tuple(owner), leaf=(leaf,))
+    path, leaf = layer.path[len(layer.owner) :], layer.leaf
+    owner = path if len(path) < len(leaf) else path[:-1]  # a layer's path may be its array's
+    return replace(layer, path=path, owner=owner, leaf=leaf[len(owner) :])
 
 
 def _modules(path: Path, module: nnx.Module, stated: StatedLayouts) -> list[FoundModule]:
@@ -118,7 +120,8 @@ def _modules(path: Path, module: nnx.Module, stated: StatedLayouts) -> list[Foun
         for name, value in held.items():
             if isinstance(value, nnx.Variable):
                 if isinstance(value, nnx.Param):
-                    owned.setdefault(inner, {})[(name,)] = value.get_raw_value()
+                    arrays = {(name, *leaf): x for leaf, x in arrays_of(value).items()}
+                    owned.setdefault(inner, {}).update(arrays)
             elif isinstance(value, Mapping) and not name.startswith("_pytree__"):
                 walk((*inner, name), value)
 
@@ -136,4 +139,9 @@ def _is_to_nnx(module: Any) -> bool:
     return isinstance(module, nnx.Module) and _MODULE in vars(module)
 
 
-register_bridge(Bridge(_is_to_nnx, _modules, RandLoraToNNX))
+def _unquantise(module: nnx.Module) -> None:
+    held = vars(module)
+    held[_MODULE] = unquantised(held[_MODULE])
+
+
+register_bridge(Bridge(_is_to_nnx, _modules, RandLoraToNNX, _unquantise))

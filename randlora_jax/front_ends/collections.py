@@ -18,11 +18,11 @@ from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from randlora_jax.core.bases import BasisPair
-from randlora_jax.front_ends.params import flat, step_of, unboxed, with_leaves
+from randlora_jax.front_ends.params import boxed_as, flat, is_box, step_of, unboxed, with_leaves
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.front_end import ADAPTED_ALREADY
 from randlora_jax.models.names import Path, dotted
-from randlora_jax.models.quantised import dequantised, is_quantised
+from randlora_jax.models.quantised import arrays_in, dequantised, integers_in, is_quantised
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 from randlora_jax.models.store import ArrayStore
 
@@ -39,6 +39,8 @@ class CollectionStore(ArrayStore):
       ConfigError: they are not a base model's own, or are no arrays.
     """
 
+    _step = staticmethod(step_of)  # of the paths of leaves
+
     def __init__(self, base: dict[str, Any]) -> None:
         self.base = base_arrays(base)
         self.trees: dict[str, dict[str, Any]] = {}
@@ -53,20 +55,29 @@ class CollectionStore(ArrayStore):
         self.base = {**self.base, "params": with_leaves(self.base["params"], leaves)}
 
     def dequantised(self) -> Mapping[Path, jax.Array]:
-        """Leaves of the collection "params"."""
+        """Leaves of the collection "params", out of their boxes."""
         leaves = jax.tree_util.tree_leaves_with_path(self.base["params"], is_leaf=is_quantised)
-        found = {tuple(map(step_of, keys)): leaf for keys, leaf in leaves if is_quantised(leaf)}
-        return {path: dequantised(path, leaf) for path, leaf in found.items()}
+        found = {self._integers(keys, leaf): leaf for keys, leaf in leaves if is_quantised(leaf)}
+        bare = {path: jax.tree.map(unboxed, leaf, is_leaf=is_box) for path, leaf in found.items()}
+        return {path: dequantised(path, leaf) for path, leaf in bare.items()}
 
     def put_floats(self, leaves: Mapping[Path, jax.Array]) -> None:
-        """In a new tree."""
+        """In a new tree, each in a box like that of the integers."""
 
         def found(keys: tuple[Any, ...], held: Any) -> Any:
-            return leaves.get(tuple(map(step_of, keys)), held)
+            place = integers_in(held)
+            path = self._integers(keys, held)
+            if place is None or path not in leaves:
+                return held
+            return boxed_as(arrays_in(held)[place], leaves[path])
 
         params = self.base["params"]
         params = jax.tree_util.tree_map_with_path(found, params, is_leaf=is_quantised)
         self.base = {**self.base, "params": params}
+
+    def _integers(self, keys: tuple[Any, ...], leaf: Any) -> Path:
+        """The path of the integers of a quantised leaf."""
+        return (*map(self._step, keys), *(integers_in(leaf) or ()))
 
     def install(
         self, registry: AdapterRegistry, spec: AdapterSpec, state: AdapterState, rngs: Any

@@ -40,6 +40,8 @@ from randlora_jax.models.registry import (
 class PytreeStore(CollectionStore):
     """Collections whose "params" are any pytree of arrays."""
 
+    _step = staticmethod(part_of)
+
     def __init__(self, params: Tree) -> None:
         super().__init__({"params": params})
         self.paths = list(_by_path(self.base["params"]))

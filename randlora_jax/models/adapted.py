@@ -17,7 +17,6 @@ from randlora_jax.interop.config import ALL_LINEAR, RandLoraConfig, expected_con
 from randlora_jax.interop.errors import ConfigError, shown, warn
 from randlora_jax.models import adapter_arrays, basis_source, coverage, files, life
 from randlora_jax.models.names import Path
-from randlora_jax.models.quantised import INTEGERS
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 from randlora_jax.models.store import ArrayStore
 
@@ -260,10 +259,9 @@ class AdaptedModel(ABC):
             adapter_names = tuple(dict.fromkeys((*self._registry.merged, *adapter_names)))
             self.unmerge_adapter()
         store = self._store
-        read = {(*path, *INTEGERS): numbers for path, numbers in floats.items()}
-        kernels = self._kernels_with(adapter_names, {**store.base_leaves(), **read}, safe_merge)
-        store.set_base_leaves({path: x for path, x in kernels.items() if path not in read})
-        store.put_floats({p: kernels.get((*p, *INTEGERS), x) for p, x in floats.items()})
+        kernels = self._kernels_with(adapter_names, {**store.base_leaves(), **floats}, safe_merge)
+        store.set_base_leaves({path: x for path, x in kernels.items() if path not in floats})
+        store.put_floats({path: kernels.get(path, x) for path, x in floats.items()})
 
     def _kernels_with(
         self, adapter_names: Sequence[str], base: Mapping[Path, jax.Array], safe_merge: bool

@@ -20,7 +20,7 @@ from randlora_jax.interop.errors import ConfigError, shown
 from randlora_jax.models import basis_source
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import TORCH_LEAF, Names, Path, dotted
-from randlora_jax.models.quantised import INTEGERS
+from randlora_jax.models.quantised import are_integers, array_of
 from randlora_jax.models.registry import AdapterRegistry, AdapterState
 
 Leaves = Mapping[Path, jax.Array]
@@ -126,7 +126,7 @@ def _refuse_integers(path: Path, dtype: DTypeLike, config: RandLoraConfig) -> No
     """
     if holds_sums(dtype):
         return
-    made = path[-len(INTEGERS) :] == INTEGERS
+    made = are_integers(path)
     way_out = (
         "quantise without this module (a rule with another module_path)"
         if made
@@ -134,7 +134,7 @@ def _refuse_integers(path: Path, dtype: DTypeLike, config: RandLoraConfig) -> No
     )
     raise ConfigError(
         f"modules_to_save={shown(config.modules_to_save)} with task_type={shown(config.task_type)} "
-        f"trains {dotted(path[: -len(INTEGERS)] if made else path)!r} whole: expected floats of 16 "
+        f"trains {dotted(array_of(path))!r} whole: expected floats of 16 "
         f"bits or more, which steps can move, found {dtype} numbers: {way_out}, or let "
         "target_modules adapt it"
     )
@@ -278,7 +278,7 @@ def merged_kernels(
             kernel = Kernel.traced(array, layer.layout, layer.sharding)
         else:
             kernel = Kernel(array, layer.layout)
-        if kernel.refusal and layer.leaf[-len(INTEGERS) :] == INTEGERS:
+        if kernel.refusal and are_integers(layer.leaf):
             raise ConfigError(
                 f"no adapter can be merged into {name!r}: {kernel.refusal}; a quantiser made them: "
                 "merge_and_unload(dequantize=True) gives float kernels"

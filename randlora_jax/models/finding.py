@@ -12,7 +12,7 @@ from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.idle_rules import refuse_idle, refuse_shadowed, refuse_unused_views
 from randlora_jax.models.layer import Layer, LayerType
 from randlora_jax.models.names import KERNEL_LEAVES, Names, Path, slashed
-from randlora_jax.models.quantised import INTEGERS
+from randlora_jax.models.quantised import kernel_at
 
 
 class Stated(NamedTuple):
@@ -194,9 +194,8 @@ def _whole_layer(module: FoundModule, stated: StatedLayouts) -> _Kernel | None:
         leaf = _leaf_of(module, said.layout) if said else None
         said = stated.find(module.path, (*module.path, *leaf)) if leaf else None
         return _Kernel(leaf, said.layout, said.rule) if leaf and said else None
-    kernel = tuple(module.type.leaf.split("/"))
-    kernel = kernel if kernel in arrays else (*kernel, *INTEGERS)
-    if kernel not in arrays:
+    kernel = kernel_at(tuple(module.type.leaf.split("/")), arrays)
+    if kernel is None:
         return None
     axes = module.type.layout.axes
     stacks = "s" * (len(arrays[kernel].shape) - len(axes))

@@ -9,17 +9,63 @@ import jax.numpy as jnp
 
 from randlora_jax.core.mesh import on_mesh
 from randlora_jax.interop.errors import ConfigError
-from randlora_jax.models.names import Path, dotted
+from randlora_jax.models.names import Path, dotted, slashed
 
-# Where a quantised array holds its integers, and what they are counted in.
-INTEGERS = ("array", "qvalue")
-SCALE = ("array", "scale")
+INTEGERS, SCALE = "qvalue", "scale"  # what a quantised array has
+_AROUND = "array"  # where it lies in what says, besides, how it was quantised
+
+# Where the integers may lie in what stands in an array's place.
+PLACES: tuple[Path, ...] = ((_AROUND, INTEGERS), (INTEGERS,))
+
+
+def integers_in(value: Any) -> Path | None:
+    """Where a quantised array has its integers, beside their scales; None for any other value."""
+    for *outer, _ in PLACES:
+        held = getattr(value, outer[0], None) if outer else value
+        # a layer may have both, but it can be called
+        if all(hasattr(held, name) for name in (INTEGERS, SCALE)) and not callable(held):
+            return (*outer, INTEGERS)
+    return None
 
 
 def is_quantised(value: Any) -> bool:
     """Whether `value` is a quantised array: it has an array of integers and of their scales."""
-    held = getattr(value, INTEGERS[0], None)
-    return all(hasattr(held, name) for name in (INTEGERS[1], SCALE[1]))
+    return integers_in(value) is not None
+
+
+def arrays_in(value: Any) -> dict[Path, Any]:
+    """The arrays of what stands in an array's place, by their paths in it: () for a plain one.
+
+    None for None, which a model has in place of an array that it lacks.
+    """
+    if value is None:
+        return {}
+    if (place := integers_in(value)) is None:
+        return {(): value}
+    held = value.array if len(place) > 1 else value
+    found = {name: getattr(held, name, None) for name in (INTEGERS, SCALE, "zero_point")}
+    return {(*place[:-1], name): array for name, array in found.items() if array is not None}
+
+
+def kernel_at(leaf: Path, arrays: Iterable[Path]) -> Path | None:
+    """Where a kernel's numbers lie among `arrays`: at `leaf`, or as the integers of what is there.
+
+    Paths are compared as they are written: an index is a number in one and text in the other.
+    """
+    written = {slashed(path): path for path in arrays}
+    places = (slashed((*leaf, *place)) for place in ((), *PLACES))
+    return next((written[place] for place in places if place in written), None)
+
+
+def array_of(integers: Path) -> Path:
+    """The path of the quantised array that has its integers there; any other path itself."""
+    place = next((place for place in PLACES if integers[-len(place) :] == place), ())
+    return integers[: len(integers) - len(place)]
+
+
+def are_integers(leaf: Path) -> bool:
+    """Whether the array at `leaf` is, by where it lies, the integers of a quantised one."""
+    return array_of(leaf) != leaf
 
 
 def dequantised(path: Path, value: Any) -> jax.Array:
@@ -33,7 +79,7 @@ def dequantised(path: Path, value: Any) -> jax.Array:
     Raises:
       ConfigError: its package has no public `dequantize`, or that gives another shape.
     """
-    held = value.array
+    held = value if integers_in(value) == (INTEGERS,) else value.array
     package = type(held).__module__.partition(".")[0]
     read = getattr(import_module(package), "dequantize", None)
     if not callable(read):
@@ -86,7 +132,7 @@ def refuse_rounding(module: Path, kind: type, arrays: Iterable[Path]) -> None:
     if not quantises(kind):
         return
     held = [path for path in arrays if path[: len(module)] == module]
-    quantised = any(path[-len(INTEGERS) :] == INTEGERS for path in held)
+    quantised = any(map(are_integers, held))
     if not quantised and not any(str(path[-1]).endswith(_LORA) for path in held):
         name = f"{dotted(module)!r}, a {kind.__name__}," if module else f"this {kind.__name__}"
         raise ConfigError(

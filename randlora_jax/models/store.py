@@ -27,7 +27,7 @@ class ArrayStore(ABC):
 
     @abstractmethod
     def dequantised(self) -> Mapping[Path, jax.Array]:
-        """The numbers of every quantised array of the base model, by its path.
+        """The numbers of every quantised array of the base model, by the path of its integers.
 
         Raises:
           ConfigError: one cannot be read.
@@ -35,7 +35,7 @@ class ArrayStore(ABC):
 
     @abstractmethod
     def put_floats(self, leaves: Mapping[Path, jax.Array]) -> None:
-        """Puts arrays in place of the quantised ones; the model then runs as it did before."""
+        """Puts arrays in place of what `dequantised` gave; the model then runs as it did before."""
 
     @abstractmethod
     def install(

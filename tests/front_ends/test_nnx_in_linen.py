@@ -1,5 +1,7 @@
 """nnx modules inside linen ones (``nnx.bridge.ToLinen``): their layers run with W + delta."""
 
+import dataclasses
+
 import flax
 import flax.linen as nn
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from linen_nets import X, assert_runs_as_merged, close, slopes, wrapped
+from linen_nets import CONFIG, X, assert_runs_as_merged, close, slopes, wrapped
 
 from randlora_jax import ConfigError, KernelLayout, LayerType
 
@@ -61,6 +63,13 @@ VIEWS = {"part/bare": "i o"}
 def test_layers_inside_are_adapted(sample):
     model = wrapped(Net(), X, views=VIEWS, sample_inputs=sample)
     assert sorted(model.targeted_module_names) == LAYERS
+    assert_runs_as_merged(model, X)
+
+
+@pytest.mark.parametrize("only", ["part.up", "part.down", "last"])
+def test_a_single_layer_inside_is_not_taken_for_the_module_around_it(only):
+    config = dataclasses.replace(CONFIG, target_modules=[only])
+    model = wrapped(Net(), X, sample_inputs=(X,), config=config)
     assert_runs_as_merged(model, X)
 
 

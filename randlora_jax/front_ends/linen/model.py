@@ -22,7 +22,7 @@ from randlora_jax.front_ends.linen.beside import TokenOfCalls, cleared, laid_bes
 from randlora_jax.front_ends.linen.modules import modules_of
 from randlora_jax.front_ends.linen.running import LinenRunner
 from randlora_jax.front_ends.linen.tracing import Trace
-from randlora_jax.front_ends.linen.types import TYPES
+from randlora_jax.front_ends.linen.types import TYPES, unquantised
 from randlora_jax.front_ends.shown_signature import shows_call_of
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models import known_models
@@ -32,7 +32,7 @@ from randlora_jax.models.front_end import WrapRules, register_front_end
 from randlora_jax.models.layer import Layer, LayerRun
 from randlora_jax.models.layer_types import LayerTypes, Table, refuse_idle_types
 from randlora_jax.models.names import Path, slashed
-from randlora_jax.models.quantised import refuse_rounding, unquantised_class
+from randlora_jax.models.quantised import refuse_rounding
 from randlora_jax.models.reaching import expected, refuse_unreached
 from randlora_jax.models.registry import AdapterRegistry, BaseModelInfo
 
@@ -137,8 +137,7 @@ class LinenStore(CollectionStore):
     def put_floats(self, leaves: Mapping[Path, jax.Array]) -> None:
         """The module whose class quantises becomes one of the class that was made of."""
         super().put_floats(leaves)
-        self.module = self.module.copy()
-        self.module.__class__ = unquantised_class(type(self.module))
+        self.module = unquantised(self.module)
 
     def release(self) -> nn.Module:
         """The bound module."""

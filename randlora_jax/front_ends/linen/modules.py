@@ -14,8 +14,8 @@ from randlora_jax.front_ends.nnx_types import DENSE
 from randlora_jax.front_ends.params import owner_of
 from randlora_jax.models.finding import FoundModule, StatedLayouts
 from randlora_jax.models.layer import LayerType
-from randlora_jax.models.names import Path
-from randlora_jax.models.quantised import INTEGERS
+from randlora_jax.models.names import Path, slashed
+from randlora_jax.models.quantised import are_integers, kernel_at
 
 Arrays = dict[Path, jax.Array]
 
@@ -68,25 +68,25 @@ def _untold(arrays: Arrays) -> dict[Path, str]:
         leaf: f"it holds {x.dtype} numbers, and only a run tells whether its module is one that is "
         "known to multiply by them: pass sample_inputs=(...), what the model is called with"
         for leaf, x in arrays.items()
-        if not jnp.issubdtype(x.dtype, jnp.inexact) and leaf[-len(INTEGERS) :] != INTEGERS
+        if not jnp.issubdtype(x.dtype, jnp.inexact) and not are_integers(leaf)
     }
 
 
 def taken_for(path: Path, arrays: Arrays, stated: StatedLayouts) -> LayerType | None:
     """What a module that has not run is taken for."""
-    for leaf in (("kernel",), ("kernel", *INTEGERS)):
-        if leaf in arrays and arrays[leaf].ndim == 2:
-            return None if stated.find(path) or stated.find((*path, *leaf)) else DENSE
-    return None
+    leaf = kernel_at(("kernel",), arrays)
+    if leaf is None or arrays[leaf].ndim != 2:
+        return None
+    return None if stated.find(path) or stated.find((*path, *leaf)) else DENSE
 
 
 def _as_held(known: LayerType, holder: TracedModule, arrays: Arrays) -> LayerType:
     """A type of layer with the axes along which its kernel is stacked in the model's params."""
-    sees: Axes | None = holder.axes.get(known.leaf)
-    array = arrays.get(tuple(known.leaf.split("/")))
-    if sees is None or array is None or len(sees) != len(known.layout.axes):
+    leaf = kernel_at(tuple(known.leaf.split("/")), arrays)
+    sees: Axes | None = holder.axes.get(slashed(leaf)) if leaf else None
+    if leaf is None or sees is None or len(sees) != len(known.layout.axes):
         return known
-    whole = ["s"] * array.ndim
+    whole = ["s"] * arrays[leaf].ndim
     for axis, letter in zip(sees, known.layout.axes, strict=True):
         whole[axis] = letter
     return replace(known, layout=KernelLayout("".join(whole)))

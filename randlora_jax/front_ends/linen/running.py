@@ -60,6 +60,7 @@ class _Met:
       layers: whose kernels they are, and where each is in `own`.
       known: what is known of the class that holds each kernel.
       kinds: the name of that class.
+      inside: names of the layers that are parts of the module, an nnx one, and not itself.
     """
 
     module: nn.Module
@@ -70,6 +71,7 @@ class _Met:
     layers: Mapping[str, tuple[Layer, Path]]
     known: Mapping[str, LayerType | None]
     kinds: Mapping[str, str]
+    inside: frozenset[str] = frozenset()
 
     def parted(self) -> tuple["_Met", "_Met"]:
         """With those layers of which a class is known, and this is none; with all others."""
@@ -87,6 +89,8 @@ class _Met:
         known = self.known[name]
         if self.name != "__call__":
             return f"it runs by its method {self.name!r}"
+        if name in self.inside:
+            return "it is a part of an nnx module, which alone is called"
         if more:
             return "its module has several adapted kernels"
         if known is None or known.call is None:
@@ -190,14 +194,19 @@ class LinenRunner:
                 refuse_rounding((), type(outer), flat(outer.variables["params"]))
         method = method_of(context)
         if bridges:
-            inside = {slashed(path): part for path, part in modules_inside(module).items()}
-            holders = {n: inside.get(slashed(path[:-1])) for n, (_, path) in layers.items()}
+            parts = {slashed(path): part for path, part in modules_inside(module).items()}
+            homes = {n: _home(path, parts) for n, (_, path) in layers.items()}
+            holders = {n: parts.get(home) for n, home in homes.items()}
             known = {n: self.types.find(holder) for n, holder in holders.items()}
         else:
+            homes = {}
             holders = dict.fromkeys(layers, module)
             known = dict.fromkeys(layers, type_of(self.types, module, method, arguments))
         kinds = {name: type(holder).__name__ for name, holder in holders.items()}
-        return _Met(module, method, context.method_name, arguments, own, layers, known, kinds)
+        inside = frozenset(name for name, home in homes.items() if home)
+        return _Met(
+            module, method, context.method_name, arguments, own, layers, known, kinds, inside
+        )
 
     def _run_alone(self, met: _Met, taken: CallInput) -> jax.Array:
         """The output of a layer that is a sum over axes of its input."""
@@ -264,3 +273,9 @@ class LinenRunner:
             drop = dropout(spec.dropout, module.make_rng("dropout")) if drops else None
             found.append(Contribution(update, drop))
         return found
+
+
+def _home(path: Path, parts: Mapping[str, Any]) -> str:
+    """The path of the innermost of `parts`, by their paths, that holds what is at `path`."""
+    outer = (slashed(path[:i]) for i in range(len(path) - 1, -1, -1))
+    return next((home for home in outer if home in parts), "")

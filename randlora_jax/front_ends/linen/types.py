@@ -14,6 +14,7 @@ from randlora_jax.front_ends.call_input import Arguments
 from randlora_jax.models.layer import LayerType
 from randlora_jax.models.layer_types import LayerTypes, Table, of_axes
 from randlora_jax.models.names import Path
+from randlora_jax.models.quantised import unquantised_class
 
 
 def _dense(module: nn.Dense) -> LayerType:
@@ -76,6 +77,13 @@ def changes_state(module: nn.Module) -> bool:
         return True
     held = [name for name, collection in module.variables.items() if collection]
     return any(module.is_mutable_collection(name) for name in held if name != "params")
+
+
+def unquantised(module: nn.Module) -> nn.Module:
+    """A module like `module`, of the class that its own was made of by a quantiser."""
+    copy = module.copy()
+    copy.__class__ = unquantised_class(type(module))
+    return copy
 
 
 def is_bridge(module: nn.Module) -> bool:

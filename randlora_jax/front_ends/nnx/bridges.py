@@ -15,11 +15,13 @@ class Bridge(NamedTuple):
       accepts: whether a module is of it.
       modules: (its path, the module, what users state) -> what is inside, with whole paths.
       wrapper: runs the module with its adapters.
+      unquantise: makes the module run without the quantiser that its own was made for.
     """
 
     accepts: Callable[[Any], bool]
     modules: Callable[[Path, Any, StatedLayouts], list[FoundModule]]
     wrapper: type[RandLoraLayer]
+    unquantise: Callable[[Any], None]
 
 
 _bridges: list[Bridge] = []

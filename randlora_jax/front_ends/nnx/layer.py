@@ -15,6 +15,7 @@ from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.ways import ExecutionOptions, possible_ways, require_a_way
 from randlora_jax.front_ends.call_input import input_of, multiplies_in
 from randlora_jax.front_ends.nnx.call import CallContext, ModelToken, open_for, reached
+from randlora_jax.front_ends.nnx.held import array_at
 from randlora_jax.front_ends.nnx.running import (
     AdaptedKernel,
     as_function,
@@ -189,7 +190,7 @@ class RandLoraLayer(nnx.Module):
 
     def _kernel(self, layer: Layer, state: Mapping[Path, Any]) -> tuple[Kernel, Contraction | None]:
         """The kernel of a layer as it is in this call, and what the layer computes."""
-        array = state[layer.leaf].get_raw_value()
+        array = array_at(layer.leaf, state)
         layout, call = layer.running(array.shape, layer.type, type(self.base_layer).__name__)
         return Kernel.traced(array, layout, layer.sharding_within(array.shape)), call
 

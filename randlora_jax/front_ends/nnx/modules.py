@@ -9,6 +9,7 @@ from flax import nnx
 
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.front_ends.nnx.bridges import bridge_of
+from randlora_jax.front_ends.nnx.held import held_by, is_container, raw
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
 from randlora_jax.front_ends.nnx.variables import SharedBasis
 from randlora_jax.interop.errors import ConfigError
@@ -20,7 +21,7 @@ from randlora_jax.models.finding import (
 from randlora_jax.models.layer import LayerType
 from randlora_jax.models.layer_types import LayerTypes
 from randlora_jax.models.names import Path, dotted, slashed
-from randlora_jax.models.quantised import INTEGERS, SCALE, is_quantised
+from randlora_jax.models.quantised import arrays_in, kernel_at
 
 # What has kernels and is no linear layer.
 _OTHER: Mapping[type, str] = {
@@ -37,7 +38,6 @@ _OTHER: Mapping[type, str] = {
 # What multiplies by another kernel than the one it stores.
 _NORMED = (nnx.WeightNorm, nnx.SpectralNorm)
 
-_CONTAINERS = (nnx.List, nnx.Dict)
 _NO_PARAMETERS = (nnx.RngState, nnx.BatchStat, nnx.Cache, nnx.Intermediate, SharedBasis)
 
 
@@ -54,14 +54,14 @@ def modules_of(
     """
     theirs = {path for path, module in walked if isinstance(module, RandLoraLayer)}
     held = {
-        path: dict(_variables_of(module))
+        path: dict(_arrays_of(module))
         for path, module in walked
         if not _is_held(path, module) and not any(path[:i] in theirs for i in range(len(path)))
     }
-    owners: dict[int, list[Path]] = {}
-    for path, variables in held.items():
-        for leaf, variable in variables.items():
-            owners.setdefault(id(variable), []).append((*path, *leaf))
+    owners: dict[_Owner, list[Path]] = {}
+    for path, mine in held.items():
+        for leaf, (_, owner) in mine.items():
+            owners.setdefault(owner, []).append((*path, *leaf))
     normed = {path: module for path, module in walked if isinstance(module, _NORMED)}
     found = []
     for path, module in walked:
@@ -70,7 +70,7 @@ def modules_of(
         if bridge := bridge_of(module):
             found += bridge.modules(path, module, stated)
             continue
-        arrays = {leaf: variable.get_raw_value() for leaf, variable in held[path].items()}
+        arrays = {leaf: array for leaf, (array, _) in held[path].items()}
         known = types.find(module)
         if known and not stated.find(path):
             known = _as_held(path, known, module, arrays)
@@ -95,7 +95,8 @@ def _as_held(
     Raises:
       ConfigError: its extents do not tell.
     """
-    array, axes = arrays.get((known.leaf,)), known.layout.axes
+    leaf, axes = kernel_at((known.leaf,), arrays), known.layout.axes
+    array = arrays[leaf] if leaf else None
     extents = _extents(module)
     if array is None or extents is None or array.ndim <= len(axes):
         return known
@@ -131,43 +132,37 @@ def _extents(module: nnx.Module) -> list[int] | None:
 
 def _is_held(path: Path, module: nnx.Module) -> bool:
     """Whether what a module holds is not its own: a container's, or adapters' of another model."""
-    return bool(path) and isinstance(module, (*_CONTAINERS, RandLoraLayer))
+    return bool(path) and (is_container(module) or isinstance(module, RandLoraLayer))
 
 
-def _variables_of(holder: Any) -> Iterator[tuple[Path, nnx.Variable[Any]]]:
-    """The parameters that a module, or a container in it, holds itself."""
-    if isinstance(holder, nnx.List | list | tuple):
-        items: Any = enumerate(holder)
-    elif isinstance(holder, dict):
-        items = holder.items()
-    else:
-        items = vars(holder).items()
-    for name, value in items:
-        if isinstance(value, nnx.Variable):
-            if not isinstance(value, _NO_PARAMETERS):
-                yield (name,), value
-        elif is_quantised(value):
-            for outer, inner in (INTEGERS, SCALE):
-                yield (name, outer, inner), getattr(getattr(value, outer), inner)
-        elif isinstance(value, (*_CONTAINERS, list, tuple, dict)) and name != "_pytree__nodes":
-            for leaf, variable in _variables_of(value):
-                yield (name, *leaf), variable
+# What changes with an array wherever it is held: the ``id`` of that, and the array's path in it.
+_Owner = tuple[int, Path]
+
+
+def _arrays_of(module: nnx.Module) -> Iterator[tuple[Path, tuple[Any, _Owner]]]:
+    """The arrays of the parameters that a module holds itself, and what each shares."""
+    for leaf, held in held_by(module):
+        if isinstance(held, _NO_PARAMETERS):
+            continue
+        for path, array in arrays_in(raw(held)).items():
+            owner = (id(array), ()) if isinstance(array, nnx.Variable) else (id(held), path)
+            yield (*leaf, *path), (raw(array), owner)
 
 
 def _refusals(
     path: Path,
-    variables: Mapping[Path, nnx.Variable[Any]],
-    owners: Mapping[int, list[Path]],
+    arrays: Mapping[Path, tuple[Any, _Owner]],
+    owners: Mapping[_Owner, list[Path]],
     normed: Mapping[Path, nnx.Module],
 ) -> dict[Path, str]:
     """Why arrays of the module at `path` can take no adapter."""
     for outer, module in normed.items():
         if path[: len(outer)] == outer and path != outer:
             what = f"{type(module).__name__} {dotted(outer)!r}"
-            return dict.fromkeys(variables, multiplies_another(what))
+            return dict.fromkeys(arrays, multiplies_another(what))
     found = {}
-    for leaf, variable in variables.items():
-        others = [dotted(where) for where in owners[id(variable)] if where != (*path, *leaf)]
+    for leaf, (_, owner) in arrays.items():
+        others = [dotted(where) for where in owners[owner] if where != (*path, *leaf)]
         if others:
             found[leaf] = f"its array is {', '.join(others)}, too: what changes one changes all"
     return found

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from randlora_jax.core.abstract import is_abstract
@@ -20,9 +18,10 @@ from randlora_jax.core.hoisting import Hoisted, is_traced
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.update import Update
 from randlora_jax.front_ends.call_input import Arguments, CallInput, with_input
+from randlora_jax.front_ends.nnx.held import array_at, arrays_of, of_jax, of_numpy, place_of
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.names import Path, dotted
-from randlora_jax.models.quantised import INTEGERS
+from randlora_jax.models.quantised import are_integers
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class _RunLayer:
 
     Args:
       graph: its structure.
-      leaf: where its kernel is.
+      leaf: where the Variable with its kernel is.
       place: where its input stands among the arguments.
       values: of its state, kernel first, and of the call's other arguments.
       quantiser: the class around it that quantises, which tells apart layers that are alike.
@@ -58,7 +57,7 @@ class _RunLayer:
         before = _values(layer)
         out = layer(*args, **kwargs)
         if changes := _changed(layer, before):
-            if any(path[-len(INTEGERS) :] == INTEGERS for path in changes):
+            if any(map(are_integers, changes)):
                 raise ConfigError(
                     f"a {type(layer).__name__} was quantised in its call, its adapter around it: "
                     "quantise the model first, then wrap it"
@@ -79,10 +78,10 @@ def with_jax_arrays(state: Mapping[Path, Any]) -> dict[Path, Any]:
     """
     found = dict(state)
     for path, value in state.items():
-        raw = value.get_raw_value() if isinstance(value, nnx.Variable) else None
-        refuse_abstract(dotted(path), raw)
-        if isinstance(raw, np.ndarray):
-            found[path] = value.replace(jnp.asarray(raw))
+        for inner, array in arrays_of(value).items():
+            refuse_abstract(dotted((*path, *inner)), array)
+        if isinstance(value, nnx.Variable) and of_numpy(value):
+            found[path] = value.replace(of_jax(value))
     return found
 
 
@@ -116,9 +115,11 @@ def as_function(
       leaf: where its kernel is.
       quantiser: the class around it that quantises, if one does.
     """
-    rest = {path: value for path, value in state.items() if path != leaf}
-    values, (_, *read) = Hoisted.of((state[leaf], rest, *taken.rest))
-    return comparable(_RunLayer(graph, leaf, taken.place, values, quantiser)), read
+    place = place_of(leaf, state)
+    rest = {path: value for path, value in state.items() if path != place}
+    values, (kernel, *read) = Hoisted.of((state[place], rest, *taken.rest))
+    assert kernel is array_at(leaf, state)  # the first of a quantised array are its integers
+    return comparable(_RunLayer(graph, place, taken.place, values, quantiser)), read
 
 
 class AdaptedKernel(NamedTuple):

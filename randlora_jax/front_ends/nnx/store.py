@@ -14,6 +14,7 @@ from randlora_jax.core.abstract import moved
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.front_ends.nnx.bridges import bridge_of
 from randlora_jax.front_ends.nnx.call import ModelToken
+from randlora_jax.front_ends.nnx.held import arrays_of, is_container, plain, quantised_in
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer, Settings
 from randlora_jax.front_ends.nnx.nested import wrappers_of_wrapped
 from randlora_jax.front_ends.nnx.variables import (
@@ -26,12 +27,7 @@ from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models import reaching
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, slashed
-from randlora_jax.models.quantised import (
-    dequantised,
-    is_quantised,
-    quantiser_around,
-    unquantised_class,
-)
+from randlora_jax.models.quantised import dequantised, quantiser_around, unquantised_class
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 from randlora_jax.models.store import ArrayStore
 
@@ -90,49 +86,61 @@ class NnxStore(ArrayStore):
 
     @cached_property
     def _params(self) -> dict[Path, nnx.Variable[jax.Array]]:
-        kernels = {layer.kernel_path for layer in self.root._registry.layers.values()}
+        layers = self.root._registry.layers.values()
+        # a Variable may hold more than a kernel
+        kernels = {
+            path[:i]
+            for layer in layers
+            for path in [layer.kernel_path]
+            for i in range(len(path) + 1)
+        }
         flat = nnx.to_flat_state(nnx.state(self.root.model))
         bare = {_bare(path): leaf for path, leaf in flat if not _OURS & set(path)}
-        return {p: x for p, x in bare.items() if isinstance(x, nnx.Param) or p in kernels}
+        quantised = {path[:-1] for path in self._quantised}
+        return {
+            path: x
+            for path, x in bare.items()
+            if isinstance(x, nnx.Param) or path in kernels or path[:-1] in quantised
+        }
 
     def base_leaves(self) -> Mapping[Path, jax.Array]:
         """Every ``nnx.Param`` of the base model, and kernels of other types."""
-        return {path: leaf.get_raw_value() for path, leaf in self._params.items()}
+        return {
+            (*path, *inner): array
+            for path, leaf in self._params.items()
+            for inner, array in arrays_of(leaf).items()
+        }
 
     def set_base_leaves(self, leaves: Mapping[Path, jax.Array]) -> None:
         """In place."""
         for path, value in leaves.items():
             self._params[path][...] = value
 
-    def _quantised(self) -> dict[Path, nnx.Module]:
-        """The module that holds each quantised array, by the array's path."""
-        modules = {p: m.base_layer if self._is_ours(m) else m for p, m in self._modules.items()}
+    @cached_property
+    def _quantised(self) -> dict[Path, Any]:
+        """What holds each quantised array, a Variable or itself; by the path of its integers."""
         return {
-            (*path, name): module
-            for path, module in modules.items()
-            for name, value in vars(module).items()
-            if is_quantised(value)
+            (*_bare(path), *leaf): held
+            for path, module in nnx.iter_modules(self.root.model)
+            if not is_container(module)
+            for leaf, held in quantised_in(module).items()
         }
 
     def dequantised(self) -> Mapping[Path, jax.Array]:
-        """Attributes of modules."""
-
-        def plain(x: Any) -> Any:
-            return x.get_raw_value() if isinstance(x, nnx.Variable) else x
-
-        def numbers(path: Path, module: nnx.Module) -> jax.Array:
-            held = getattr(module, str(path[-1]))
-            raw = jax.tree.map(plain, held, is_leaf=lambda x: isinstance(x, nnx.Variable))
-            return dequantised(path, raw)
-
-        return {path: numbers(path, module) for path, module in self._quantised().items()}
+        """Wherever a module holds them."""
+        return {path: dequantised(path, plain(held)) for path, held in self._quantised.items()}
 
     def put_floats(self, leaves: Mapping[Path, jax.Array]) -> None:
         """As ``nnx.Param``; modules whose class quantises get the one it was made of."""
-        holders = self._quantised()
-        for path, value in leaves.items():
-            setattr(holders[path], str(path[-1]), nnx.Param(value))
+        held = {path: self._quantised[path] for path in leaves}
+        variables = {p: x for p, x in held.items() if isinstance(x, nnx.Variable)}
+        for path, variable in variables.items():
+            variable.set_raw_value(leaves[path])
+        bare = {id(x): nnx.Param(leaves[p]) for p, x in held.items() if p not in variables}
+        replace_held(cast(nnx.Module, self.root), bare)
         for _, module in nnx.iter_modules(self.root.model):
+            if bridge := bridge_of(module):
+                bridge.unquantise(module)
             module.__class__ = unquantised_class(type(module))
 
     def install(
@@ -163,7 +171,7 @@ class NnxStore(ArrayStore):
     def _owner(self, path: Path) -> Path:
         """The module that holds the leaf at `path`, itself or in a container."""
         owner = path[:-1]
-        while owner and isinstance(self._modules.get(owner), nnx.List | nnx.Dict | None):
+        while owner and (owner not in self._modules or is_container(self._modules[owner])):
             owner = owner[:-1]
         return owner
 
@@ -184,7 +192,7 @@ class NnxStore(ArrayStore):
                 quantiser=quantiser_around(map(type, around)),
             )
             made[path] = _wrapper_of(module)(module, settings)
-        replace_modules(
+        replace_held(
             cast(nnx.Module, self.root), {id(bare[path]): wrapper for path, wrapper in made.items()}
         )
         modules.update(made)
@@ -240,7 +248,7 @@ class NnxStore(ArrayStore):
         """The base model, its own modules back in place of their wrappers."""
         wrappers = self._wrappers().values()
         root = cast(nnx.Module, self.root)
-        replace_modules(root, {id(wrapper): wrapper.base_layer for wrapper in wrappers})
+        replace_held(root, {id(wrapper): wrapper.base_layer for wrapper in wrappers})
         retype_loras(list(nnx.iter_modules(self.root.model)), FrozenLoRAParam, nnx.LoRAParam)
         return self.root.model
 
@@ -259,11 +267,11 @@ def _bare(path: Path) -> Path:
 _OURS = {"randlora_lambda", "randlora_gamma", "trained_leaves", "randlora_dropout"}
 
 
-def replace_modules(root: nnx.Module, new: Mapping[int, nnx.Module]) -> None:
-    """Puts new modules in place of old ones wherever `root` holds these, in one walk.
+def replace_held(root: nnx.Module, new: Mapping[int, Any]) -> None:
+    """Puts something in place of modules or quantised arrays wherever `root` has them, in one walk.
 
     Args:
-      new: by the ``id`` of the old module, which must live on.
+      new: by the ``id`` of the old one, which must live on.
     """
     for module in [module for _, module in nnx.iter_modules(root)]:
         for name, value in list(vars(module).items()):
@@ -276,8 +284,8 @@ def replace_modules(root: nnx.Module, new: Mapping[int, nnx.Module]) -> None:
                 setattr(module, name, swapped)
 
 
-def _swapped(value: Any, new: Mapping[int, nnx.Module]) -> Any:
-    """`value` with modules replaced, inside containers too; itself if nothing changed."""
+def _swapped(value: Any, new: Mapping[int, Any]) -> Any:
+    """`value` with what it holds replaced, in containers too; itself if nothing changed."""
     if id(value) in new:
         return new[id(value)]
     if type(value) in (list, tuple):

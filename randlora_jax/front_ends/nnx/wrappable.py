@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable
 
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
+from randlora_jax.front_ends.nnx.held import of_jax, of_numpy
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
 from randlora_jax.front_ends.nnx.nested import wrappers_of_wrapped
 from randlora_jax.front_ends.nnx.parts import Part
@@ -50,6 +49,5 @@ def make_wrappable(model: nnx.Module, modules: Iterable[tuple[Path, nnx.Module]]
             f"place: go on with what get_peft_model gave back then. {ADAPTED_ALREADY}"
         )
     for _, node in nnx.iter_graph(model):
-        value = node.get_raw_value() if isinstance(node, nnx.Variable) else None
-        if isinstance(value, np.ndarray):
-            node.set_raw_value(jnp.asarray(value))
+        if isinstance(node, nnx.Variable) and of_numpy(node):
+            node.set_raw_value(of_jax(node))
