@@ -179,10 +179,9 @@ def refuse_abstract(collections: Tree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(collections):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise ConfigError(
-                f"{dotted(tuple(map(part_of, path)))!r} is abstract, a ShapeDtypeStruct: the model "
-                "has no arrays yet. Load or initialise them, then wrap it; or wrap it within: "
-                "jax.eval_shape(lambda params: get_peft_model(..., config).variables, params) "
-                "gives the shapes of a wrapped model"
+                f"{dotted(tuple(map(part_of, path)))!r} is abstract, a ShapeDtypeStruct: run the "
+                "model abstractly, within jax.eval_shape(lambda variables: ..., model.variables), "
+                "or fill it first with variables that were restored: model.variables = variables"
             )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from randlora_jax.core.abstract import is_abstract
 from randlora_jax.core.bases import BasisPair, Extents
 from randlora_jax.core.frozen import never_trained
 from randlora_jax.front_ends.collections import (
@@ -73,14 +74,13 @@ class FunctionalRandLora(RandLoraModel):
                 f"the variables lack the collections {listed(lost)}, which would be lost: {_WHOLE}"
             )
         self._check_adapters(variables)
-        refuse_abstract(variables)
         store = self._collections
         for name, tree in adapter_trees(as_arrays(unfreeze(variables))).items():
             # of a merged adapter, lambda and gamma are no variables, and stay
             leaves = {**flatten_dict(store.trees[name]), **flatten_dict(tree)}
             store.trees[name] = unflatten_dict(leaves)
         store.base = base_arrays(unfreeze(base_collections(variables)))
-        if any(map(_is_deleted, jax.tree.leaves(store.pairs()))):
+        if any(map(_is_gone, jax.tree.leaves(store.pairs()))):
             self._refresh_pairs(store)
 
     def split(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -90,10 +90,6 @@ class FunctionalRandLora(RandLoraModel):
         """
         frozen = self.variables
         return frozen.pop(TRAINED), frozen
-
-    def _check_new(self, adapter_name: str, rngs: Any) -> None:
-        super()._check_new(adapter_name, rngs)
-        refuse_abstract(self._collections.base)
 
     def _tree(self, adapter_name: str) -> dict[str, Any]:
         """An adapter's leaves; those whose delta is merged into the kernels left out."""
@@ -108,11 +104,12 @@ class FunctionalRandLora(RandLoraModel):
 
         Raises:
           ConfigError: the bases or other parts are missing, or something in them is not this
-            model's.
+            model's, or has no numbers yet.
 
         Warns where the trained leaves are missing, so that the base model runs.
         """
         _check_kind(variables)
+        refuse_abstract(variables)
         registry, given = self._registry, adapter_trees(variables)
         lost = [n for n in registry.applied if n not in registry.merged and n not in given]
         if lost:
@@ -164,9 +161,9 @@ class FunctionalRandLora(RandLoraModel):
         return flat(variables["params"])
 
 
-def _is_deleted(array: jax.Array) -> bool:
-    """Whether an array is gone, since it was donated to a jitted function."""
-    return not isinstance(array, jax.core.Tracer) and array.is_deleted()
+def _is_gone(array: Any) -> bool:
+    """Whether an array was donated to a jitted function, or is a shape that waits for numbers."""
+    return is_abstract(array) or (not isinstance(array, jax.core.Tracer) and array.is_deleted())
 
 
 def _check_kind(variables: Any) -> None:

@@ -19,7 +19,6 @@ from randlora_jax.front_ends.collections import (
     Tree,
     adapter_trees,
     part_of,
-    refuse_abstract,
     state_of,
 )
 from randlora_jax.front_ends.functional import FunctionalRandLora
@@ -97,7 +96,7 @@ def _by_path(params: Tree) -> dict[Path, jax.Array]:
 
 
 def _accepts(model: Any, rules: WrapRules) -> bool:
-    kinds = jax.Array, np.ndarray, jax.ShapeDtypeStruct  # the last is refused by name
+    kinds = jax.Array, np.ndarray, jax.ShapeDtypeStruct
     return bool(rules.layouts.rules) and any(isinstance(x, kinds) for x in jax.tree.leaves(model))
 
 
@@ -118,7 +117,6 @@ class PytreeRandLora(FunctionalRandLora):
                 "layer_types: a params pytree has no modules whose types could be told; state the "
                 "layouts of its kernels by views="
             )
-        refuse_abstract(params)
         self._collections = store = PytreeStore(params)
         owned: dict[Path, dict[Path, jax.Array]] = {}
         for path, leaf in store.base_leaves().items():
@@ -127,7 +125,7 @@ class PytreeRandLora(FunctionalRandLora):
                     "params are one array without a name: hold it in a dict, such as "
                     "{'layer': {'kernel': array}}"
                 )
-            if not isinstance(leaf, jax.Array):
+            if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
                 raise ConfigError(
                     f"params {dotted(path)!r} is a {type(leaf).__name__}: expected arrays alone; "
                     "take the rest out first, such as by equinox.partition(model, is_array)"

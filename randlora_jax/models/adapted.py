@@ -21,8 +21,8 @@ from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterSt
 from randlora_jax.models.store import ArrayStore
 
 ABSTRACT = (
-    "this wrapped model is abstract: it has shapes and no numbers yet. Fill it first, such as by "
-    "nnx.update(model, state) with a state that was restored"
+    "this wrapped model is abstract: it has shapes and no numbers yet. Fill it first with what was "
+    "restored: nnx.update(model, state), or model.variables = variables where it has these"
 )
 
 
@@ -252,6 +252,7 @@ class AdaptedModel(ABC):
           ConfigError: as `merge_and_unload`; what was merged before is apart again.
         """
         life.refuse_while_off(self._registry, "merge_and_unload")
+        _refuse_abstract(self._store.base_leaves())
         floats = self._store.dequantised()
         if not floats:
             raise ConfigError("dequantize=True: no array of the base model is quantised")
@@ -272,6 +273,7 @@ class AdaptedModel(ABC):
           ConfigError: a kernel takes none, or (with `safe_merge`) would not be finite.
         """
         states = self._numbers(adapter_names)
+        _refuse_abstract(base)
         updates = adapter_arrays.updates_by_layer(self._registry, states, self._pairs(states))
         kernels = adapter_arrays.merged_kernels(self._registry, base, updates)
         for path, kernel in kernels.items() if safe_merge else ():
@@ -307,11 +309,8 @@ class AdaptedModel(ABC):
           ConfigError: the model is abstract, and has none.
         """
         states = {name: self._store.state(name) for name in adapter_names}
-        leaves = jax.tree.leaves(
-            [(state.layers, list(state.saved.values())) for state in states.values()]
-        )
-        if some_abstract(leaves):
-            raise ConfigError(ABSTRACT)
+        for state in states.values():
+            _refuse_abstract((state.layers, list(state.saved.values())))
         return states
 
     def _pairs(self, states: Mapping[str, AdapterState]) -> dict[str, BasisPair]:
@@ -380,10 +379,20 @@ class AdaptedModel(ABC):
         store = self._store
         base = store.base_leaves()
         saved = self._trained_whole(adapter_names)
-        if some_abstract(list(saved.values())):
-            raise ConfigError(ABSTRACT)
+        _refuse_abstract(list(saved.values()))
         store.set_base_leaves({path: x.astype(base[path].dtype) for path, x in saved.items()})
         return store.release()
+
+
+def _refuse_abstract(arrays: Any) -> None:
+    """Nothing, if all of a tree of arrays have numbers.
+
+    Raises:
+      ConfigError: one is a shape alone.
+    """
+    arrays = list(arrays.values()) if isinstance(arrays, Mapping) else arrays
+    if some_abstract(arrays):
+        raise ConfigError(ABSTRACT)
 
 
 def _is_key(rngs: Any) -> bool:

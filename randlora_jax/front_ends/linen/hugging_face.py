@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 from flax.core import unfreeze
 
+from randlora_jax.core.abstract import some_abstract
 from randlora_jax.front_ends.collections import CollectionStore
 from randlora_jax.front_ends.linen.model import InterceptedRandLora, types_with
 from randlora_jax.front_ends.linen.tied import tied_modules
@@ -23,14 +24,14 @@ from randlora_jax.models.registry import BaseModelInfo
 class HuggingFaceStore(CollectionStore):
     """The collections of a Hugging Face model, which gets its params back in the end."""
 
+    held = True  # the model holds its params
+
     def __init__(self, model: Any) -> None:
         try:
             params = unfreeze(model.params)
-        except ValueError as error:
-            raise ConfigError(
-                f"this {type(model).__name__} holds no params, since it was made with "
-                "_do_init=False: make it without that"
-            ) from error
+        except ValueError:  # of a model that was made with _do_init=False, and never holds any
+            params = unfreeze(model.params_shape_tree)
+            self.held = False
         self.model = model
         # models with batch statistics keep whole collections in .params
         self.nested = "params" in params
@@ -41,8 +42,19 @@ class HuggingFaceStore(CollectionStore):
         return collections if self.nested else collections["params"]
 
     def release(self) -> Any:
-        """The model."""
-        self.model.params = self.params_of(self.base)
+        """The model.
+
+        Raises:
+          ConfigError: it holds no params, and there are some.
+        """
+        if self.held:
+            self.model.params = self.params_of(self.base)
+        elif not some_abstract(self.base):
+            raise ConfigError(
+                f"this {type(self.model).__name__} was made with _do_init=False, so it cannot hold "
+                "its params: take them from the wrapped model, model.params['params'] (after "
+                "model.merge_adapter(), with the adapter in them), and go on with model.model"
+            )
         return self.model
 
 
@@ -103,7 +115,7 @@ class HuggingFaceRandLora(InterceptedRandLora):
 
         @functools.wraps(method)
         def joined(*args: Any, params: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
-            variables = self.params if params is None else self._checked(params)
+            variables = self._checked(self.params if params is None else params)
             with self._adapting(variables) as whole:
                 return method(*args, params=self._collections.params_of(whole), **kwargs)
 
