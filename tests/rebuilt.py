@@ -61,6 +61,14 @@ def gradients(model, inputs):
 
 
 def check(make, inputs, names, folder, **said):
+    """A model is adapted in the layers of `names`, as `check_beside`, and merged it is the same."""
+    model, out = check_beside(make, inputs, names, folder, **said)
+    model.merge_adapter()
+    np.testing.assert_allclose(model(*inputs), out, rtol=1e-5, atol=1e-5 * float(abs(out).max()))
+    return model
+
+
+def check_beside(make, inputs, names, folder, **said):
     """A model is adapted in the layers of `names`, exactly, and read back; PEFT sees these names.
 
     Args:
@@ -79,9 +87,7 @@ def check(make, inputs, names, folder, **said):
     model.save_pretrained(folder)
     again = RandLoraModel.from_pretrained(make(), folder, **said)
     np.testing.assert_array_equal(again(*inputs), out)
-    model.merge_adapter()
-    np.testing.assert_allclose(model(*inputs), out, rtol=1e-5, atol=1e-5 * float(abs(out).max()))
-    return model
+    return model, out
 
 
 def bound(module, *inputs):

@@ -142,6 +142,7 @@ class _Call:
       merge_rows: multiply with the axes of rows merged to one. XLA's CPU compiler sums over one of
         them as it lies, but first transposes a copy to sum over several, as the gradient of delta
         does. On a mesh such axes may be cut, and cannot be merged in place.
+      packed: the shape of its kernel, where that is not its array's.
     """
 
     run: Run
@@ -150,6 +151,7 @@ class _Call:
     axes: CallAxes | None
     dtype: jnp.dtype
     merge_rows: bool
+    packed: tuple[int, ...] | None
 
     @classmethod
     def of(cls, layer: RunningLayer, x: jax.Array, options: ExecutionOptions) -> "_Call":
@@ -163,7 +165,7 @@ class _Call:
                 placement = placement.of_rows(rows, len(axes.shared), options.token_axes)
         merge_rows = kernel.placement is None and off_mesh(x)
         dtype = jnp.dtype(layer.dtype)
-        return cls(layer.run, kernel.layout, placement, axes, dtype, merge_rows)
+        return cls(layer.run, kernel.layout, placement, axes, dtype, merge_rows, kernel.packed)
 
     def in_kernel(self, arguments: Arguments, updates: Sequence[Update]) -> jax.Array:
         """The layer once, with W + delta."""
@@ -176,7 +178,7 @@ class _Call:
     ) -> jax.Array:
         """The untouched layer, and beside it what each adapter makes of its input."""
         out = self.run(arguments.kernel, arguments.x, *arguments.read)
-        sizes = self.layout.out_sizes(arguments.kernel.shape)
+        sizes = self.layout.out_sizes(self.packed or arguments.kernel.shape)
         seen = [arguments.x if x is None else x for x in arguments.seen]
         made = [
             self._through(x.astype(self.dtype), update, sizes, factored)
@@ -233,7 +235,7 @@ _run_sharing_traces = jax.jit(_run, static_argnums=(0, 1))
 
 def _sizes(kernel: Kernel, call: _Call, x: jax.Array, updates: Sequence[Update]) -> Sizes:
     """What the cost model counts with: of one device."""
-    _, n_in, n_out = kernel.layout.sizes(kernel.array.shape)
+    _, n_in, n_out = kernel.layout.sizes(kernel.shape)
     tokens, shards = x.size // n_in, 1
     if call.axes:
         tokens = math.prod(x.shape[call.axes.x.index(axis)] for axis in call.axes.rows)

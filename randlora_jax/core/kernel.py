@@ -23,22 +23,43 @@ class Kernel:
       array: its numbers, or a `jax.ShapeDtypeStruct` where only questions are asked.
       layout: how its axes form matrices.
       placement: where it lies on a mesh; None for anywhere.
+      packed: its shape, where the array holds its numbers in another one; None where it is the
+        array's.
     """
 
     array: jax.Array
     layout: KernelLayout
     placement: Placement | None = None
+    packed: tuple[int, ...] | None = None
 
     @classmethod
     def traced(
-        cls, array: jax.Array, layout: KernelLayout, sharding: NamedSharding | None
+        cls,
+        array: jax.Array,
+        layout: KernelLayout,
+        sharding: NamedSharding | None,
+        packed: tuple[int, ...] | None = None,
     ) -> "Kernel":
-        """A kernel in the middle of a call; `sharding` as its model was wrapped."""
-        return cls(array, layout, placement_of(array, layout, sharding))
+        """A kernel in the middle of a call; `sharding` as its model was wrapped.
+
+        How a packed array is cut does not say how its kernel is.
+        """
+        placement = placement_of(array, layout, sharding, packed=packed is not None)
+        return cls(array, layout, placement, packed)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the kernel, however its numbers are stored."""
+        return self.packed or self.array.shape
 
     @property
     def refusal(self) -> str | None:
         """Why no update can be added to its numbers, None where one can."""
+        if self.packed:
+            return (
+                f"its kernel {self.packed} is packed into {self.array.dtype} numbers of shape "
+                f"{self.array.shape}, which a float update cannot join"
+            )
         if holds_sums(self.array.dtype):
             return None
         return f"its kernel holds {self.array.dtype} numbers, which a float update cannot join"
@@ -48,7 +69,7 @@ class Kernel:
 
         Integers stand for x's, and so do floats of 8 bits, which JAX promotes with nothing.
         """
-        if holds_sums(self.array.dtype):
+        if not self.packed and holds_sums(self.array.dtype):
             return jnp.result_type(x, self.array)
         return x.dtype
 
@@ -56,7 +77,7 @@ class Kernel:
         """The deltas of `updates`, formed in `dtype`, summed in float32, in the kernel's layout."""
         cut = self.placement.cut if self.placement else None
         each = (update.formed(cut, dtype) for update in updates)
-        return self.layout.to_kernel(sum(each, start=jnp.zeros((), jnp.float32)), self.array.shape)
+        return self.layout.to_kernel(sum(each, start=jnp.zeros((), jnp.float32)), self.shape)
 
     def taking(self, updates: Sequence[Update], dtype: DTypeLike = jnp.float32) -> jax.Array:
         """W + delta: summed in float32, or in what is wider, and rounded once to W's dtype.

@@ -216,13 +216,14 @@ def alone_among_processes(what: str) -> Iterator[bool]:
 
 
 def placement_of(
-    kernel: jax.Array, layout: KernelLayout, base: NamedSharding | None
+    kernel: jax.Array, layout: KernelLayout, base: NamedSharding | None, *, packed: bool = False
 ) -> Placement | None:
     """Where a layer lies, by its kernel, None where there is no mesh.
 
     Args:
       base: the kernel's sharding when its model was wrapped, of the axes that scans left, for
         automatic meshes.
+      packed: the array is no kernel of the layout, but holds one in another shape.
     """
     sharding = jax.typeof(kernel).sharding
     if _explicit(sharding.mesh):
@@ -231,6 +232,8 @@ def placement_of(
         sharding, spec = base, _entries(base.spec, kernel.ndim)
     else:
         return None
+    if packed:
+        return Placement(sharding.mesh, (), (), followed=False)
     sides: dict[str, list[Axes]] = {"i": [], "o": [], "s": []}
     for letter, axes in zip(layout.axes, spec, strict=True):
         sides[letter].append(axes)

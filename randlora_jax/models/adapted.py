@@ -9,21 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from randlora_jax.core.abstract import is_abstract, some_abstract
+from randlora_jax.core.abstract import is_abstract
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.mesh import kept_on_host, on_mesh, put_back
 from randlora_jax.interop.adapter_name import checked_name
 from randlora_jax.interop.config import ALL_LINEAR, RandLoraConfig, expected_config
 from randlora_jax.interop.errors import ConfigError, shown, warn
 from randlora_jax.models import adapter_arrays, basis_source, coverage, files, life
+from randlora_jax.models.filled import refuse_abstract
 from randlora_jax.models.names import Path
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 from randlora_jax.models.store import ArrayStore
-
-ABSTRACT = (
-    "this wrapped model is abstract: it has shapes and no numbers yet. Fill it first with what was "
-    "restored: nnx.update(model, state), or model.variables = variables where it has these"
-)
 
 
 class AdaptedModel(ABC):
@@ -252,10 +248,10 @@ class AdaptedModel(ABC):
           ConfigError: as `merge_and_unload`; what was merged before is apart again.
         """
         life.refuse_while_off(self._registry, "merge_and_unload")
-        _refuse_abstract(self._store.base_leaves())
+        refuse_abstract(self._store.base_leaves().values())
         floats = self._store.dequantised()
         if not floats:
-            raise ConfigError("dequantize=True: no array of the base model is quantised")
+            raise ConfigError("dequantize=True: no array of the base model is quantised by qwix")
         if self._registry.merged:
             adapter_names = tuple(dict.fromkeys((*self._registry.merged, *adapter_names)))
             self.unmerge_adapter()
@@ -273,7 +269,7 @@ class AdaptedModel(ABC):
           ConfigError: a kernel takes none, or (with `safe_merge`) would not be finite.
         """
         states = self._numbers(adapter_names)
-        _refuse_abstract(base)
+        refuse_abstract(base.values())
         updates = adapter_arrays.updates_by_layer(self._registry, states, self._pairs(states))
         kernels = adapter_arrays.merged_kernels(self._registry, base, updates)
         for path, kernel in kernels.items() if safe_merge else ():
@@ -310,7 +306,7 @@ class AdaptedModel(ABC):
         """
         states = {name: self._store.state(name) for name in adapter_names}
         for state in states.values():
-            _refuse_abstract((state.layers, list(state.saved.values())))
+            refuse_abstract([*state.layers.values(), *state.saved.values()])
         return states
 
     def _pairs(self, states: Mapping[str, AdapterState]) -> dict[str, BasisPair]:
@@ -379,20 +375,9 @@ class AdaptedModel(ABC):
         store = self._store
         base = store.base_leaves()
         saved = self._trained_whole(adapter_names)
-        _refuse_abstract(list(saved.values()))
+        refuse_abstract(saved.values())
         store.set_base_leaves({path: x.astype(base[path].dtype) for path, x in saved.items()})
         return store.release()
-
-
-def _refuse_abstract(arrays: Any) -> None:
-    """Nothing, if all of a tree of arrays have numbers.
-
-    Raises:
-      ConfigError: one is a shape alone.
-    """
-    arrays = list(arrays.values()) if isinstance(arrays, Mapping) else arrays
-    if some_abstract(arrays):
-        raise ConfigError(ABSTRACT)
 
 
 def _is_key(rngs: Any) -> bool:

@@ -275,13 +275,17 @@ def merged_kernels(
         layer = registry.layers[name]
         array = base[layer.kernel_path]
         if traced:
-            kernel = Kernel.traced(array, layer.layout, layer.sharding)
+            kernel = Kernel.traced(array, layer.layout, layer.sharding, layer.packed)
         else:
-            kernel = Kernel(array, layer.layout)
-        if kernel.refusal and are_integers(layer.leaf):
+            kernel = Kernel(array, layer.layout, packed=layer.packed)
+        if kernel.refusal:
+            way_out = (
+                "a quantiser made them: merge_and_unload(dequantize=True) gives float kernels"
+                if are_integers(layer.leaf)
+                else "keep it beside, or load the base model unquantised and the adapter into that"
+            )
             raise ConfigError(
-                f"no adapter can be merged into {name!r}: {kernel.refusal}; a quantiser made them: "
-                "merge_and_unload(dequantize=True) gives float kernels"
+                f"no adapter can be merged into {name!r}: {kernel.refusal}; {way_out}"
             )
         if traced:
             found[layer.kernel_path] = kernel.taking(mine)

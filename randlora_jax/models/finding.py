@@ -198,7 +198,7 @@ def _whole_layer(module: FoundModule, stated: StatedLayouts) -> _Kernel | None:
     if kernel is None:
         return None
     axes = module.type.layout.axes
-    stacks = "s" * (len(arrays[kernel].shape) - len(axes))
+    stacks = "s" * (0 if module.type.shape else len(arrays[kernel].shape) - len(axes))
     said = stated.find(module.path, (*module.path, *kernel))
     return _Kernel(kernel, *(said[::-1] if said else (KernelLayout(stacks + axes), None)))
 
@@ -207,14 +207,16 @@ def _layer(module: FoundModule, kernel: _Kernel, names: Names, path: Path) -> La
     leaf, layout, view = kernel
     array = module.arrays[leaf]
     known = module.type if path == module.path else None
+    packed = known.shape if known else None
+    shape = packed or tuple(array.shape)
     try:
-        stack, _, _ = layout.sizes(array.shape)
+        stack, _, _ = layout.sizes(shape)
     except ConfigError as error:
         raise ConfigError(f"layer {slashed(path)!r}, array {slashed(leaf)!r}: {error}") from None
     return Layer(
         path,
         layout,
-        tuple(array.shape),
+        shape,
         module.owner,
         (*module.within, *leaf),
         type=known,
@@ -223,12 +225,14 @@ def _layer(module: FoundModule, kernel: _Kernel, names: Names, path: Path) -> La
         sharding=on_mesh(array),
         refusal=module.refusals.get(leaf) or _no_way(array, known),
         view=view,
+        stored=tuple(array.shape) if packed else None,
     )
 
 
 def _no_way(array: Any, known: LayerType | None) -> str | None:
     """Why a layer could not run with an adapter; None where it can."""
-    if holds_sums(array.dtype) or (known and known.call):
+    packed = bool(known and known.shape)
+    if (holds_sums(array.dtype) and not packed) or (known and known.call):
         return None
     return (
         f"its kernel holds {array.dtype} numbers, which a float update cannot join, "

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from randlora_jax.core.contraction import LAST_AXES, Contraction
+from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.interop.errors import ConfigError, shown
 from randlora_jax.models.names import Path
@@ -24,15 +26,20 @@ class LayerType:
         then adapters can only run with delta in the kernel.
       fan_in_fan_out: its PyTorch twin is a Conv1D, which holds (in, out).
       leaf: the kernel's name in the layer.
+      shape: of the kernel, where `leaf` holds its numbers packed, in an array of another shape;
+        None where it is the array's. Delta then runs beside, and `call` is needed. Where layers are
+        stacked, the first axes of shape, layout and array are those that stack them.
 
     Raises:
-      ConfigError: one of them is something else, or the call's kernel has another number of axes.
+      ConfigError: one of them is something else, or the call's kernel or `shape` has another number
+        of axes than the layout.
     """
 
     layout: KernelLayout
     call: Contraction | None = LAST_AXES
     fan_in_fan_out: bool = False
     leaf: str = "kernel"
+    shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, kinds, expected in (
@@ -45,6 +52,20 @@ class LayerType:
                 raise ConfigError(f"LayerType: {name}: expected {expected}, found {shown(found)}")
         if self.call and self.call.equation:
             self._check_call(self.call)
+        if self.shape is not None:
+            self._check_shape(self.shape)
+
+    def _check_shape(self, shape: Any) -> None:
+        """It has an extent for each axis of the layout."""
+        axes = self.layout.axes
+        counted = isinstance(shape, tuple) and all(isinstance(n, int) and n > 0 for n in shape)
+        if not counted or len(shape) != len(axes):
+            raise ConfigError(
+                f"LayerType: shape: expected the {len(axes)} extents of a kernel {axes!r}, such as "
+                f"(64, 128) of an 'io' one, found {shown(shape)}. Where the module tells them: "
+                "layer_types={MyLinear: lambda module: LayerType(..., "
+                "shape=(module.in_features, module.out_features))}"
+            )
 
     def _check_call(self, call: Contraction) -> None:
         """The layout and the equation of a call mean the same kernel."""
@@ -92,6 +113,7 @@ class Layer:
       sharding: of the kernel when its model was wrapped; None if it lay on no mesh.
       refusal: why it can take no adapter; None where it can.
       view: the rule of ``views=`` that states its layout, if one does.
+      stored: the shape of the array that holds its kernel packed; None where it is not packed.
     """
 
     path: Path
@@ -105,6 +127,7 @@ class Layer:
     sharding: NamedSharding | None = None
     refusal: str | None = None
     view: str | None = None
+    stored: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -131,6 +154,11 @@ class Layer:
         """(in, out) of one matrix."""
         return self.layout.sizes(self.shape)[1:]
 
+    @property
+    def packed(self) -> tuple[int, ...] | None:
+        """The shape of its kernel, where the array that holds it has another."""
+        return self.shape if self.stored else None
+
     def split(self, arrays: np.ndarray) -> dict[str, np.ndarray]:
         """(*stack, ...) by canonical name, without the stack axes."""
         inner = arrays.shape[len(self.stack) :]
@@ -140,6 +168,30 @@ class Layer:
         """The reverse of `split`."""
         stacked = np.stack([arrays[name] for name in self.names])
         return stacked.reshape(*self.stack, *stacked.shape[1:])
+
+    def running_kernel(
+        self, array: jax.Array, known: LayerType | None, kind: str
+    ) -> tuple[Kernel, Contraction | None]:
+        """Its kernel as it is in a call, held by `array`, and what the layer computes.
+
+        Args:
+          known: of the running layer's class, whose name is `kind`.
+
+        Raises:
+          ConfigError: as `running`; or `array` is no whole packed kernel.
+        """
+        if self.stored is None:
+            layout, call = self.running(array.shape, known, kind)
+            return Kernel.traced(array, layout, self.sharding_within(array.shape)), call
+        taken = len(self.stored) - array.ndim  # by scans
+        if array.shape != self.stored[taken:] or set(self.layout.axes[:taken]) - {"s"}:
+            raise ConfigError(
+                f"layer {self.name!r} holds its kernel {self.shape} packed, expected an array of "
+                f"shape {self.stored} or what scans over its first axes leave, found {array.shape}"
+            )
+        shape = self.shape[taken:]
+        layout, call = self.running(shape, known, kind)
+        return Kernel.traced(array, layout, self.sharding, shape), call
 
     def sharding_within(self, shape: tuple[int, ...]) -> NamedSharding | None:
         """How the kernel lay on a mesh, of the axes that scans left of it: `shape`."""

@@ -68,7 +68,7 @@ def _possible(
     run: LayerRun,
     options: ExecutionOptions,
 ) -> PossibleWays:
-    kernel = Kernel(base[layer.kernel_path], layer.layout)
+    kernel = Kernel(base[layer.kernel_path], layer.layout, packed=layer.packed)
     possible = possible_ways(kernel, *run, options)
     require_a_way(layer.name, possible)
     return possible

@@ -12,6 +12,7 @@ from randlora_jax.front_ends.linen.normed import normed_kernels
 from randlora_jax.front_ends.linen.tracing import Axes, Trace, TracedModule
 from randlora_jax.front_ends.nnx_types import DENSE
 from randlora_jax.front_ends.params import owner_of
+from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.finding import FoundModule, StatedLayouts
 from randlora_jax.models.layer import LayerType
 from randlora_jax.models.names import Path, slashed
@@ -84,9 +85,34 @@ def _as_held(known: LayerType, holder: TracedModule, arrays: Arrays) -> LayerTyp
     """A type of layer with the axes along which its kernel is stacked in the model's params."""
     leaf = kernel_at(tuple(known.leaf.split("/")), arrays)
     sees: Axes | None = holder.axes.get(slashed(leaf)) if leaf else None
-    if leaf is None or sees is None or len(sees) != len(known.layout.axes):
+    if leaf is None or sees is None:
+        return known
+    if known.shape is not None:
+        return _packed_as_held(known, sees, arrays[leaf].shape)
+    if len(sees) != len(known.layout.axes):
         return known
     whole = ["s"] * arrays[leaf].ndim
     for axis, letter in zip(sees, known.layout.axes, strict=True):
         whole[axis] = letter
     return replace(known, layout=KernelLayout("".join(whole)))
+
+
+def _packed_as_held(known: LayerType, sees: Axes, stored: tuple[int, ...]) -> LayerType:
+    """A type of layer that packs its kernel, with the axes that come first and stack such arrays.
+
+    Args:
+      sees: those axes of the array of shape `stored` that a layer sees.
+
+    Raises:
+      ConfigError: other axes than the first stack them.
+    """
+    stacks = len(stored) - len(sees)
+    if sees != tuple(range(stacks, len(stored))):
+        raise ConfigError(
+            f"layer_types: a packed kernel, an array of shape {stored}, is stacked by scans or "
+            f"vmaps along others than its first axes (a layer sees the axes {sees}): stack it "
+            "along axis 0"
+        )
+    assert known.shape is not None
+    layout = KernelLayout("s" * stacks + known.layout.axes)
+    return replace(known, layout=layout, shape=(*stored[:stacks], *known.shape))

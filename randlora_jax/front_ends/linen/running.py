@@ -256,9 +256,7 @@ class LinenRunner:
         self, met: _Met, layer: Layer, array: jax.Array
     ) -> tuple[Kernel, Contraction | None]:
         """The kernel of a layer as it is in this call, and what the layer computes."""
-        name = layer.name
-        layout, call = layer.running(array.shape, met.known[name], met.kinds[name])
-        return Kernel.traced(array, layout, layer.sharding_within(array.shape)), call
+        return layer.running_kernel(array, met.known[layer.name], met.kinds[layer.name])
 
     def _contributions(
         self, module: nn.Module, layer: Layer, kernel: Kernel, beside: Shares

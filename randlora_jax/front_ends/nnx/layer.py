@@ -191,8 +191,7 @@ class RandLoraLayer(nnx.Module):
     def _kernel(self, layer: Layer, state: Mapping[Path, Any]) -> tuple[Kernel, Contraction | None]:
         """The kernel of a layer as it is in this call, and what the layer computes."""
         array = array_at(layer.leaf, state)
-        layout, call = layer.running(array.shape, layer.type, type(self.base_layer).__name__)
-        return Kernel.traced(array, layout, layer.sharding_within(array.shape)), call
+        return layer.running_kernel(array, layer.type, type(self.base_layer).__name__)
 
     def _kernels(self, state: Mapping[Path, Any], context: CallContext) -> list[AdaptedKernel]:
         """Every kernel here that an active adapter changes, with what is added to it.

@@ -72,7 +72,7 @@ def modules_of(
             continue
         arrays = {leaf: array for leaf, (array, _) in held[path].items()}
         known = types.find(module)
-        if known and not stated.find(path):
+        if known and not known.shape and not stated.find(path):
             known = _as_held(path, known, module, arrays)
         found.append(
             FoundModule(

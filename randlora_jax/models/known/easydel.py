@@ -1,7 +1,8 @@
 """EasyDeL (flax.nnx): every model, since all carry the names of their twins in transformers.
 
-Its linear layers may scale what they compute, so adapters join in the kernel. A mixture of experts
-holds (expert, in, out) or (expert, out, in).
+Its linear layers may scale what they compute, so adapters join in the kernel. Quantised ones do
+not, and each number of their ``quant_kernel`` is several of a row: adapters run beside. A mixture
+of experts holds (expert, in, out) or (expert, out, in).
 """
 
 from typing import Any
@@ -16,7 +17,13 @@ def _experts(module: Any) -> LayerType:
     return LayerType(KernelLayout("s o i" if module.out_first else "s i o"), None)
 
 
+def _quantised(module: Any) -> LayerType:
+    matrix = module.in_features, module.out_features
+    return LayerType(KernelLayout("i o"), leaf="quant_kernel", shape=matrix)
+
+
 _TYPES: Table = {
+    "easydel.layers.linears._linear_quantized.ParallelLinearQuantized": _quantised,
     "easydel.layers.linears._linear.ParallelLinear": LayerType(KernelLayout("i o"), None),
     "easydel.layers.linears._linear_moe.ParallelMoELinear": _experts,
 }
