@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from randlora_jax.core.update import holds_sums
 from randlora_jax.front_ends.collections import (
     CollectionStore,
     Tree,
@@ -28,6 +29,7 @@ from randlora_jax.models import adapter_arrays
 from randlora_jax.models.finding import FoundModule, find_layers
 from randlora_jax.models.front_end import WrapRules, register_front_end
 from randlora_jax.models.names import Path, dotted
+from randlora_jax.models.quantised import array_of
 from randlora_jax.models.registry import (
     AdapterRegistry,
     AdapterSpec,
@@ -43,6 +45,10 @@ class PytreeStore(CollectionStore):
 
     def __init__(self, params: Tree) -> None:
         super().__init__({"params": params})
+        self._learn()
+
+    def _learn(self) -> None:
+        """Where the arrays of the params lie."""
         self.paths = list(_by_path(self.base["params"]))
         tree = jax.tree.structure(self.base["params"])  # which cannot be pickled itself
         self.places = jax.tree.unflatten(tree, range(len(self.paths)))
@@ -74,6 +80,11 @@ class PytreeStore(CollectionStore):
         """In a new tree."""
         self.base = {"params": self.tree_of({**self.base_leaves(), **leaves})}
 
+    def put_floats(self, leaves: Mapping[Path, jax.Array]) -> None:
+        """In a new tree, of another structure."""
+        super().put_floats(leaves)
+        self._learn()
+
     def install(
         self, registry: AdapterRegistry, spec: AdapterSpec, state: AdapterState, rngs: Any
     ) -> None:
@@ -93,6 +104,17 @@ class PytreeStore(CollectionStore):
 def _by_path(params: Tree) -> dict[Path, jax.Array]:
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
     return {tuple(map(part_of, keys)): unboxed(leaf) for keys, leaf in leaves}
+
+
+def _unmergeable(arrays: Mapping[Path, Any]) -> dict[Path, str]:
+    """Why arrays that cannot take a delta take no adapter."""
+    return {
+        leaf: f"it holds {x.dtype} numbers, which a float update cannot join, and a params pytree "
+        "is merged before the model runs: hold it in floats (qwix.dequantize), or wrap the flax "
+        "model"
+        for leaf, x in arrays.items()
+        if not holds_sums(x.dtype)
+    }
 
 
 def _accepts(model: Any, rules: WrapRules) -> bool:
@@ -130,8 +152,12 @@ class PytreeRandLora(FunctionalRandLora):
                     f"params {dotted(path)!r} is a {type(leaf).__name__}: expected arrays alone; "
                     "take the rest out first, such as by equinox.partition(model, is_array)"
                 )
-            owned.setdefault(path[:-1], {})[path[-1:]] = leaf
-        modules = (FoundModule(path, arrays) for path, arrays in owned.items())
+            owner = array_of(path)[:-1]
+            owned.setdefault(owner, {})[path[len(owner) :]] = leaf
+        modules = (
+            FoundModule(path, arrays, refusals=_unmergeable(arrays))
+            for path, arrays in owned.items()
+        )
         found = find_layers(modules, rules.layouts, rules.names)
         options = replace(rules.options, apply="merged")  # there is no other way
         self._registry = AdapterRegistry.of(

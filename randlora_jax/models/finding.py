@@ -243,8 +243,8 @@ def _no_way(array: Any, known: LayerType | None) -> str | None:
 
 def _leaf_of(module: FoundModule, layout: KernelLayout) -> Path | None:
     """The array of a layer of unknown type that a layout stated for it is about, if it is one."""
-    if ("kernel",) in module.arrays:
-        return ("kernel",)
+    if kernel := kernel_at(("kernel",), module.arrays):
+        return kernel
     shapes = {leaf: x.shape for leaf, x in module.arrays.items()}
     fitting = [leaf for leaf, shape in shapes.items() if len(shape) == len(layout.axes)]
     return fitting[0] if len(fitting) == 1 else None

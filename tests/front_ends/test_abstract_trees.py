@@ -9,7 +9,14 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from randlora_jax import ConfigError, RandLoraConfig, RandLoraModel, get_peft_model
+from randlora_jax import (
+    ConfigError,
+    KernelLayout,
+    LayerType,
+    RandLoraConfig,
+    RandLoraModel,
+    get_peft_model,
+)
 
 CONFIG = RandLoraConfig(r=3, randlora_alpha=6, target_modules="all-linear")
 X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8)), jnp.float32)
@@ -231,3 +238,33 @@ def test_quantised_models_of_shapes_alone(front_end, tmp_path):
     np.testing.assert_array_equal(abstract(X), real(X))
     merged = [model.merge_and_unload(dequantize=True)(X) for model in (abstract, real)]
     np.testing.assert_array_equal(*merged)
+
+
+class Held(nnx.Module):
+    def __init__(self, hold):
+        qwix = pytest.importorskip("qwix")
+        numbers = jax.random.normal(jax.random.key(0), (8, 6))
+        self.weights = hold(qwix.quantize(numbers, "int8", channelwise_axes=[1]))
+
+    def __call__(self, x):
+        import qwix
+
+        return qwix.dot_general(x, self.weights.get_raw_value(), (((1,), (0,)), ((), ())))
+
+
+def test_quantised_arrays_of_a_module_of_ones_own():
+    rules = {"layer_types": {Held: LayerType(KernelLayout("i o"), leaf="weights")}}
+    real = get_peft_model(nnx.Sequential(Held(nnx.Param)), CONFIG, **rules)
+    empty = nnx.eval_shape(lambda: nnx.Sequential(Held(nnx.Param)))
+    abstract = get_peft_model(empty, CONFIG, **rules)
+    assert abstract.memory() == real.memory()
+    with pytest.raises(ConfigError, match=r"randlora_bases.*is abstract"):
+        abstract(X)
+    nnx.update(abstract, nnx.state(real, nnx.PathContains("randlora_bases")))
+    with pytest.raises(ConfigError, match=r"'.*weights\.qvalue' is abstract"):
+        abstract(X)
+    nnx.update(abstract, nnx.state(real))
+    np.testing.assert_array_equal(abstract(X), real(X))
+    bare = nnx.eval_shape(lambda: nnx.Sequential(Held(lambda x: x)))
+    with pytest.raises(ConfigError, match=r"'layers\.0\.weights' is a quantised.*nnx\.Param"):
+        get_peft_model(bare, CONFIG, **rules)

@@ -251,3 +251,15 @@ def test_quantised_kernels_of_a_scan_along_another_axis():
     model.variables = {**frozen, "randlora": jax.tree.map(lambda x: x + 0.1, trained)}
     out = model(X)
     assert_near(model.merge_and_unload(dequantize=True)(X), out)
+
+
+def test_a_params_tree_says_why_not_and_what_to_do():
+    module = qwix.quantize_model(LinenNet(), PROVIDER)
+    params = module.init(jax.random.key(0), X)["params"]
+    for rule in ("up|down", "(up|down)/kernel/array/qvalue"):
+        with pytest.raises(TargetError, match=r"uint4 numbers.*qwix\.dequantize.*wrap the flax"):
+            get_peft_model(params, CONFIG, views={rule: "i o"})
+    mixed = {**params, "down": {"kernel": jnp.ones((128, 32))}}
+    model = get_peft_model(mixed, CONFIG, views={"down": "i o"})
+    floats = model.merge_and_unload(dequantize=True)
+    assert floats["up"]["kernel"].dtype == jnp.float32 and floats["up"]["kernel"].shape == (64, 128)

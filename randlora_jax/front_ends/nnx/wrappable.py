@@ -4,13 +4,15 @@ from collections.abc import Iterable
 
 from flax import nnx
 
-from randlora_jax.front_ends.nnx.held import of_jax, of_numpy
+from randlora_jax.core.abstract import is_abstract
+from randlora_jax.front_ends.nnx.held import held_by, of_jax, of_numpy
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
 from randlora_jax.front_ends.nnx.nested import wrappers_of_wrapped
 from randlora_jax.front_ends.nnx.parts import Part
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.front_end import ADAPTED_ALREADY
 from randlora_jax.models.names import Path, dotted
+from randlora_jax.models.quantised import arrays_in
 
 
 def refuse_part(model: object) -> None:
@@ -33,7 +35,8 @@ def make_wrappable(model: nnx.Module, modules: Iterable[tuple[Path, nnx.Module]]
       modules: all of `model`, with their paths.
 
     Raises:
-      ConfigError: an earlier wrap replaced layers of this model in place.
+      ConfigError: an earlier wrap replaced layers of this model in place; or a quantised array of
+        shapes alone is held by no Variable.
     """
     modules = list(modules)
     # a wrapped model may be a part of another
@@ -48,6 +51,23 @@ def make_wrappable(model: nnx.Module, modules: Iterable[tuple[Path, nnx.Module]]
             f"this model was wrapped already, and its layers {listed(adapted, 3)} were replaced in "
             f"place: go on with what get_peft_model gave back then. {ADAPTED_ALREADY}"
         )
+    for path, module in modules:
+        _refuse_bare_shapes(path, module)
     for _, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Variable) and of_numpy(node):
             node.set_raw_value(of_jax(node))
+
+
+def _refuse_bare_shapes(path: Path, module: nnx.Module) -> None:
+    """Nothing, if every shape that a module holds in an array's place can be filled.
+
+    Raises:
+      ConfigError: Variables hold none of a quantised array, and no state of the model has it.
+    """
+    for leaf, held in held_by(module):
+        bare = {} if isinstance(held, nnx.Variable) else arrays_in(held)
+        if any(map(is_abstract, bare.values())):
+            raise ConfigError(
+                f"{dotted((*path, *leaf))!r} is a quantised array of shapes alone, which no "
+                "nnx.state has, so that nothing could fill it: hold it in an nnx.Param"
+            )
