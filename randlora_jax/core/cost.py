@@ -17,6 +17,10 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from randlora_jax.core.update import formed_in
 from randlora_jax.core.ways import PossibleWays, Way
 
 # What a byte moved costs in operations. CPU cores come to about 8, accelerators to 50 and more for
@@ -63,6 +67,8 @@ class Sizes:
       n_in, n_out: of its matrix.
       flat_rank: r * n, summed over the adapters that run together.
       shards: the devices that share in forming delta, each a part of it.
+      width: bytes of a number that is multiplied.
+      formed: bytes of a number of delta.
     """
 
     tokens: int
@@ -70,6 +76,23 @@ class Sizes:
     n_out: int
     flat_rank: int
     shards: int = 1
+    width: int = 4
+    formed: int = 4
+
+    @classmethod
+    def in_dtype(
+        cls,
+        dtype: DTypeLike,
+        tokens: int,
+        n_in: int,
+        n_out: int,
+        flat_rank: int,
+        shards: int = 1,
+    ) -> "Sizes":
+        """Of a layer that multiplies in `dtype`."""
+        held = jnp.dtype(dtype)
+        widths = held.itemsize, jnp.dtype(formed_in(held)).itemsize
+        return cls(tokens, n_in, n_out, flat_rank, shards, *widths)
 
     def work(self, plan: Plan) -> tuple[Work, Work]:
         """Forward, and both gradients, beyond the frozen layer's own."""
@@ -82,19 +105,21 @@ class Sizes:
 
     @property
     def _delta(self) -> Work:
-        """Forming delta from the factors: bfloat16 B, float32 A_flat and delta."""
+        """Forming delta from the factors: bfloat16 B, A_flat as wide as delta."""
         low, high = sorted((self.n_in, self.n_out))
-        area, rank = low * high / self.shards, self.flat_rank
-        return Work(2 * rank * area, 2 * high * rank + 4 * low * rank + 8 * area)
+        area, rank, width = low * high / self.shards, self.flat_rank, self.formed
+        return Work(2 * rank * area, 2 * high * rank + width * (low * rank + 2 * area))
 
     @property
     def _through_delta(self) -> Work:
         t = self.tokens
-        return Work(2 * t * self.n_in * self.n_out, 4 * t * (self.n_in + 2 * self.n_out))
+        moved = self.width * t * (self.n_in + 2 * self.n_out)
+        return Work(2 * t * self.n_in * self.n_out, moved)
 
     def _half(self, n: int) -> Work:
         """One of the two products of the factored way: (T, n) by (n, s), or back."""
-        return Work(2 * self.tokens * self.flat_rank * n, 4 * self.tokens * (self.flat_rank + n))
+        moved = self.width * self.tokens * (self.flat_rank + n)
+        return Work(2 * self.tokens * self.flat_rank * n, moved)
 
     def _applied(self, way: Way) -> Work:
         if way is Way.FACTORED:

@@ -6,6 +6,7 @@ hand the arrays to a store, which puts them where its framework finds them (`ada
 """
 
 import dataclasses
+import math
 import tempfile
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -106,7 +107,10 @@ class RandLoraModel(AdaptedModel):
         """
         states, registry = self._states(), self._registry
         trained = sum(states[name].size() for name in registry.training) * registry.enabled
-        base = sum(x.size for x in self._store.base_leaves().values())
+        sizes = {path: x.size for path, x in self._store.base_leaves().items()}
+        for layer in registry.layers.values():
+            sizes[layer.kernel_path] = math.prod(layer.shape)  # which may be packed
+        base = sum(sizes.values())
         added = (adapter_arrays.added_size(registry, n, s) for n, s in states.items())
         return trained, base + sum(added)
 

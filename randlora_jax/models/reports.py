@@ -58,7 +58,8 @@ def explained(
         possible = _possible(first, base, runs[first.name], options)
         names = first.name + (f" and {len(others)} more" if others else "")
         flat_rank = used_extents(first.matrix, r).n * r
-        entries.append(explained_kind(names, possible, Sizes(tokens, *first.matrix, flat_rank)))
+        sizes = Sizes.in_dtype(runs[first.name].dtype, tokens, *first.matrix, flat_rank)
+        entries.append(explained_kind(names, possible, sizes))
     return "\n".join(entries)
 
 

@@ -236,3 +236,19 @@ def test_what_was_chosen_is_said():
     beside = explained("q", possible((4096, 4096), dtype=jnp.bfloat16), many)
     assert "forward: x delta_W beside" in beside
     assert "not W + delta_W: in the output, a small delta_W would drown" in beside
+
+
+def test_bytes_moved_are_those_of_the_dtype():
+    """Where it multiplies in 16 bits; float16 forms delta in 32."""
+    layer = 8, 64, 32, 32  # tokens, in, out, flat rank
+    factored, merged = (Plan(way, way, way) for way in (Way.FACTORED, Way.IN_KERNEL))
+    wide = Sizes(*layer)
+    assert Sizes.in_dtype(jnp.float32, *layer) == wide
+    for dtype in (jnp.bfloat16, jnp.float16):
+        narrow = Sizes.in_dtype(dtype, *layer)
+        for found, expected in zip(narrow.work(factored), wide.work(factored), strict=True):
+            assert found.flops == expected.flops and found.bytes == expected.bytes / 2
+    formed = {d: Sizes.in_dtype(d, *layer).work(merged)[0].bytes for d in ("bfloat16", "float16")}
+    basis, others = 2 * 64 * 32, 32 * 32 + 2 * 64 * 32
+    assert formed["float16"] == wide.work(merged)[0].bytes == basis + 4 * others
+    assert formed["bfloat16"] == basis + 2 * others

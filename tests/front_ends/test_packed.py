@@ -110,6 +110,8 @@ def test_delta_is_beside_and_merging_says_why_not():
         model.merge_and_unload(dequantize=True)
     kernel = (16 * 24) // 2
     assert model.memory().base == kernel + 4 + 4 * 24
+    trained, every = model.get_nb_trainable_parameters()
+    assert every - trained == 16 * 24 + 1 + 24
 
 
 def test_an_equation_of_another_product():

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -44,3 +45,12 @@ def test_it_is_of_one_device():
     )
     int4 = jax.ShapeDtypeStruct((3, 3), jnp.int4)
     assert memory([kernel], [int4], [], []) == (64 * 32 * 2 // 8, 5, 0, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "bfloat16", "int8", "float32"])
+def test_numbers_of_few_bits_count_with_them(dtype):
+    """JAX's own nbytes has a byte for each of 4 bits; what a process holds has half a byte."""
+    nbytes = 64 * 64 * {"int4": 0.5, "uint4": 0.5, "int8": 1, "bfloat16": 2, "float32": 4}[dtype]
+    array = jnp.zeros((64, 64), dtype)
+    assert memory([array], [], [], []).base == nbytes
+    assert memory([jax.eval_shape(lambda: array)], [], [], []).base == nbytes
