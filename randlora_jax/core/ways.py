@@ -101,7 +101,8 @@ def possible_ways(
     # devices when it is small (`mesh`), and rows are merged first (`applying`).
     trained = beside if Way.FORMED in beside else inputs
     # The gradient of the input has no small part to lose.
-    drowns = jnp.finfo(dtype).bits < 32 and beside != inputs and beside and options.apply == "auto"
+    may_drown = beside and beside != inputs and options.apply == "auto"
+    drowns = may_drown and jnp.finfo(dtype).bits < 32
     if drowns:
         against[Way.IN_KERNEL] = (
             "in the output, a small delta_W would drown in the rounding of W to "

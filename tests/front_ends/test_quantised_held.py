@@ -263,3 +263,41 @@ def test_a_params_tree_says_why_not_and_what_to_do():
     model = get_peft_model(mixed, CONFIG, views={"down": "i o"})
     floats = model.merge_and_unload(dequantize=True)
     assert floats["up"]["kernel"].dtype == jnp.float32 and floats["up"]["kernel"].shape == (64, 128)
+
+
+class OfRngs(Mine):
+    def __init__(self, rngs):
+        super().__init__(nnx.Param(bare()))
+
+
+class Pair(nnx.Module):
+    def __init__(self, rngs):
+        self.mine, self.last = OfRngs(rngs), nnx.Linear(32, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.mine(x))
+
+
+class OneInside(nn.Module):
+    kind: type = OfRngs
+
+    @nn.compact
+    def __call__(self, x):
+        return nnx.bridge.ToLinen(self.kind, name="inner")(x)
+
+
+def test_quantised_nnx_modules_in_linen_ones():
+    """Those that are the whole of a ToLinen run beside; a part of one is refused when wrapped."""
+    types = {OfRngs: LayerType(KernelLayout("i o"), leaf="weights")}
+    rules = {"layer_types": types, "sample_inputs": (X,)}
+    base = OneInside().bind(OneInside().init(jax.random.key(0), X))
+    model = get_peft_model(base, CONFIG, **rules)
+    np.testing.assert_array_equal(model(X), base(X))
+    trained, frozen = model.split()
+    model.variables = {**frozen, "randlora": jax.tree.map(lambda x: x + 0.1, trained)}
+    (delta,) = model.delta_weights().values()
+    np.testing.assert_allclose(model(X), base(X) + X @ delta.T, rtol=1e-4, atol=1e-3)
+    pair = OneInside(Pair)
+    base = pair.bind(pair.init(jax.random.key(0), X))
+    with pytest.raises(TargetError, match=r"inner\.mine.*int8 numbers.*a part of an nnx module"):
+        get_peft_model(base, CONFIG, **rules)

@@ -18,6 +18,11 @@ class HandsOutModules(Exception):
     """A method returned modules, which would not live outside of a transformation."""
 
 
+def runs(context: nn.module.InterceptorContext) -> bool:
+    """Whether a method computes something: looking up an attribute does not, as ToLinen does it."""
+    return context.method_name not in ("setup", "__getattr__")
+
+
 def is_lifted(context: nn.module.InterceptorContext) -> bool:
     """Whether flax will call the method again, on what a transformation leaves of the variables.
 

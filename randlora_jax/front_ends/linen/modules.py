@@ -5,9 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from randlora_jax.core.kernel_layout import KernelLayout
+from randlora_jax.core.update import holds_sums
 from randlora_jax.front_ends.linen.normed import normed_kernels
 from randlora_jax.front_ends.linen.tracing import Axes, Trace, TracedModule
 from randlora_jax.front_ends.nnx_types import DENSE
@@ -57,6 +57,8 @@ def modules_of(
             continue
         known = holder.type and _as_held(holder.type, holder, arrays)
         inside = holder.within
+        if path != inside:
+            why = _unjoinable(arrays) | why
         found.append(
             FoundModule(path, arrays, holder.kind, known, holder.other, why, inside=inside)
         )
@@ -69,7 +71,17 @@ def _untold(arrays: Arrays) -> dict[Path, str]:
         leaf: f"it holds {x.dtype} numbers, and only a run tells whether its module is one that is "
         "known to multiply by them: pass sample_inputs=(...), what the model is called with"
         for leaf, x in arrays.items()
-        if not jnp.issubdtype(x.dtype, jnp.inexact) and not are_integers(leaf)
+        if not holds_sums(x.dtype) and not are_integers(leaf)
+    }
+
+
+def _unjoinable(arrays: Arrays) -> dict[Path, str]:
+    """Why arrays of a part of an nnx module, which runs with W + delta, take no adapter."""
+    return {
+        leaf: f"it holds {x.dtype} numbers, which a float update cannot join, in a part of an nnx "
+        "module inside a linen one, which runs with W + delta"
+        for leaf, x in arrays.items()
+        if not holds_sums(x.dtype)
     }
 
 

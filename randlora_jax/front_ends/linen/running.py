@@ -30,6 +30,7 @@ from randlora_jax.front_ends.linen.lifted import (
     maps_around,
     method_of,
     run_with,
+    runs,
 )
 from randlora_jax.front_ends.linen.normed import MAPPED, refuse_normed
 from randlora_jax.front_ends.linen.types import (
@@ -179,7 +180,7 @@ class LinenRunner:
     def _met(self, context: nn.module.InterceptorContext, arguments: Arguments) -> _Met | None:
         """What is about to run, if it is a method of a module with adapted kernels."""
         module = context.module
-        if module.scope is None or context.method_name == "setup" or is_lifted(context):
+        if module.scope is None or not runs(context) or is_lifted(context):
             return None
         refuse_normed(module)
         own = module.variables.get("params", {})

@@ -22,7 +22,7 @@ from randlora_jax.front_ends.linen.beside import (
     Told,
     without,
 )
-from randlora_jax.front_ends.linen.lifted import is_lifted, maps_around, method_of, run_with
+from randlora_jax.front_ends.linen.lifted import is_lifted, maps_around, method_of, run_with, runs
 from randlora_jax.front_ends.linen.normed import MAPPED, NORMED
 from randlora_jax.front_ends.linen.types import OTHER, is_bridge, modules_inside, type_of
 from randlora_jax.front_ends.params import flat, place_beside, unboxed, with_entries
@@ -151,7 +151,7 @@ class Trace:
         context: nn.module.InterceptorContext,
     ) -> Any:
         module = context.module
-        if module.scope is None or context.method_name == "setup" or is_lifted(context):
+        if module.scope is None or not runs(context) or is_lifted(context):
             return call(*args, **kwargs)
         marks = dict(_marks_in(module.variables.get("params", {})))
         if marks or not self._marked:  # else it is a model of its own, applied within this one
