@@ -122,7 +122,7 @@ dist: $(VENV)/.installed .venv-dist/.installed
 	$(@D)/bin/python -m pip --disable-pip-version-check install build twine
 	@touch $@
 
-EXAMPLES := nnx linen hf_flax haiku equinox tunix tunix_dpo tunix_grpo
+EXAMPLES := nnx linen hf_flax haiku equinox tunix tunix_dpo tunix_grpo tunix_quantised
 examples: $(VENV)/.installed
 	set -e; for name in $(EXAMPLES); do $(RUN) -W ignore examples/with_$$name.py; done
 
