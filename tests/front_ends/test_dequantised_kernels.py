@@ -1,4 +1,4 @@
-"""A step beside a quantised base model: each pass dequantises a kernel for itself, and keeps none."""
+"""A step beside a quantised base: each pass dequantises a kernel for itself, and keeps none."""
 
 import re
 from collections import Counter
