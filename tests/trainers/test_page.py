@@ -13,6 +13,7 @@ PAGE = (ROOT / "docs/trainers.md").read_text()
     ("heading", "source"),
     [
         ("Fine-tuning", "examples/with_tunix.py"),
+        ("A quantised base", "examples/with_tunix_quantised.py"),
         ("Preferences", "examples/with_tunix_dpo.py"),
         ("Reinforcement learning", "examples/with_tunix_grpo.py"),
         ("Sampling", "tests/trainers/test_sampler.py"),
