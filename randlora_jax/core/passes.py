@@ -24,9 +24,10 @@ def each_pass_its_way(forward: Function, inputs: Function, trained: Function) ->
     ... by `inputs` and `trained` where it is differentiated with respect to its first and second
     argument. A rule for tangents, not for cotangents, so that forward mode and higher derivatives
     work; its tangents are rebuilt (``jax.checkpoint``) from the arguments and from what is trained.
-    A barrier makes another value to XLA of the latter, and of what a quantiser counts in: what is
-    formed of them forward is not kept for that. Where `inputs` and `trained` are the same way, they
-    share what they can.
+    A barrier makes another value to XLA of the latter, and of what a quantised kernel is read from:
+    what is formed of them forward is not kept for that. (Of its scales too: XLA's TPU compiler made
+    one fusion of both readings where they had the scales in common.) Where `inputs` and `trained`
+    are the same way, they share what they can.
     """
 
     @jax.custom_jvp
@@ -65,8 +66,11 @@ def each_pass_its_way(forward: Function, inputs: Function, trained: Function) ->
             return shares[0] if len(shares) == 1 else shares[0] + shares[1]
 
         def rebuilt(leaves: list[jax.Array], steps: dict[int, jax.Array]) -> jax.Array:
+            quantised = any(not holds_sums(x.dtype) for x in leaves[:first])
+            # an integer's step says nothing
+            moving = {i for i in steps if holds_sums(leaves[i].dtype)}
             formed = [
-                i for i in range(len(leaves)) if i >= first or not holds_sums(leaves[i].dtype)
+                i for i in range(len(leaves)) if i >= first or (quantised and i not in moving)
             ]
             others = jax.lax.optimization_barrier([leaves[i] for i in formed])
             now = {**dict(enumerate(leaves)), **dict(zip(formed, others, strict=True))}
