@@ -12,6 +12,7 @@
 #   make fit     how near each kind of adapter comes to given matrices
 #   make low-precision  how a bfloat16 model learns, by the ways to apply an adapter; loss curves
 #   make tpu     what XLA's TPU compiler makes of a bfloat16 step; no TPU needed
+#   make scale   a step of Llama 8B on 8 chips and of 70B on 64: operations, bytes, what is sent
 #   make fuzz    damages adapters in 100,000 ways (FUZZ_ARGS='--cases 5000 --seed 1')
 #   make dist    the source distribution and the wheel, checked, into dist/
 #   make compat  older releases of PEFT open what we write; tunix on transformers 5
@@ -30,7 +31,7 @@ PYTEST_ARGS ?=
 export HF_HUB_OFFLINE := 1
 
 .PHONY: demo demo-llm test test-long matrix examples bench bench-gpu profile compare fit low-precision \
-	tpu lint types dist fuzz compat clean
+	tpu scale lint types dist fuzz compat clean
 
 # The C allocator would hand every large buffer back and ask for it again: a third of the time.
 # One arena, since the others, which XLA's threads take, map large buffers whatever they are told.
@@ -69,6 +70,10 @@ LIBTPU := build/libtpu
 tpu: $(VENV)/.installed
 	$(PIP) install -q --no-deps --upgrade --target $(LIBTPU) libtpu==0.0.52
 	JAX_PLATFORMS=cpu PYTHONPATH=$(LIBTPU) $(RUN) -W ignore benchmarks/compiled_for_tpu.py
+
+scale: $(VENV)/.installed
+	$(PIP) install -q --no-deps --upgrade --target $(LIBTPU) libtpu==0.0.52
+	JAX_PLATFORMS=cpu PYTHONPATH=$(LIBTPU) $(RUN) -W ignore benchmarks/scale.py
 
 # One Python of the matrix goes along, unless tests were chosen; on what meets new releases of flax.
 # Most of the time goes into compiling; a third less where machine code is not optimised. What the

@@ -17,7 +17,9 @@ from typing import NamedTuple
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}  # else the number in the name
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 PRODUCTS = ("dot", "convolution")  # a TPU's matrix products are convolutions
-CALLS = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%([\w.-]+)")
+CALLS = re.compile(
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%([\w.-]+)"
+)
 LINE = re.compile(r"^\s+(?:ROOT )?%([\w.-]+) = (.*?[\]})]) ([a-z][\w-]*)\((.*)$")
 HEAD = re.compile(r"^(ENTRY )?%([\w.-]+) \(.*\{$")
 
@@ -62,13 +64,10 @@ class Instruction:
 
 
 class Sent(NamedTuple):
-    """One kind of collective, in a step."""
+    """By one kind of collective, in a step."""
 
-    count: float = 0
-    nbytes: float = 0
-
-    def __add__(self, other: tuple[float, ...]) -> Sent:  # type: ignore[override]
-        return Sent(self.count + other[0], self.nbytes + other[1])
+    count: int
+    nbytes: float
 
 
 class Program:
@@ -148,7 +147,8 @@ class Program:
                 kind = "reduce-scatter"  # as a TPU writes it: a sum of which each keeps a part
             share = 1.0 if kind == "collective-permute" else (among - 1) / among
             share *= 2 if kind == "all-reduce" else 1
-            found[kind] = found.get(kind, Sent()) + (times, times * share * whole)
+            before = found.get(kind, Sent(0, 0.0))
+            found[kind] = Sent(before.count + times, before.nbytes + times * share * whole)
         return found
 
 
@@ -204,3 +204,51 @@ def multiplied(convolution: Instruction, left: Shape, right: Shape, out: Shape) 
         )
     groups = int(convolution.attribute("batch_group_count") or 1)
     return count // groups
+
+
+class Held(NamedTuple):
+    """Bytes on a device: what a step is given, and what lives at once while it runs, at most.
+
+    Args:
+      allocated: what XLA sets aside for the latter; gaps between what lives are in it.
+    """
+
+    given: int
+    live: int
+    allocated: int
+
+
+def held(assignment: str, lives: str) -> Held:
+    """Out of XLA's dumps of a buffer assignment and of live ranges; device memory alone."""
+    given = re.findall(r"^allocation \d+: size (\d+), page 0, parameter", assignment, re.MULTILINE)
+    temporary = "".join(
+        part
+        for part in re.split(r"^(?=allocation )", assignment, flags=re.MULTILINE)
+        if re.match(r"allocation \d+: size \d+, page 0, preallocated-temp", part)
+    )
+    allocated = re.findall(r"^allocation \d+: size (\d+)", temporary, re.MULTILINE)
+    if not given or not allocated:
+        raise ValueError("no parameters or no temporary buffers in what XLA wrote: another format?")
+    when = {
+        name: (int(first), int(last))
+        for name, first, last in re.findall(r"^ *(\S+):(\d+)-(\d+)$", lives, re.MULTILINE)
+    }
+    values = re.findall(r"value: <\d+ (\S+) @0> \(size=(\d+),offset=(\d+)\)", temporary)
+    places = [
+        (*when[name], int(offset), int(offset) + int(size))
+        for name, size, offset in values
+        if name in when
+    ]
+    live = max(
+        covered([p[2:] for p in places if p[0] <= t <= p[1]]) for t in {p[0] for p in places}
+    )
+    return Held(sum(map(int, given)), live, sum(map(int, allocated)))
+
+
+def covered(intervals: Sequence[tuple[int, ...]]) -> int:
+    """How much several intervals cover together; values that share a place count once."""
+    total = end = 0
+    for first, last in sorted(intervals):
+        total += max(0, last - max(first, end))
+        end = max(end, last)
+    return total

@@ -8,9 +8,11 @@ As a program it compiles one step for chips that are not here; `scale.py` starts
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu would look for a TPU's host
@@ -54,6 +56,9 @@ JOBS = {
     "8B": Job(llama3.ModelConfig.llama3p1_8b(), "v5p:2x2x2", 32, 32, 2048),
     "70B": Job(llama3.ModelConfig.llama3_70b(), "v5p:4x4x4", 64, 256, 2048),
 }
+# Else gathers and sums beside a product become loops that send a part at each turn.
+LOOPS = ("all_gather", "reduce_scatter")
+WHOLE = {f"xla_tpu_enable_windowed_einsum_for_{kind}": False for kind in LOOPS}
 
 
 def base(shape: llama3.ModelConfig) -> llama3.Llama3:
@@ -97,10 +102,15 @@ def model_on(mesh: Mesh, job: Job, method: str) -> tuple[Any, Any]:
     return wrapped, nnx.LoRAParam
 
 
-def step(mesh: Mesh, job: Job, method: str) -> tuple[Any, tuple[Any, ...]]:
-    """A jitted step, forward, backward and AdamW, and shapes of all its arguments."""
+def step(mesh: Mesh, job: Job, method: str) -> tuple[Any, tuple[Any, ...], dict[str, int]]:
+    """A jitted step, forward, backward and AdamW, and shapes of all its arguments.
+
+    Third, what can be said without a compiler: how many numbers train, and `model.memory()`.
+    """
     # tunix says this itself where the process has accelerators; here they are only compiled for
-    llama3.shard = lambda x, spec: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
+    llama3.shard = lambda x, spec: jax.lax.with_sharding_constraint(
+        x, NamedSharding(mesh, P(*spec))
+    )
     model, kind = model_on(mesh, job, method)
     graph, trained, rest = nnx.split(model, kind, ...)
     tx, whole = optax.adamw(RATE), NamedSharding(mesh, P())
@@ -129,7 +139,10 @@ def step(mesh: Mesh, job: Job, method: str) -> tuple[Any, tuple[Any, ...]]:
     tokens, mask = rows(size, jnp.int32), rows((*size, job.length), jnp.bool_)
     lie = jax.tree.map(lambda x: x.sharding, (trained, moments))
     jitted = jax.jit(one, donate_argnums=(0, 1), out_shardings=(*lie, whole))
-    return jitted, (trained, moments, rest, tokens, tokens, mask)
+    told = {"trained": sum(x.size for x in jax.tree.leaves(trained))}
+    if method in APPLY:
+        told |= {f"memory {kind}": nbytes for kind, nbytes in model.memory()._asdict().items()}
+    return jitted, (trained, moments, rest, tokens, tokens, mask), told
 
 
 def mesh_of(chips: str, fsdp: int, tp: int) -> Mesh:
@@ -142,8 +155,9 @@ def main(name: str, method: str, fsdp: str, tp: str, layers: str, folder: str) -
     """Compiles a step of so many layers; XLA writes what it makes of it into `folder`."""
     job = JOBS[name]
     job = dataclasses.replace(job, shape=dataclasses.replace(job.shape, num_layers=int(layers)))
-    jitted, arguments = step(mesh_of(job.chips, int(fsdp), int(tp)), job, method)
-    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    jitted, arguments, told = step(mesh_of(job.chips, int(fsdp), int(tp)), job, method)
+    (Path(folder) / "told.json").write_text(json.dumps(told))
+    options = {**WHOLE, "xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     jitted.lower(*arguments).compile(compiler_options=options)
 
 
