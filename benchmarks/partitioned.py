@@ -230,7 +230,7 @@ def held(assignment: str, lives: str) -> Held:
     if not given or not allocated:
         raise ValueError("no parameters or no temporary buffers in what XLA wrote: another format?")
     when = {
-        name: (int(first), int(last))
+        name.removesuffix("{}"): (int(first), int(last))
         for name, first, last in re.findall(r"^ *(\S+):(\d+)-(\d+)$", lives, re.MULTILINE)
     }
     values = re.findall(r"value: <\d+ (\S+) @0> \(size=(\d+),offset=(\d+)\)", temporary)
