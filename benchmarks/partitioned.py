@@ -140,7 +140,7 @@ class Program:
         for times, computation, each in self.instructions(starts):
             kind = each.operation.removesuffix("-start")
             whole = sum(self.shape(computation, name).nbytes for name in each.operands)
-            among = group_size(each)
+            among = 1 if kind == "collective-permute" else group_size(each)
             if kind == "all-gather":
                 whole *= among
             if kind == "all-reduce" and "all-reduce-scatter" in computation:
@@ -162,17 +162,16 @@ def trip_count(loop: Instruction) -> int:
 
 def group_size(collective: Instruction) -> int:
     """How many devices take part together."""
-    text = collective.attribute("replica_groups")
-    if collective.operation.startswith("collective-permute"):
-        return 2
+    text = collective.rest.partition("replica_groups=")[2]
     if first := re.match(r"\{\{([\d,]*)\}", text):
         return len(first[1].split(","))
     if listed := re.match(r"\[\d+,(\d+)\]<=", text):
         return int(listed[1])
-    if mesh := re.match(r"mesh\[(.*?)\] \{(.*?)\}", text):
+    if mesh := re.match(r"mesh\[(.*?)\](?:, device_ids=\(\S+\))? \{(.*?)\}", text):
         extents = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        return math.prod(int(extents[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    raise ValueError(f"no group of devices that we can read in %{collective.name}: {text!r}")
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])  # whole ones, and parts of some
+        return math.prod(int(part or extents[axis]) for axis, part in axes)
+    raise ValueError(f"no group of devices that we can read in %{collective.name}: {text[:80]!r}")
 
 
 def depth(dot: Instruction, left: Shape) -> int:

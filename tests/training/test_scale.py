@@ -1,20 +1,17 @@
 """`make scale` reads programs rightly, and docs/scale.md says what its own lines print."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs/scale.md"
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from partitioned import Program, held
 
-pytest.importorskip("tunix", reason="google-tunix is not here", exc_type=ImportError)
+ROOT = Path(__file__).parents[2]
 
 
 def run(*command, devices=1):
@@ -92,6 +89,7 @@ def test_products_as_a_tpu_writes_them(out, left, right, attributes, flops):
         ("[2,4]<=[4,2]T(1,0)", 4),
         ("mesh['axis_0'=4,'axis_1'=2] {'axis_1'}", 2),
         ("mesh['axis_0'=4,'axis_1'=2] {'axis_0','axis_1'}", 8),
+        ("mesh['a'=4,'b'=1,'c'=2], device_ids=([2,2,2]T(2,1,0)) {'a':(2)2}", 2),
     ],
 )
 def test_groups_as_a_tpu_writes_them(groups, among):
