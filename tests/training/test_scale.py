@@ -1,6 +1,7 @@
 """`make scale` reads programs rightly, and docs/scale.md says what its own lines print."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,16 +29,20 @@ def run(*command, devices=1):
     return done.stdout
 
 
-def test_on_eight_devices():
-    run(
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        str(ROOT / "tests/scale_cases.py"),
-        devices=8,
-    )
+@pytest.mark.parametrize("which", ["not long", pytest.param("long", marks=pytest.mark.long)])
+def test_on_eight_devices(which):
+    pytest.importorskip("tunix", reason="google-tunix is not here", exc_type=ImportError)
+    cases = str(ROOT / "tests/scale_cases.py")
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which, cases, devices=8)
+
+
+def test_the_page_says_what_its_lines_print():
+    pytest.importorskip("tunix", reason="google-tunix is not here", exc_type=ImportError)
+    page = (ROOT / "docs/scale.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    printed = run("-c", code).rstrip("\n")
+    assert len(printed.splitlines()) == 6
+    assert f"```text\n{printed}\n```" in page, printed
 
 
 def of_a_tpu(line, *parameters):
