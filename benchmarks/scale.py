@@ -31,7 +31,7 @@ METHODS = ("RandLoRA", "RandLoRA, merged", "LoRA", "full")
 # layers; and the extents of the mesh axes fsdp and tp
 MODELS = {
     "8B": (32, ((8, 1), (4, 2), (2, 4))),
-    "70B": (80, ((64, 1), (16, 4), (8, 8))),
+    "70B": (80, ((64, 1), (16, 4))),  # its chips lie 4 x 4 x 4, each axis of the mesh along some
 }
 SECONDS = 600.0  # after which a compile is given up
 LAST = "*after_optimizations_after_buffer_assignment.txt"  # written when all we read is there
@@ -210,17 +210,18 @@ def tables(rows: Mapping[Case, Mapping[str, Figures]]) -> Iterator[Table]:
 
 
 def main() -> None:
-    """Compiles everything, says what it came to and writes it down."""
+    """Compiles everything, says what it came to and writes it down, each row as soon as it is."""
     console, began = Console(width=max(132, Console().width)), time.monotonic()
-    rows = {}
+    rows: dict[Case, Mapping[str, Figures]] = {}
+    OUT.mkdir(parents=True, exist_ok=True)
     for case in track(cases(), "compiling"):
         one, two = (compiled(case, layers) for layers in (1, 2))
         whole = of_layers(one, two, MODELS[case.model][0])
         rows[case] = {"one": one, "two": two, "layer": shares(one, two), "whole": whole}
-    seconds = time.monotonic() - began
-    OUT.mkdir(parents=True, exist_ok=True)
-    report = {"seconds": seconds, "rows": [{**asdict(case), **row} for case, row in rows.items()]}
-    (OUT / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+        seconds = time.monotonic() - began
+        said = [{**asdict(case), **row} for case, row in rows.items()]
+        report = {"seconds": seconds, "rows": said}
+        (OUT / "results.json").write_text(json.dumps(report, indent=1) + "\n")
     for each in tables(rows):
         console.print(each)
     console.print(f"{OUT}/results.json, {seconds / 60:.0f} minutes")
