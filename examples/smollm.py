@@ -86,7 +86,10 @@ def peft_model(adapter: Path) -> Any:
 
 
 def tunix_logits(model: Any, documents: Documents, pad: int, title: str) -> np.ndarray:
-    """What a tunix model says may follow each prompt, (documents, vocabulary)."""
+    """What a tunix model says may follow each prompt, (documents, vocabulary).
+
+    Many at a time: an adapter's deltas are formed once for all of them.
+    """
 
     @nnx.jit
     def last(model: Any, tokens: jax.Array) -> jax.Array:
@@ -96,7 +99,7 @@ def tunix_logits(model: Any, documents: Documents, pad: int, title: str) -> np.n
     def logits(_: Any, __: Any, fields: Any) -> jax.Array:
         return last(model, jnp.asarray(fields["asked"]))
 
-    return predict_all(logits, None, None, documents, title, size=16)
+    return predict_all(logits, None, None, documents, title, size=min(40, len(documents)))
 
 
 def torch_logits(model: Any, documents: Documents, pad: int, title: str) -> np.ndarray:
