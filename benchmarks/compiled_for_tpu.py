@@ -1,6 +1,6 @@
 """What XLA's TPU compiler makes of a bfloat16 step: temporary bytes, operations; no TPU needed.
 
-    make tpu        five minutes a row on one core
+    make tpu        nine minutes on two cores
 
 Layers of Llama-3.2-1B (tunix's class, by shape alone) and a short vocabulary, all seven linear
 layers of each adapted; the gradient of a loss, for one chip. One layer's share is what four layers
