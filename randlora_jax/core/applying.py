@@ -19,14 +19,16 @@ from jax.extend.core import jaxpr_as_fun
 from jax.typing import DTypeLike
 
 from randlora_jax.core.contraction import CallAxes, Contraction, as_output, as_rows, for_each_matrix
-from randlora_jax.core.cost import Plan, Sizes, cheapest
+from randlora_jax.core.cost import Plan, Sizes, cheapest, row_order
 from randlora_jax.core.hoisting import is_traced
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.mesh import Placement, off_mesh
 from randlora_jax.core.passes import each_pass_its_way
+from randlora_jax.core.rows import RowOrder, RowUpdates, Trained
 from randlora_jax.core.update import Update, formed_in, holds_sums
 from randlora_jax.core.ways import ExecutionOptions, Way, possible_ways, require_a_way
+from randlora_jax.interop.errors import ConfigError
 
 Run = Callable[..., jax.Array]
 
@@ -129,6 +131,49 @@ def adapted(
     return run(call, cheapest(possible, sizes), arguments, updates)
 
 
+def adapted_rows(
+    layer: RunningLayer,
+    x: jax.Array,
+    updates: Sequence[RowUpdates],
+    by_row: Sequence[bool],
+) -> jax.Array:
+    """The layer's output where each row of `x`, along its first axis, has adapters of its own.
+
+    A row without any keeps the untouched layer's very bits.
+
+    Args:
+      updates: one for each pair of bases.
+      by_row: of each array of ``layer.read``, whether it is one for each row.
+
+    Raises:
+      ConfigError: the layer cannot run so.
+    """
+    call = _Call.of(layer, x, ExecutionOptions())
+    if call.axes is None and layer.kernel.refusal:
+        raise ConfigError(
+            f"layer {layer.name!r} cannot run with adapters by row: {layer.kernel.refusal}, and "
+            "nothing is known of what it computes: say it with layer_types={...: LayerType(layout, "
+            "Contraction(equation))}"
+        )
+    if call.axes and call.axes.x[0] not in call.axes.rows:
+        raise ConfigError(
+            f"layer {layer.name!r} cannot run with adapters by row: the first axis of its input "
+            f"{x.shape} is not one of rows, but the kernel has it, too. {BY_VMAP}"
+        )
+    orders = tuple(
+        row_order(_row_sizes(call, x, update), x.shape[0], update.lam.shape[-2])
+        for update in updates
+    )
+    arguments = Arguments(layer.kernel.array, x, (), layer.read)
+    run = _run_rows_sharing_traces if is_traced((arguments, updates)) else _run_rows
+    return run(call, orders, tuple(by_row), arguments, updates)
+
+
+BY_VMAP = (
+    "Any model can run row by row: jax.vmap over rows of a batch of one, each with its own slot"
+)
+
+
 @dataclass(frozen=True)
 class _Call:
     """What decides how a layer is run, but for the way of each pass: a value without arrays.
@@ -186,6 +231,55 @@ class _Call:
         ]
         return (out + sum(made[1:], made[0])).astype(out.dtype)
 
+    def each_row(self, by_row: Sequence[bool], arguments: Arguments) -> jax.Array:
+        """The untouched layer, with what it reads of each row's own."""
+
+        def row(x: jax.Array, *read: jax.Array) -> jax.Array:
+            return self.run(arguments.kernel, x[None], *read)[0]
+
+        mapped = jax.vmap(row, (0, *(0 if own else None for own in by_row)))
+        return mapped(arguments.x, *arguments.read)
+
+    def each_row_in_kernel(
+        self, by_row: Sequence[bool], arguments: Arguments, updates: Sequence[RowUpdates]
+    ) -> jax.Array:
+        """The layer row after row, with W + delta of each: where it is no contraction."""
+        own = [x for x, mine in zip(arguments.read, by_row, strict=True) if mine]
+        kernel = Kernel(arguments.kernel, self.layout, self.placement)
+
+        def row(arrays: tuple[jax.Array, list[jax.Array], list[list[Trained]]]) -> jax.Array:
+            x, own, trained = arrays
+            left = iter(own)
+            both = zip(arguments.read, by_row, strict=True)
+            read = [next(left) if mine else shared for shared, mine in both]
+            every = [
+                update.alone(*part)
+                for update, parts in zip(updates, trained, strict=True)
+                for part in parts
+            ]
+            changed = jnp.stack([(update.lam != 0).any() for update in every]).any()
+            whole = jnp.where(changed, kernel.taking(every), arguments.kernel)
+            return self.run(whole, x[None], *read)[0]
+
+        trained = [update.by_row() for update in updates]
+        return jax.lax.map(row, (arguments.x, own, trained))
+
+    def rows_through(
+        self, x: jax.Array, updates: RowUpdates, sizes: Sequence[int], order: RowOrder
+    ) -> jax.Array:
+        """x through the delta of every matrix, each row its own, as the output lies."""
+        assert self.axes is not None
+        n_in, n_out = updates.matrix
+
+        def one(rows: jax.Array, lam: jax.Array, gamma: jax.Array) -> jax.Array:
+            mine = replace(updates, lam=lam, gamma=gamma)
+            laid = rows.reshape(rows.shape[0], -1, n_in)
+            return mine.applied(laid, order).reshape(*rows.shape[:-1], n_out)
+
+        every = for_each_matrix(one, self.axes)
+        y = every(as_rows(x, self.axes), updates.lam, updates.gamma)
+        return as_output(y, self.axes, sizes)
+
     def _through(
         self, x: jax.Array, update: Update, sizes: Sequence[int], factored: bool
     ) -> jax.Array:
@@ -205,6 +299,42 @@ class _Call:
         every = for_each_matrix(one, self.axes)
         y = every(as_rows(x, self.axes), update.lam, update.gamma)
         return as_output(y, self.axes, sizes)
+
+
+def _run_rows(
+    call: _Call,
+    orders: Sequence[RowOrder],
+    by_row: Sequence[bool],
+    arguments: Arguments,
+    updates: Sequence[RowUpdates],
+) -> jax.Array:
+    """The layer's output, each row with its own adapters."""
+    if call.axes is None:
+        return call.each_row_in_kernel(by_row, arguments, updates)
+    out = (
+        call.each_row(by_row, arguments)
+        if any(by_row)
+        else call.run(arguments.kernel, arguments.x, *arguments.read)
+    )
+    sizes = call.layout.out_sizes(call.packed or arguments.kernel.shape)
+    x = arguments.x.astype(call.dtype)
+    made = [
+        call.rows_through(x, update, sizes, order)
+        for update, order in zip(updates, orders, strict=True)
+    ]
+    changed = sum((update.changed() for update in updates[1:]), updates[0].changed())
+    batch = call.axes.out.index(call.axes.x[0])
+    changed = jnp.expand_dims(changed, [i for i in range(out.ndim) if i != batch])
+    return jnp.where(changed, (out + sum(made[1:], made[0])).astype(out.dtype), out)
+
+
+_run_rows_sharing_traces = jax.jit(_run_rows, static_argnums=(0, 1, 2))
+
+
+def _row_sizes(call: _Call, x: jax.Array, update: RowUpdates) -> Sizes:
+    """What the cost model counts with, for adapters by row."""
+    tokens = x.size // update.matrix[0]
+    return Sizes.in_dtype(call.dtype, max(1, tokens), *update.matrix, update.flat_rank)
 
 
 def _run(call: _Call, plan: Plan, arguments: Arguments, updates: Sequence[Update]) -> jax.Array:

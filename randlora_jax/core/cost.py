@@ -11,6 +11,13 @@ device, a layer (in, out) and the flattened rank s = r * n, counted in multiply-
 
 Where in <= out the two factored gradients share dy @ B_flat. Memory traffic counts as well: what
 is formed and read again, in bytes, each as dear as `FLOPS_PER_BYTE` operations.
+
+Where each row of a batch has an adapter of its own, delta runs beside, and what is formed a row is
+the question (`row_order`), with t tokens in each of R rows:
+
+    nothing        2 R t s (in + out)               reads gamma; makes r numbers of each of x's
+    A_flat         2 R s min + 2 R t s (in + out)   makes s min numbers a row
+    delta          2 R s in out + 2 R t in out      makes in out numbers a row
 """
 
 from dataclasses import dataclass
@@ -20,6 +27,7 @@ from itertools import product
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from randlora_jax.core.rows import RowOrder
 from randlora_jax.core.update import formed_in
 from randlora_jax.core.ways import PossibleWays, Way
 
@@ -143,6 +151,29 @@ def _cheapest(possible: tuple[tuple[Way, ...], ...], sizes: Sizes) -> Plan:
     """Asked once for all layers that are alike."""
     plans = [Plan(*ways) for ways in product(*possible)]
     return min(plans, key=lambda plan: sum(work.cost for work in sizes.work(plan)))
+
+
+@cache
+def row_order(sizes: Sizes, rows: int, r: int) -> RowOrder:
+    """The order with the least work where `rows` rows have adapters of their own, of rank `r`."""
+    return min(RowOrder, key=lambda order: row_work(sizes, rows, r, order).cost)
+
+
+def row_work(sizes: Sizes, rows: int, r: int, order: RowOrder) -> Work:
+    """Of the adapters of `rows` rows, forward, beyond the frozen layer's own."""
+    low, high = sorted((sizes.n_in, sizes.n_out))
+    t, s = sizes.tokens, sizes.flat_rank  # tokens of all rows
+    held = Work(0, 4 * rows * s * low / r + 2 * high * s)  # gamma, and B
+    through = Work(2 * t * s * (low + high), sizes.width * t * (low + high + 2 * s))
+    if order is RowOrder.TOKENS:
+        return held + through + Work(t * r * low, 2 * sizes.formed * t * r * low)
+    factors = Work(2 * rows * s * low, 2 * sizes.formed * rows * s * low)
+    if order is RowOrder.FACTORS:
+        return held + through + factors
+    area = low * high
+    deltas = Work(2 * rows * s * area, 2 * sizes.formed * rows * area)
+    moved = sizes.width * t * (low + high)
+    return held + factors + deltas + Work(2 * t * area, moved)
 
 
 def explained(name: str, possible: PossibleWays, sizes: Sizes) -> str:
