@@ -23,7 +23,6 @@ from jax.typing import DTypeLike
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.update import FlatFactors, Update, formed_in, through, times
 
-
 Trained = tuple[jax.Array, jax.Array]  # lambda and gamma
 
 

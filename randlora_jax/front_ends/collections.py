@@ -24,6 +24,7 @@ from randlora_jax.models.front_end import ADAPTED_ALREADY
 from randlora_jax.models.names import Path, dotted
 from randlora_jax.models.quantised import arrays_in, dequantised, integers_in, is_quantised
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
+from randlora_jax.models.slots import SlotTable
 from randlora_jax.models.store import ArrayStore
 
 Tree = Any
@@ -45,6 +46,7 @@ class CollectionStore(ArrayStore):
         self.base = base_arrays(base)
         self.trees: dict[str, dict[str, Any]] = {}
         self._pairs: dict[str, BasisPair] = {}
+        self._slots: SlotTable | None = None
 
     def base_leaves(self) -> Mapping[Path, jax.Array]:
         """Of the collection "params", out of their boxes."""
@@ -104,6 +106,14 @@ class CollectionStore(ArrayStore):
     def pairs(self) -> Mapping[str, BasisPair]:
         """As they were set."""
         return self._pairs
+
+    def set_slots(self, table: SlotTable | None) -> None:
+        """One collection."""
+        self._slots = table
+
+    def slots(self) -> SlotTable | None:
+        """As they were set."""
+        return self._slots
 
     def follow(self, registry: AdapterRegistry) -> None:
         """Nothing: what is trained or frozen is told when the variables are asked for."""

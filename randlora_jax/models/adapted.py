@@ -15,7 +15,14 @@ from randlora_jax.core.mesh import kept_on_host, on_mesh, put_back
 from randlora_jax.interop.adapter_name import checked_name
 from randlora_jax.interop.config import ALL_LINEAR, RandLoraConfig, expected_config
 from randlora_jax.interop.errors import ConfigError, shown, warn
-from randlora_jax.models import adapter_arrays, basis_source, coverage, files, life
+from randlora_jax.models import (
+    adapter_arrays,
+    basis_source,
+    coverage,
+    files,
+    life,
+    stacking,
+)
 from randlora_jax.models.filled import refuse_abstract
 from randlora_jax.models.names import Path
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
@@ -174,6 +181,7 @@ class AdaptedModel(ABC):
         """
         life.check_flag("safe_merge", safe_merge)
         life.refuse_while_off(self._registry, "merge_adapter")
+        life.refuse_while_stacked(self._registry, "merge_adapter")
         registry, store = self._registry, self._store
         asked = life.named_or_active(registry, adapter_names)
         wanted = [n for n in asked if n not in registry.merged]
@@ -229,6 +237,10 @@ class AdaptedModel(ABC):
         self._trained_whole(names)
         if dequantize:
             self._merge_into_floats(names, safe_merge)
+        elif self._registry.stacks:
+            life.refuse_while_off(self._registry, "merge_and_unload")
+            store = self._store
+            store.set_base_leaves(self._kernels_with(names, store.base_leaves(), safe_merge))
         elif not set(names) <= set(self._registry.merged):
             self.merge_adapter(names, safe_merge)
         return self._unwrapped(names)
@@ -295,8 +307,7 @@ class AdaptedModel(ABC):
 
     def _states(self, store: ArrayStore | None = None) -> dict[str, AdapterState]:
         """The arrays of every adapter as they are now."""
-        store = store or self._store
-        return {name: store.state(name) for name in self._registry.specs}
+        return stacking.states(self._registry, store or self._store, self._registry.specs)
 
     def _numbers(self, adapter_names: Iterable[str]) -> dict[str, AdapterState]:
         """The arrays of the named adapters, whose numbers are wanted.
@@ -304,7 +315,7 @@ class AdaptedModel(ABC):
         Raises:
           ConfigError: the model is abstract, and has none.
         """
-        states = {name: self._store.state(name) for name in adapter_names}
+        states = stacking.states(self._registry, self._store, adapter_names)
         for state in states.values():
             refuse_abstract([*state.layers.values(), *state.saved.values()])
         return states
@@ -332,13 +343,16 @@ class AdaptedModel(ABC):
         Raises:
           ConfigError: no such adapter, or two of them trained the same.
         """
-        store, specs = self._store, map(self._registry.spec, adapter_names)
-        return adapter_arrays.trained_whole({spec.name: store.state(spec.name) for spec in specs})
+        names = [self._registry.spec(name).name for name in adapter_names]
+        return adapter_arrays.trained_whole(stacking.states(self._registry, self._store, names))
 
     def _follow(self, registry: AdapterRegistry, store: ArrayStore | None = None) -> None:
         """From here on `registry` says what is; the store makes it so."""
         self._registry = registry
-        (store or self._store).follow(registry)
+        store = store or self._store
+        store.follow(registry)
+        if registry.stacks:
+            store.set_slots(stacking.table(registry))
 
     def _add(
         self,
@@ -355,9 +369,21 @@ class AdaptedModel(ABC):
         if not autocast_adapter_dtype:
             state = adapter_arrays.in_base_dtype(after, base, state)
         state = adapter_arrays.placed(after, base, state)
-        store.install(after, spec, state, rngs)
-        self._follow(after, store)
-        self._refresh_pairs(store)
+        self._follow(self._keep(store, after, spec, state, rngs), store)
+        if not after.stacks:
+            self._refresh_pairs(store)
+
+    def _keep(
+        self,
+        store: ArrayStore,
+        registry: AdapterRegistry,
+        spec: AdapterSpec,
+        state: AdapterState,
+        rngs: Any,
+    ) -> AdapterRegistry:
+        """Hands the arrays of a new adapter to the store; the registry that is then true."""
+        store.install(registry, spec, state, rngs)
+        return registry
 
     def _refresh_pairs(self, store: ArrayStore) -> None:
         """One pair for each identity in use, of just the extents the layers slice.

@@ -173,3 +173,30 @@ def refuse_while_off(registry: AdapterRegistry, what: str) -> None:
     """
     if not registry.enabled:
         raise ConfigError(f"{what}: the adapters are off; call enable_adapter_layers() first")
+
+
+def refuse_while_stacked(registry: AdapterRegistry, what: str) -> None:
+    """Nothing, if adapters are kept one by one.
+
+    Raises:
+      ConfigError: they lie in stacks, whose rows need the base model as it was.
+    """
+    if registry.stacks:
+        raise ConfigError(
+            f"{what}: the adapters lie in stacks, and rows of a batch need the base model as it "
+            "was; merge_and_unload() gives a merged model without adapters"
+        )
+
+
+def scaled(registry: AdapterRegistry, adapter_name: str, scale: float) -> AdapterRegistry:
+    """With another strength of an adapter, or of a combination.
+
+    Raises:
+      ConfigError: there is none of that name, or it is merged.
+    """
+    refuse_while_merged(registry, "set_scale")
+    if adapter_name in registry.slots and adapter_name not in registry.specs:
+        slot = replace(registry.slots[adapter_name], scale=scale)
+        return replace(registry, slots={**registry.slots, adapter_name: slot})
+    spec = replace(registry.spec(adapter_name), scale=scale)
+    return replace(registry, specs={**registry.specs, adapter_name: spec})

@@ -28,19 +28,19 @@ from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import ConfigError, shown
 from randlora_jax.interop.peft_dir import write_adapter
 from randlora_jax.interop.strict_json import write_text
-from randlora_jax.models import adapter_arrays, coverage, files, reports, settings
-from randlora_jax.models.adapted import AdaptedModel
+from randlora_jax.models import adapter_arrays, coverage, files, reports, settings, stacking
 from randlora_jax.models.adapter_arrays import Leaves
 from randlora_jax.models.coverage import Coverage
 from randlora_jax.models.front_end import WrapRules, given_back, stated_names, wrap
 from randlora_jax.models.layer import Layer, LayerRun
 from randlora_jax.models.layer_types import Table
 from randlora_jax.models.life import check_flag
+from randlora_jax.models.many import ManyAdapters
 from randlora_jax.models.memory import Memory, memory
 from randlora_jax.models.names import Rules
 
 
-class RandLoraModel(AdaptedModel):
+class RandLoraModel(ManyAdapters):
     """A base model with RandLoRA adapters; made by `get_peft_model` or `from_pretrained`.
 
     Names and meaning follow PEFT's ``RandLoraModel`` and ``PeftModel``.
@@ -147,7 +147,8 @@ class RandLoraModel(AdaptedModel):
         if not isinstance(tokens, Integral) or tokens < 1:
             raise ConfigError(f"tokens: expected a positive integer, found {shown(tokens)}")
         spec = self._registry.spec(adapter_name)
-        base, adapted = self._store.base_leaves(), self._store.state(adapter_name).layers
+        base = self._store.base_leaves()
+        adapted = stacking.states(self._registry, self._store, [adapter_name])[adapter_name].layers
         layers = [self._registry.layers[name] for name in adapted]
         runs, options = self._runs(layers, base), self._registry.options
         return reports.explained(layers, base, runs, spec.identity.r, int(tokens), options)

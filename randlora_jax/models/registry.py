@@ -21,6 +21,7 @@ from randlora_jax.models.finding import FoundLayers, LeftArray
 from randlora_jax.models.idle_rules import refuse_idle
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Names, Path, dotted
+from randlora_jax.models.slots import BASE, Slot, Stack, stacked
 
 
 @dataclass
@@ -52,6 +53,7 @@ class AdapterSpec:
 
     scaling: alpha / r, times what the product of two integers of ternary bases stands for.
     extents: of the pair that PEFT gives this adapter's own targets.
+    scale: what the user multiplies its delta by, which no file tells.
     """
 
     name: str
@@ -59,6 +61,12 @@ class AdapterSpec:
     dropout: float
     identity: BasisIdentity
     extents: Extents
+    scale: float = 1.0
+
+    @property
+    def strength(self) -> float:
+        """What delta_W is multiplied by."""
+        return self.scaling * self.scale
 
     def update(
         self,
@@ -72,7 +80,7 @@ class AdapterSpec:
         Args:
           pairs: of the model, by their identity as text.
         """
-        return Update(lam, gamma, pairs[str(self.identity)], self.scaling, matrix)
+        return Update(lam, gamma, pairs[str(self.identity)], self.strength, matrix)
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,7 @@ class AdapterRegistry:
 
     Compared by value, so that neither a model in a state in which it was before nor one that is
     like it is traced again; arrays in host memory by identity. What would train if it were active
-    makes no difference.
+    makes no difference, nor which adapters are in stacks: that is data.
     """
 
     layers: Mapping[str, Layer]
@@ -114,6 +122,10 @@ class AdapterRegistry:
     enabled: bool = True  # else no adapter is applied, though some are active
     trained: frozenset[str] = frozenset()  # adapters that train when they are active
     merged: tuple[str, ...] = ()  # adapters whose deltas are in the base kernels
+    stacks: tuple[Stack, ...] = ()  # where adapters are kept side by side, if they are
+    slots: Mapping[str, Slot] = field(default_factory=dict)  # in these, by adapter
+    parts: int = 1  # how many adapters a slot may combine
+    chosen: tuple[str, ...] = ()  # what rows take in a call that names none; () for the active one
     originals: Mapping[Path, np.ndarray | Parts] = field(
         default_factory=dict
     )  # kernels before merging
@@ -121,6 +133,8 @@ class AdapterRegistry:
     def _value(self) -> tuple[Any, ...]:
         kept = {name: id(array) for name, array in self.originals.items()}
         found = self.layers, self.modules, self.left, self.names, self.info
+        if self.stacks:
+            return *found, self.options, self.optional, self.stacks, self.parts
         how = self.options, self.optional, self.active, self.enabled, self.training, self.merged
         return *found, *how, self.configs, self.specs, set(self.kept_pairs), kept
 
@@ -128,6 +142,8 @@ class AdapterRegistry:
         return isinstance(other, AdapterRegistry) and self._value() == other._value()
 
     def __hash__(self) -> int:
+        if self.stacks:
+            return hash(self.stacks)
         return hash((self.applied, self.training, self.merged, frozenset(self.specs)))
 
     @classmethod
@@ -189,6 +205,58 @@ class AdapterRegistry:
                 f"no adapter named {shown(adapter_name)}; this model has {sorted(self.specs)}"
             )
         return self.specs[adapter_name]
+
+    @cached_property
+    def row_stacks(self) -> tuple[Stack, ...]:
+        """What rows choose from: the stacks that are kept, or of all adapters as they are now."""
+        return self.stacks or stacked(self._pairs_by_adapter)
+
+    @property
+    def _pairs_by_adapter(self) -> dict[str, tuple[BasisIdentity, Extents]]:
+        return {name: (spec.identity, spec.extents) for name, spec in self.specs.items()}
+
+    def room(self, capacity: int | None) -> tuple[Stack, ...]:
+        """Stacks for `capacity` adapters of each pair of bases; None for as many as there are.
+
+        Raises:
+          ConfigError: there are more.
+        """
+        found = stacked(self._pairs_by_adapter, capacity)
+        return tuple(replace(stack, members=()) for stack in found)
+
+    @staticmethod
+    def spec_of_stack(stack: Stack) -> AdapterSpec:
+        """By which a store takes a stack as it does an adapter."""
+        return AdapterSpec(stack.name, 1.0, 0.0, stack.identity, stack.extents)
+
+    @property
+    def slot_count(self) -> int:
+        """How many slots there are, the base model's among them."""
+        return self.row_stacks[-1].slots.stop if self.row_stacks else 1
+
+    def chosen_slots(self) -> int | list[int]:
+        """The slots of a call that names none: one for all rows, or one for each."""
+        applied = self.applied
+        if self.chosen:
+            return [self.slot_of(name) if applied else 0 for name in self.chosen]
+        return self.slot_of(applied[0]) if self.stacks and applied else 0
+
+    def scale(self, adapter_name: str) -> float:
+        """How strong an adapter, or a combination, was set to be; 1 at first."""
+        return (self.specs.get(adapter_name) or self.slots[adapter_name]).scale
+
+    def slot_of(self, adapter_name: str) -> int:
+        """The slot of an adapter, or of a combination.
+
+        Raises:
+          ConfigError: there is none of that name.
+        """
+        if isinstance(adapter_name, str) and adapter_name == BASE:
+            return 0
+        if isinstance(adapter_name, str) and adapter_name in self.slots:
+            return self.slots[adapter_name].number
+        name = self.spec(adapter_name).name
+        return next(s.slots[s.members.index(name)] for s in self.row_stacks if name in s.members)
 
     @property
     def applied(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import jax
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.models.names import Path
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
+from randlora_jax.models.slots import SlotTable
 
 
 class ArrayStore(ABC):
@@ -53,7 +54,7 @@ class ArrayStore(ABC):
 
     @abstractmethod
     def state(self, adapter_name: str) -> AdapterState:
-        """The arrays of an adapter as they are now."""
+        """The arrays of an adapter as they are now, or of a stack by its name."""
 
     @abstractmethod
     def set_pairs(self, pairs: Mapping[str, BasisPair]) -> None:
@@ -62,6 +63,14 @@ class ArrayStore(ABC):
     @abstractmethod
     def pairs(self) -> Mapping[str, BasisPair]:
         """The shared pairs on the device."""
+
+    @abstractmethod
+    def set_slots(self, table: SlotTable | None) -> None:
+        """Replaces the table of slots on the device; None where there is none."""
+
+    @abstractmethod
+    def slots(self) -> SlotTable | None:
+        """The table of slots on the device."""
 
     @abstractmethod
     def follow(self, registry: AdapterRegistry) -> None:

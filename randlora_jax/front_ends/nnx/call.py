@@ -15,8 +15,9 @@ from randlora_jax.core.bases import BasisPair, used_extents
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.registry import AdapterSpec
+from randlora_jax.models.slots import RowChoice, Stack
 
-Applied = Sequence[tuple[Layer, Sequence[AdapterSpec]]]  # layers, and what changes each
+Applied = Sequence[tuple[Layer, Sequence[AdapterSpec | Stack]]]  # layers, and what changes each
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,12 @@ class CallContext:
     Args:
       model: its token.
       pairs: the shared bases, by their identity as text.
+      rows: what the call takes of stacked adapters; None where it applies the active ones.
     """
 
     model: ModelToken
     pairs: Mapping[str, BasisPair]
+    rows: RowChoice | None = None
 
     def serves(self, model: ModelToken, applied: Applied) -> bool:
         """Whether it is of such a model, and has the bases that its layers slice."""

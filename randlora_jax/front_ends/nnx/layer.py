@@ -1,19 +1,21 @@
 """The wrapper that stands in the place of a module and runs it with its adapters."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from randlora_jax.core.applying import Contribution, RunningLayer, adapted
+from randlora_jax.core.applying import BY_VMAP, Contribution, RunningLayer, adapted
 from randlora_jax.core.contraction import Contraction
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.ways import ExecutionOptions, possible_ways, require_a_way
 from randlora_jax.front_ends.call_input import input_of, multiplies_in
+from randlora_jax.front_ends.nnx.by_row import run_by_row
 from randlora_jax.front_ends.nnx.call import CallContext, ModelToken, open_for, reached
 from randlora_jax.front_ends.nnx.held import array_at
 from randlora_jax.front_ends.nnx.running import (
@@ -26,9 +28,11 @@ from randlora_jax.front_ends.nnx.running import (
 from randlora_jax.front_ends.nnx.variables import AdapterParam, FrozenAdapterParam, retyped
 from randlora_jax.front_ends.nnx_types import in_call
 from randlora_jax.front_ends.shown_signature import shows_call_of
+from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec
+from randlora_jax.models.slots import Stack
 
 Leaves = dict[str, nnx.Variable[jax.Array]]
 
@@ -43,6 +47,7 @@ class Settings:
       model: whose call it belongs to.
       specs: of the adapters that are active and have something here.
       merged: names of the adapters whose deltas are in the kernels.
+      stacks: what rows of a batch choose from, as far as something of it is here.
       quantiser: the class around it that quantises, if one does.
     """
 
@@ -51,6 +56,7 @@ class Settings:
     model: ModelToken
     specs: tuple[AdapterSpec, ...] = ()
     merged: tuple[str, ...] = ()
+    stacks: tuple[Stack, ...] = ()
     quantiser: type | None = None
 
 
@@ -86,15 +92,80 @@ class RandLoraLayer(nnx.Module):
         """Applies and trains the adapters that the registry says, as far as they are here."""
         here = {name for held in self.held() for name in held}
         specs = tuple(registry.specs[name] for name in registry.applied if name in here)
-        self.settings = replace(self.settings, specs=specs, merged=registry.merged)
+        stacks = tuple(s for s in registry.row_stacks if here & {s.name, *s.members})
+        self.settings = replace(self.settings, specs=specs, merged=registry.merged, stacks=stacks)
         training = set(registry.training)
         for held in self.held()[:3]:
             for name, leaves in held.items():
                 for key, leaf in leaves.items():
                     leaves[key] = retyped(leaf, trained=name in training)
 
-    def applied(self) -> list[tuple[Layer, list[AdapterSpec]]]:
+    @property
+    def kept_in_stacks(self) -> bool:
+        """Whether all that is here lies in stacks."""
+        return any(not stack.members for stack in self.settings.stacks)
+
+    def by_row(self) -> list[tuple[Layer, list[Stack]]]:
+        """The layers here that adapters of some stack change, with these stacks."""
+        found = []
+        for layer in self.settings.layers:
+            key = slashed(layer.leaf)
+            stacks = [
+                stack
+                for stack in self.settings.stacks
+                if any(key in self.randlora_lambda.get(n, {}) for n in stack.held)
+            ]
+            if stacks:
+                found.append((layer, stacks))
+        return found
+
+    def stacked(
+        self, stack: Stack, layer: Layer, layout: KernelLayout
+    ) -> tuple[jax.Array, jax.Array]:
+        """Lambda and gamma of all adapters of a stack, in a layer: (*stack axes, slots, ...).
+
+        Raises:
+          ConfigError: one of them draws its dropout, which no row can.
+        """
+        key, both = slashed(layer.leaf), []
+        for held in (self.randlora_lambda, self.randlora_gamma):
+            leaves = [held.get(name, {}).get(key) for name in stack.held]
+            arrays = [None if leaf is None else leaf.get_raw_value() for leaf in leaves]
+            for array in arrays:
+                refuse_abstract(f"adapters of {layer.name}", array)
+            if not stack.members:
+                both.append(layout.stack_first(arrays[0], 3))
+                continue
+            first = [None if x is None else layout.stack_first(x) for x in arrays]
+            like = next(x for x in first if x is not None)
+            none = jnp.zeros_like(like)
+            both.append(jnp.stack([none if x is None else x for x in first], like.ndim - 2))
+        for name in stack.members:
+            drop = self.randlora_dropout.get(name)
+            if drop is not None and not drop.deterministic:
+                raise ConfigError(
+                    f"adapter {name!r} is in training mode, with dropout, and adapter_names are "
+                    "for inference, as in PEFT: call model.eval() first"
+                )
+        lam, gamma = both
+        return lam, gamma
+
+    def stacked_whole(self, stack: Stack, key: str, base: Any) -> jax.Array | None:
+        """(slots, ...) of a leaf that adapters of a stack trained whole; None where none did.
+
+        Args:
+          base: what those have that did not.
+        """
+        leaves = [self.trained_leaves.get(name, {}).get(key) for name in stack.held]
+        arrays = [base if leaf is None else leaf.get_raw_value() for leaf in leaves]
+        if all(leaf is None for leaf in leaves):
+            return None
+        return arrays[0] if not stack.members or base is None else jnp.stack(arrays)
+
+    def applied(self) -> Sequence[tuple[Layer, Sequence[AdapterSpec | Stack]]]:
         """The layers here that an active adapter changes when they run, with these adapters."""
+        if self.kept_in_stacks:
+            return self.by_row()
         settings, found = self.settings, []
         for layer in settings.layers:
             key = slashed(layer.leaf)
@@ -121,9 +192,10 @@ class RandLoraLayer(nnx.Module):
     def __getattr__(self, name: str) -> Any:
         if name == "base_layer" or name.startswith("_"):
             raise AttributeError(name)
-        base = self._effective()
         applied = self.applied()
-        running = bool(applied) and open_for(self.settings.model, applied) is not None
+        context = open_for(self.settings.model, applied)
+        base = self._effective(context)
+        running = bool(applied) and context is not None
         if running and isinstance(getattr(type(base), name, None), property):
             return getattr(self._in_kernels(base), name)
         found = getattr(base, name)
@@ -135,18 +207,27 @@ class RandLoraLayer(nnx.Module):
 
     def _method(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """A method of the base layer: looked at from outside its model's call, its own."""
-        if open_for(self.settings.model, self.applied()):
+        context = open_for(self.settings.model, self.applied())
+        if context:
             return self._run(name, args, kwargs)
-        return getattr(self._effective(), name)(*args, **kwargs)
+        return getattr(self._effective(context), name)(*args, **kwargs)
 
-    def _effective(self) -> nnx.Module:
+    def _effective(self, context: CallContext | None) -> nnx.Module:
         """The base layer, with the leaves that the active adapters train whole in place."""
         specs, whole = self.settings.specs, self.trained_leaves
         leaves = {k: leaf for spec in specs for k, leaf in whole.get(spec.name, {}).items()}
-        if not leaves:
+        stacked = [s.name for s in self.settings.stacks if not s.members and s.name in whole]
+        if not leaves and not (stacked and context and context.rows):
             return self.base_layer
         graph, state = nnx.split(self.base_layer)
         flat = dict(nnx.to_flat_state(state))
+        for name in stacked:
+            assert context and context.rows
+            chosen = context.rows.chosen[name]
+            for path, held in flat.items():
+                if leaf := whole[name].get(slashed(path)):
+                    now = chosen.leaves(leaf.get_raw_value(), held.get_raw_value())
+                    flat[path] = held.replace(now)
         for key, leaf in leaves.items():
             path = next(path for path in flat if slashed(path) == key)
             flat[path] = flat[path].replace(leaf[...].astype(flat[path][...].dtype))
@@ -154,14 +235,17 @@ class RandLoraLayer(nnx.Module):
 
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A method of the base layer, with the active adapters joined in."""
-        base, applied = self._effective(), self.applied()
+        context = open_for(self.settings.model, self.by_row())
+        if context and context.rows and context.rows.rows is not None:
+            return run_by_row(self, method, args, kwargs, context)
+        base, applied = self._effective(context), self.applied()
         if not applied:
             return getattr(base, method)(*args, **kwargs)
         context = reached(self.settings.model, applied)
         (layer, specs), *more = applied
         graph, split = nnx.split(base)
         state = with_jax_arrays(dict(nnx.to_flat_state(split)))
-        kernel, call = self._kernel(layer, state)
+        kernel, call = self.running_kernel(layer, state)
         equated = isinstance(base, nnx.Einsum) and type(base).__call__ is nnx.Einsum.__call__
         if method == "__call__" and equated:
             told = in_call(layer.type, base, nnx.Einsum.__call__, (args, kwargs))
@@ -188,7 +272,9 @@ class RandLoraLayer(nnx.Module):
             flat[leaf] = flat[leaf].replace(kernel.taking(updates))
         return cast(nnx.Module, nnx.merge(graph, nnx.from_flat_state(flat)))
 
-    def _kernel(self, layer: Layer, state: Mapping[Path, Any]) -> tuple[Kernel, Contraction | None]:
+    def running_kernel(
+        self, layer: Layer, state: Mapping[Path, Any]
+    ) -> tuple[Kernel, Contraction | None]:
         """The kernel of a layer as it is in this call, and what the layer computes."""
         array = array_at(layer.leaf, state)
         return layer.running_kernel(array, layer.type, type(self.base_layer).__name__)
@@ -201,7 +287,7 @@ class RandLoraLayer(nnx.Module):
         """
         found = []
         for layer, specs in self.applied():
-            kernel, _ = self._kernel(layer, state)
+            kernel, _ = self.running_kernel(layer, state)
             shares = self._shares(layer, specs, kernel.layout, context)
             drops = any(share.drop for share in shares)
             options = self.settings.options
@@ -211,11 +297,18 @@ class RandLoraLayer(nnx.Module):
         return found
 
     def _shares(
-        self, layer: Layer, specs: list[AdapterSpec], layout: KernelLayout, context: CallContext
+        self,
+        layer: Layer,
+        specs: Sequence[AdapterSpec | Stack],
+        layout: KernelLayout,
+        context: CallContext,
     ) -> list[Contribution]:
         """What the adapters of `specs` add to a layer in this call."""
         found, key = [], slashed(layer.leaf)
         for spec in specs:
+            if isinstance(spec, Stack):
+                found += self._shares_of_stack(layer, spec, layout, context)
+                continue
             both = [held[spec.name][key] for held in (self.randlora_lambda, self.randlora_gamma)]
             arrays = [leaf.get_raw_value() for leaf in both]  # leaf[...] copies, to no purpose
             for array in arrays:
@@ -226,3 +319,22 @@ class RandLoraLayer(nnx.Module):
             update = spec.update(lam, gamma, context.pairs, layer.matrix)
             found.append(Contribution(update, None if off else drop))
         return found
+
+    def _shares_of_stack(
+        self, layer: Layer, stack: Stack, layout: KernelLayout, context: CallContext
+    ) -> list[Contribution]:
+        """What the adapters of a stack add where all rows have the same.
+
+        Raises:
+          ConfigError: each row has its own.
+        """
+        assert context.rows is not None
+        if context.rows.rows is not None:
+            raise ConfigError(
+                f"layer {layer.name!r}: its kernel was asked for by itself, and W + delta is "
+                f"another one for each row. {BY_VMAP}"
+            )
+        lam, gamma = self.stacked(stack, layer, layout)
+        chosen = context.rows.chosen[stack.name]
+        updates = chosen.updates(lam, gamma, context.pairs[stack.name], layer.matrix)
+        return list(map(Contribution, updates))

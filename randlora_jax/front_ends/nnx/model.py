@@ -14,7 +14,12 @@ from randlora_jax.front_ends.nnx.nested import depth_of
 from randlora_jax.front_ends.nnx.parts import Part, attribute
 from randlora_jax.front_ends.nnx.running import refuse_abstract, with_jax_arrays
 from randlora_jax.front_ends.nnx.store import NnxStore
-from randlora_jax.front_ends.nnx.variables import FrozenLoRAParam, SharedBasis, retype_loras
+from randlora_jax.front_ends.nnx.variables import (
+    AdapterSlots,
+    FrozenLoRAParam,
+    SharedBasis,
+    retype_loras,
+)
 from randlora_jax.front_ends.nnx.wrappable import make_wrappable, refuse_part
 from randlora_jax.front_ends.nnx_types import TYPES
 from randlora_jax.front_ends.shown_signature import shows_call_of
@@ -33,6 +38,17 @@ _TRAINED = (
     "nnx.value_and_grad(loss, argnums=nnx.DiffState(0, AdapterParam))(model). (To train the base "
     "with it: nnx.DiffState(0, nnx.All(nnx.Param, nnx.Not(nnx.PathContains('randlora_bases')))))"
 )
+
+
+class NotedSlots:
+    """What a model with stacked adapters knows: changed in place, and compared by identity.
+
+    A model in a state in which it was before is not traced again, but flax then gives it the static
+    parts of the one that was. Of which adapters are in which slots that would be an old list.
+    """
+
+    def __init__(self, registry: AdapterRegistry) -> None:
+        self.registry = registry
 
 
 @register_front_end(
@@ -56,6 +72,7 @@ class NnxRandLora(RandLoraModel, nnx.Module):
         types = LayerTypes((rules.layer_types, TYPES))
         self.model = model
         self.randlora_bases: dict[str, dict[str, SharedBasis]] = nnx.data({})
+        self.randlora_slots: dict[str, AdapterSlots] = nnx.data({})
         self._token = ModelToken(type(model), depth_of(module for _, module in walked))
         self._expected: frozenset[str] = frozenset()
         modules = modules_of(walked, types, rules.layouts)
@@ -63,7 +80,7 @@ class NnxRandLora(RandLoraModel, nnx.Module):
         for path, module in walked:
             refuse_rounding(path, type(module), arrays)
         found = find_layers(modules, rules.layouts, rules.names)
-        self._registry = AdapterRegistry.of(
+        self._noted: AdapterRegistry | NotedSlots = AdapterRegistry.of(
             found, known.info, rules.names, rules.options, rules.optional
         )
         retype_loras(walked, nnx.LoRAParam, FrozenLoRAParam)
@@ -73,6 +90,17 @@ class NnxRandLora(RandLoraModel, nnx.Module):
     @property
     def _store(self) -> NnxStore:
         return NnxStore(self)
+
+    @property
+    def _registry(self) -> AdapterRegistry:  # type: ignore[override]
+        return self._noted if isinstance(self._noted, AdapterRegistry) else self._noted.registry
+
+    @_registry.setter
+    def _registry(self, registry: AdapterRegistry) -> None:
+        if isinstance(self._noted, NotedSlots) and self._noted.registry == registry:
+            self._noted.registry = registry
+        else:
+            self._noted = NotedSlots(registry) if registry.stacks else registry
 
     @property
     def _base_name(self) -> str:
@@ -89,9 +117,13 @@ class NnxRandLora(RandLoraModel, nnx.Module):
         }
 
     @shows_call_of(lambda self: self.model)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the model."""
-        with self._opened():
+    def __call__(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        """Calls the model.
+
+        Args:
+          adapter_names: an adapter for each row of the batch, by name or as `rows` gives them.
+        """
+        with self._opened(adapter_names):
             out = self.model(*args, **kwargs)
         refuse_unreached(self._expected - self._token.reached)
         return out
@@ -102,12 +134,13 @@ class NnxRandLora(RandLoraModel, nnx.Module):
         return attribute(self.model, name, self._opened)
 
     @contextmanager
-    def _opened(self) -> Iterator[None]:
-        """Within, the layers of this model find its bases."""
+    def _opened(self, adapter_names: Any = None) -> Iterator[None]:
+        """Within, the layers of this model find its bases, and what rows take of its adapters."""
         pairs = self._store.pairs()
         for identity, pair in pairs.items():
             refuse_abstract(f"randlora_bases {identity}", pair.A)
-        with opened(CallContext(self._token, never_trained(pairs, _TRAINED))):
+        bases, rows = never_trained(pairs, _TRAINED), self._chosen(adapter_names)
+        with opened(CallContext(self._token, bases, rows)):
             try:
                 yield
             except (TypeError, AttributeError):  # what JAX makes of an abstract array

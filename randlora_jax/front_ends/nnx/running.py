@@ -54,9 +54,9 @@ class _RunLayer:
         variable, rest, args, kwargs = self.values.with_arrays([kernel, *read])
         args, kwargs = with_input((args, kwargs), self.place, x)
         layer = nnx.merge(self.graph, nnx.from_flat_state({**rest, self.leaf: variable}))
-        before = _values(layer)
+        before = values_of(layer)
         out = layer(*args, **kwargs)
-        if changes := _changed(layer, before):
+        if changes := changed_in(layer, before):
             if any(map(are_integers, changes)):
                 raise ConfigError(
                     f"a {type(layer).__name__} was quantised in its call, its adapter around it: "
@@ -156,10 +156,10 @@ def run_in_kernels(
             mine_now = replace(kernel, array=held.get_raw_value()).taking(mine)
             flat[0, *leaf] = held.replace(mine_now)
         copies = nnx.merge(graph, nnx.from_flat_state(flat))
-        before = _values(copies)
+        before = values_of(copies)
         copy, args, kwargs = copies
         out = getattr(copy, method)(*args, **kwargs)
-        changes = _changed(copies, before)
+        changes = changed_in(copies, before)
         rest, results = Hoisted.of((out, list(changes.values())))
         aside.append((rest, list(changes)))
         return results
@@ -173,15 +173,15 @@ def run_in_kernels(
     return out
 
 
-def _values(node: Any) -> dict[Path, Any]:
+def values_of(node: Any) -> dict[Path, Any]:
     """The values of all state of `node`, as they are now."""
     flat = nnx.to_flat_state(nnx.state(node))
     return {path: x.get_raw_value() if isinstance(x, nnx.Variable) else x for path, x in flat}
 
 
-def _changed(node: Any, before: Mapping[Path, Any]) -> dict[Path, Any]:
+def changed_in(node: Any, before: Mapping[Path, Any]) -> dict[Path, Any]:
     """What of the state of `node` is new, or had another value in `before`."""
-    after, flat = _values(node), dict(nnx.to_flat_state(nnx.state(node)))
+    after, flat = values_of(node), dict(nnx.to_flat_state(nnx.state(node)))
     return {p: flat[p] for p, x in after.items() if p not in before or x is not before[p]}
 
 

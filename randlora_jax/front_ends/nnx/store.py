@@ -4,7 +4,7 @@ Each question is answered by one walk over the model, whatever the number of lay
 """
 
 from collections.abc import Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol, cast
 
 import jax
@@ -18,6 +18,7 @@ from randlora_jax.front_ends.nnx.held import arrays_of, is_container, plain, qua
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer, Settings
 from randlora_jax.front_ends.nnx.nested import wrappers_of_wrapped
 from randlora_jax.front_ends.nnx.variables import (
+    AdapterSlots,
     FrozenAdapterParam,
     FrozenLoRAParam,
     SharedBasis,
@@ -29,6 +30,7 @@ from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.quantised import dequantised, quantiser_around, unquantised_class
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
+from randlora_jax.models.slots import SlotTable
 from randlora_jax.models.store import ArrayStore
 
 
@@ -40,6 +42,7 @@ class Root(Protocol):
 
     model: nnx.Module
     randlora_bases: dict[str, dict[str, SharedBasis]]
+    randlora_slots: dict[str, AdapterSlots]
     _token: ModelToken
     _expected: frozenset[str]
     _registry: AdapterRegistry
@@ -211,12 +214,14 @@ class NnxStore(ArrayStore):
     def state(self, adapter_name: str) -> AdapterState:
         """From every wrapper."""
         state = AdapterState({})
+        inner = 3 if any(adapter_name == s.name for s in self.root._registry.stacks) else 2
         for path, wrapper in self._wrappers().items():
             lams, gammas = (held.get(adapter_name, {}) for held in wrapper.held()[:2])
             for layer in wrapper.settings.layers:
                 if (key := slashed(layer.leaf)) in lams:
                     both = lams[key].get_raw_value(), gammas[key].get_raw_value()
-                    lam, gamma = (moved(layer.layout.stack_first, x) for x in both)
+                    first = partial(layer.layout.stack_first, inner=inner)
+                    lam, gamma = (moved(first, x) for x in both)
                     state.layers[layer.name] = lam, gamma
             whole = wrapper.trained_leaves.get(adapter_name, {})
             for leaf, value in whole.items():
@@ -235,6 +240,21 @@ class NnxStore(ArrayStore):
             identity: BasisPair(held["A"].get_raw_value(), held["B"].get_raw_value())
             for identity, held in self.root.randlora_bases.items()
         }
+
+    def set_slots(self, table: SlotTable | None) -> None:
+        """In the root; the same Variables where they are there already."""
+        held, new = self.root.randlora_slots, table._asdict() if table else {}
+        if held.keys() == new.keys():
+            for name, x in new.items():
+                held[name].set_raw_value(x)
+        else:
+            slots = {name: AdapterSlots(x) for name, x in new.items()}
+            self.root.randlora_slots = nnx.data(slots)
+
+    def slots(self) -> SlotTable | None:
+        """Of the root."""
+        held = self.root.randlora_slots
+        return SlotTable(**{n: x.get_raw_value() for n, x in held.items()}) if held else None
 
     def follow(self, registry: AdapterRegistry) -> None:
         """Every wrapper does."""

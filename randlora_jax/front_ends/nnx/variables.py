@@ -29,6 +29,10 @@ class SharedBasis(nnx.Param[jax.Array]):
     """One of the two frozen random bases of a pair; the root wrapper alone holds them."""
 
 
+class AdapterSlots(nnx.Variable[jax.Array]):
+    """A part of the table that tells what the slots of stacked adapters stand for."""
+
+
 def retyped(leaf: nnx.Variable[jax.Array], *, trained: bool) -> nnx.Variable[jax.Array]:
     """`leaf` as what is trained, or as what is not.
 

@@ -1,0 +1,126 @@
+"""A wrapped nnx module in a call whose rows have adapters of their own."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from randlora_jax.core.applying import BY_VMAP, RunningLayer, adapted_rows
+from randlora_jax.core.hoisting import Hoisted
+from randlora_jax.front_ends.call_input import Arguments, input_of, multiplies_in
+from randlora_jax.front_ends.nnx.call import CallContext, reached
+from randlora_jax.front_ends.nnx.running import (
+    as_function,
+    changed_in,
+    values_of,
+    with_jax_arrays,
+)
+from randlora_jax.interop.errors import ConfigError, listed
+from randlora_jax.models.names import Path, dotted, slashed
+from randlora_jax.models.slots import RowChoice
+
+if TYPE_CHECKING:
+    from randlora_jax.front_ends.nnx.layer import RandLoraLayer
+
+
+def run_by_row(
+    wrapper: "RandLoraLayer",
+    method: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: CallContext,
+) -> Any:
+    """A method of the wrapped module, each row of its input with its own adapters.
+
+    Raises:
+      ConfigError: the module cannot run so.
+    """
+    base, applied, rows = wrapper.base_layer, wrapper.by_row(), context.rows
+    assert rows is not None
+    if not applied:
+        return _run_trained_whole(wrapper, method, (args, kwargs), rows)
+    reached(wrapper.settings.model, applied)
+    (layer, stacks), *more = applied
+    taken = input_of(base.__call__, args, kwargs) if method == "__call__" and not more else None
+    if taken is None:
+        raise _refusal(wrapper, "it is more than one layer that is called with its input")
+    graph, split = nnx.split(base)
+    state = with_jax_arrays(dict(nnx.to_flat_state(split)))
+    kernel, call = wrapper.running_kernel(layer, state)
+    size = taken.x.shape[0] if taken.x.ndim > 1 else 1
+    own = _leaves_of_rows(wrapper, rows, size, state)
+    state |= {path: state[path].replace(x) for path, x in own.items()}
+    run, read = as_function(graph, state, layer.leaf, taken, wrapper.settings.quantiser)
+    ids = set(map(id, own.values()))
+    running = RunningLayer(
+        layer.name, run, read, kernel, call, multiplies_in(base, kernel.promoted(taken.x))
+    )
+    updates = [
+        rows.of_batch(stack.name, size, layer.name).row_updates(
+            *wrapper.stacked(stack, layer, kernel.layout), context.pairs[stack.name], layer.matrix
+        )
+        for stack in stacks
+    ]
+    return adapted_rows(running, taken.x, updates, [id(x) in ids for x in read])
+
+
+def _leaves_of_rows(
+    wrapper: "RandLoraLayer", rows: RowChoice, size: int, state: Mapping[Path, Any]
+) -> dict[Path, jax.Array]:
+    """What adapters trained whole here, (rows, ...), by path in the module's `state`."""
+    found: dict[Path, jax.Array] = {}
+    for path, held in state.items():
+        base = held.get_raw_value() if isinstance(held, nnx.Variable) else held
+        for stack in wrapper.settings.stacks:
+            leaf = wrapper.stacked_whole(stack, slashed(path), base)
+            if leaf is not None:
+                chosen = rows.of_batch(stack.name, size, slashed(path))
+                found[path] = chosen.leaves(leaf, found.get(path, base))
+    return found
+
+
+def _run_trained_whole(
+    wrapper: "RandLoraLayer", method: str, arguments: Arguments, rows: RowChoice
+) -> Any:
+    """A method of a module of which adapters trained leaves whole and no more."""
+    graph, split = nnx.split(wrapper.base_layer)
+    state = with_jax_arrays(dict(nnx.to_flat_state(split)))
+    if not any(
+        wrapper.stacked_whole(stack, slashed(path), None) is not None
+        for stack in wrapper.settings.stacks
+        for path in state
+    ):
+        return getattr(wrapper.base_layer, method)(*arguments[0], **arguments[1])
+    rest, arrays = Hoisted.of(arguments, (jax.Array, np.ndarray))
+    if len(arrays) != 1 or not arrays[0].ndim:
+        raise _refusal(wrapper, "modules trained whole take one array in such a call")
+    x = jnp.asarray(arrays[0])
+    own = _leaves_of_rows(wrapper, rows, x.shape[0], state)
+
+    def row(leaves: tuple[jax.Array, dict[Path, jax.Array]]) -> Any:
+        x, mine = leaves
+        flat = state | {path: state[path].replace(value) for path, value in mine.items()}
+        copy = nnx.merge(graph, nnx.from_flat_state(flat))
+        before = values_of(copy)
+        args, kwargs = rest.with_arrays([x[None]])
+        out = getattr(copy, method)(*args, **kwargs)
+        if changes := changed_in(copy, before):
+            raise _refusal(wrapper, f"it changes its {dotted(next(iter(changes)))!r}")
+        return jax.tree.map(lambda y: y[0], out)
+
+    # matrices one after another: those of all rows at once would be as large as so many models
+    if any(leaf.ndim > 2 for leaf in own.values()):
+        return jax.lax.map(row, (x, own))
+    return jax.vmap(row)((x, own))
+
+
+def _refusal(wrapper: "RandLoraLayer", why: str) -> ConfigError:
+    """That a module cannot run by row."""
+    names = listed([layer.name for layer in wrapper.settings.layers], 3)
+    kind = type(wrapper.base_layer).__name__
+    return ConfigError(
+        f"{names or kind}: this {kind} cannot run with adapters by row: {why}. {BY_VMAP}"
+    )

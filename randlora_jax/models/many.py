@@ -1,0 +1,323 @@
+"""Many adapters at once: each row of a batch its own; loaded and unloaded without compiling."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from randlora_jax.interop.adapter_name import checked_name
+from randlora_jax.interop.errors import ConfigError, shown
+from randlora_jax.models import life, stacking
+from randlora_jax.models.adapted import AdaptedModel
+from randlora_jax.models.filled import refuse_abstract
+from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
+from randlora_jax.models.slots import AdapterRows, RowChoice, Slot, as_rows
+from randlora_jax.models.store import ArrayStore
+
+
+class ManyAdapters(AdaptedModel):
+    """A model whose adapters can lie side by side, so that rows of one batch choose from them."""
+
+    def stack_adapters(self, capacity: int | None = None, *, parts: int = 1) -> None:
+        """Lays all adapters side by side, each in a slot of its own, with room for more.
+
+        From here on whatever changes is data: `load_adapter`, `delete_adapter`, `hotswap_adapter`,
+        `set_adapter`, `set_scale`, `set_rows` and ``adapter_names`` run what was compiled. Adapters
+        in stacks are applied and not trained, and have no dropout. Called again, with room for more
+        or for others, it makes new stacks, and so a new program.
+
+        Args:
+          capacity: for how many adapters of each pair of bases (key, kind, rank) that the model's
+            adapters have; by default for those that are here. Memory for all is taken at once.
+          parts: how many adapters one slot may combine (`add_weighted_adapter`).
+
+        Raises:
+          ConfigError: the model has no adapter, or more than `capacity` of one pair; some are
+            merged; a combination has more than `parts`.
+        """
+        for argument, value in (("capacity", capacity), ("parts", parts)):
+            if value is not None and (not isinstance(value, Integral) or value < 1):
+                raise ConfigError(f"{argument}: expected a positive integer, found {shown(value)}")
+        registry, store = self._registry, self._store
+        life.refuse_while_merged(registry, "stack_adapters")
+        if not registry.specs:
+            raise ConfigError(
+                "stack_adapters: this model has no adapter yet: add or load one first"
+            )
+        combined = {name: slot for name, slot in registry.slots.items() if slot.parts}
+        if any(len(slot.parts) > parts for slot in combined.values()):
+            raise ConfigError(f"parts={parts}: expected room for what {sorted(combined)} combine")
+        states = self._numbers(registry.specs)
+        base = store.base_leaves()
+        refuse_abstract(base.values())
+        room = registry.room(capacity)
+        after = dataclasses.replace(
+            registry, stacks=room, slots={}, parts=int(parts), trained=frozenset(), chosen=()
+        )
+        numbers = stacking.renumbered(after, room)
+        slots = {name: stacking.in_slot(number, states[name]) for name, number in numbers.items()}
+        held = {}
+        for stack in room:
+            mine = {n: states[n] for n in numbers if registry.specs[n].identity == stack.identity}
+            now = stacking.empty(registry, base, stack, list(mine.values()))
+            for name, state in mine.items():
+                now = stacking.written(now, numbers[name] - stack.first, state, base)
+            held[stack] = now
+        for name in [s.name for s in registry.stacks] or list(registry.specs):
+            store.remove(name)
+        for stack, now in held.items():
+            store.install(after, after.spec_of_stack(stack), now, None)
+        after = dataclasses.replace(after, slots=slots)
+        for name, slot in combined.items():
+            after = stacking.with_combination(after, name, slot)
+        self._follow(after, store)
+
+    def rows(
+        self, adapter_names: Sequence[str], scale: Sequence[float] | None = None
+    ) -> jax.Array | AdapterRows:
+        """The slots of adapters: what ``adapter_names`` takes where names cannot be, under ``jit``.
+
+        Args:
+          adapter_names: one for each row of a batch; ``"__base__"`` for none.
+          scale: how strong each row's adapter is, 1 by default.
+
+        Raises:
+          ConfigError: no such adapter, or `scale` is not one number for each.
+
+        Returns:
+          (rows,) int32; with `scale`, `AdapterRows` of that and (rows,) float32.
+        """
+        if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
+            raise ConfigError(
+                f"adapter_names: expected one name for each row, found {shown(adapter_names)}"
+            )
+        registry = self._registry
+        slots = np.array([registry.slot_of(name) for name in adapter_names], np.int32)
+        if table := self._store.slots():
+            stacking.refuse_stale(adapter_names, registry, table)
+        if scale is None:
+            return jnp.asarray(slots)
+        strengths = np.asarray(scale, np.float32)
+        if strengths.shape != slots.shape or not np.isfinite(strengths).all():
+            raise ConfigError(
+                f"scale: expected {len(slots)} finite numbers, one for each row, found "
+                f"{shown(scale)}"
+            )
+        return AdapterRows(jnp.asarray(slots), jnp.asarray(strengths))
+
+    def set_rows(self, adapter_names: Sequence[str]) -> None:
+        """What rows take from here on, in calls that name none.
+
+        For code that calls the model itself, such as a sampler. `set_adapter` gives all rows one
+        adapter again.
+
+        Raises:
+          ConfigError: no such adapter, or the adapters are not in stacks.
+        """
+        self._need_stacks("set_rows")
+        self.rows(adapter_names)
+        self._follow(dataclasses.replace(self._registry, chosen=tuple(adapter_names)))
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Applies and trains the named adapter or adapters, and no other.
+
+        Args:
+          inference_mode: apply without training. In stacks, none trains.
+
+        Raises:
+          ConfigError: no such adapter, one of them is merged into the base, two of them trained
+            the same module whole, or several are named whose place is in stacks.
+        """
+        if not self._registry.stacks:
+            super().set_adapter(adapter_name, inference_mode)
+            return
+        life.check_flag("inference_mode", inference_mode)
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if len(names) != 1:
+            raise ConfigError(
+                f"set_adapter: expected one adapter, found {shown(adapter_name)}: in stacks "
+                "several together are a combination, add_weighted_adapter(names, weights, name)"
+            )
+        self._registry.slot_of(names[0])
+        self._follow(dataclasses.replace(self._registry, active=tuple(names), chosen=()))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forgets an adapter; if it was the only active one, the first that is left takes over.
+
+        Raises:
+          ConfigError: no such adapter, adapters are merged, or rows or combinations have it.
+        """
+        registry = self._registry
+        if not registry.stacks:
+            super().delete_adapter(adapter_name)
+            return
+        after = stacking.forget(registry, adapter_name)
+        if adapter_name in registry.specs:
+            after = life.deleted(after, adapter_name)
+        else:
+            registry.slot_of(adapter_name)
+            left = tuple(name for name in after.active if name != adapter_name)
+            after = dataclasses.replace(after, active=left or tuple(after.specs)[:1])
+        self._follow(after)
+
+    def hotswap_adapter(self, directory: str | FilePath, adapter_name: str, **options: Any) -> None:
+        """Puts the adapter stored in `directory` in place of one that is here, as PEFT's function.
+
+        It is read whole before anything changes. In stacks it takes the very slot, and compiles
+        nothing.
+
+        Args:
+          options: as for `load_adapter`.
+
+        Raises:
+          RandLoraError: as `load_adapter`; or no adapter has this name.
+        """
+        before = self._registry
+        before.spec(adapter_name)
+        spare = dataclasses.replace(
+            before,
+            specs={n: s for n, s in before.specs.items() if n != adapter_name},
+            configs={n: c for n, c in before.configs.items() if n != adapter_name},
+        )
+        if not before.stacks:
+            raise ConfigError(
+                "hotswap_adapter: the adapters are not in stacks: call stack_adapters() first, or "
+                "delete_adapter() and load_adapter()"
+            )
+        self._registry = spare
+        try:
+            self.load_adapter(directory, adapter_name, **options)  # type: ignore[attr-defined]
+        except BaseException:
+            self._registry = before
+            raise
+        self._follow(dataclasses.replace(self._registry, active=before.active))
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """How strong an adapter is, on top of alpha / r; as PEFT's layers have it. Not saved.
+
+        In stacks this is data; else the model is another program for each scale.
+
+        Raises:
+          ConfigError: no such adapter, or `scale` is no finite number.
+        """
+        if not isinstance(scale, Real) or not math.isfinite(scale):
+            raise ConfigError(f"scale: expected a finite number, found {shown(scale)}")
+        self._follow(life.scaled(self._registry, adapter_name, float(scale)))
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the strength of the active adapters, as PEFT's layers do.
+
+        Raises:
+          ConfigError: `scale` is no finite number.
+        """
+        for name in self._registry.active:
+            self.set_scale(name, self._registry.scale(name) * scale)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+    ) -> None:
+        """A linear combination of adapters, under a name of its own: the sum of their deltas.
+
+        RandLoRA's deltas are not closed under sums: no lambda and gamma make this one. So it takes
+        a slot that stands for several, exactly, and each row that has it costs as much as all of
+        them. For one file there is ``randlora-jax to-lora`` of each, and PEFT's
+        ``add_weighted_adapter`` of those.
+
+        Raises:
+          ConfigError: they are not in stacks, or not that many fit in a slot; no such adapter; the
+            name is taken; the weights are not one finite number for each; an adapter trained
+            modules whole, of which there is no sum; another `combination_type` is asked for.
+        """
+        self._need_stacks("add_weighted_adapter")
+        checked_name(adapter_name)
+        registry = self._registry
+        if combination_type != "linear":
+            raise ConfigError(
+                f"combination_type={shown(combination_type)}: expected 'linear': PEFT's other "
+                "kinds decompose delta_W, which leaves no RandLoRA; `randlora-jax to-lora` makes a "
+                "LoRA of each, for PEFT's add_weighted_adapter"
+            )
+        if adapter_name in registry.specs or adapter_name in registry.slots:
+            raise ConfigError(f"an adapter named {adapter_name!r} is already here")
+        names = life.named(registry, adapters)
+        values = list(weights)
+        if len(values) != len(list(adapters)) or len(names) != len(values):
+            raise ConfigError(
+                f"weights: expected one for each of {len(names)} different adapters, found "
+                f"{shown(weights)}"
+            )
+        if not all(isinstance(w, Real) and math.isfinite(w) for w in values):
+            raise ConfigError(f"weights: expected finite numbers, found {shown(weights)}")
+        slot = Slot(0, 0, parts=tuple((n, float(w)) for n, w in zip(names, values, strict=True)))
+        self._follow(stacking.with_combination(registry, adapter_name, slot))
+
+    # Within.
+
+    def _keep(
+        self,
+        store: ArrayStore,
+        registry: AdapterRegistry,
+        spec: AdapterSpec,
+        state: AdapterState,
+        rngs: Any,
+    ) -> AdapterRegistry:
+        """In the first free slot of its stack, or in its own where it has one.
+
+        Raises:
+          ConfigError: there is no room for it, or it is to be trained.
+        """
+        if not registry.stacks:
+            return super()._keep(store, registry, spec, state, rngs)
+        if spec.name in registry.trained:
+            raise ConfigError(
+                f"adapter {spec.name!r}: adapters in stacks are applied, not trained: load it with "
+                "is_trainable=False, or train it in a model without stack_adapters()"
+            )
+        stack = stacking.stack_of(registry, spec.name)
+        held = store.state(stack.name)
+        stacking.refuse_misfit(spec.name, held, state)
+        had = registry.slots.get(spec.name)
+        number = had.number if had else stacking.free_slot(registry, stack)
+        now = stacking.written(held, number - stack.first, state, store.base_leaves())
+        store.install(registry, registry.spec_of_stack(stack), now, None)
+        slots = {**registry.slots, spec.name: stacking.in_slot(number, state)}
+        return dataclasses.replace(registry, slots=slots)
+
+    def _need_stacks(self, what: str) -> None:
+        if not self._registry.stacks:
+            raise ConfigError(
+                f"{what}: the adapters are kept one by one: call stack_adapters() first"
+            )
+
+    def _chosen(self, adapter_names: Any, beams: int = 1) -> RowChoice | None:
+        """What a call takes of the stacks; None where it applies the active adapters as they are.
+
+        Args:
+          adapter_names: one for each row, or slots; None where the call names none.
+
+        Raises:
+          ConfigError: adapters are merged or off, or it is something else.
+        """
+        registry = self._registry
+        if adapter_names is None and not registry.stacks:
+            return None
+        if adapter_names is not None:
+            life.refuse_while_merged(registry, "adapter_names")
+            life.refuse_while_off(registry, "adapter_names")
+        table = self._store.slots() or stacking.table(registry)
+        if isinstance(adapter_names, Iterable) and not isinstance(
+            adapter_names, jax.Array | np.ndarray | AdapterRows
+        ):
+            adapter_names = self.rows(adapter_names)  # type: ignore[arg-type]
+        rows = None if adapter_names is None else as_rows(adapter_names, registry.slot_count)
+        return RowChoice.of(registry.row_stacks, table, rows, beams)

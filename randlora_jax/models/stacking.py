@@ -1,0 +1,268 @@
+"""The arrays of adapters that lie side by side, and what a table of slots says of them."""
+
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from randlora_jax.core.abstract import put
+from randlora_jax.interop.errors import ConfigError, listed
+from randlora_jax.models.names import Path, dotted
+from randlora_jax.models.registry import AdapterRegistry, AdapterState
+from randlora_jax.models.slots import Slot, SlotTable, Stack
+from randlora_jax.models.store import ArrayStore
+
+_MORE = "delete_adapter() frees one; stack_adapters(capacity=...) makes more, and a new program"
+
+
+def states(
+    registry: AdapterRegistry, store: ArrayStore, adapter_names: Iterable[str]
+) -> dict[str, AdapterState]:
+    """The arrays of adapters, wherever they are kept."""
+    if not registry.stacks:
+        return {name: store.state(name) for name in adapter_names}
+    held = {stack.name: store.state(stack.name) for stack in registry.stacks}
+    return {
+        name: _one(held[stack.name], registry.slots[name], stack)
+        for name in adapter_names
+        for stack in [stack_of(registry, name)]
+    }
+
+
+def stack_of(registry: AdapterRegistry, adapter_name: str) -> Stack:
+    """The stack that has room for an adapter's bases.
+
+    Raises:
+      ConfigError: none has.
+    """
+    identity = registry.specs[adapter_name].identity
+    for stack in registry.stacks:
+        if stack.identity == identity:
+            return stack
+    raise ConfigError(
+        f"adapter {adapter_name!r} has the bases {identity}, and this model's stacks are of "
+        f"{listed(stack.name for stack in registry.stacks)}: a model that has such an adapter when "
+        "stack_adapters() is called has room for others of its bases"
+    )
+
+
+def _one(held: AdapterState, slot: Slot, stack: Stack) -> AdapterState:
+    """The adapter in a slot of a stack that holds `held`."""
+    i = slot.number - stack.first
+    layers = {
+        name: (lam[..., i, :, :], gamma[..., i, :, :])
+        for name, (lam, gamma) in held.layers.items()
+        if name in slot.layers
+    }
+    return AdapterState(layers, {path: held.saved[path][i] for path in slot.saved})
+
+
+def in_slot(number: int, state: AdapterState) -> Slot:
+    """What is to be known of an adapter in a slot."""
+    return Slot(number, new_stamp(), frozenset(state.layers), frozenset(state.saved))
+
+
+def new_stamp() -> int:
+    """Like no other."""
+    return secrets.randbits(31) | 1
+
+
+def empty(
+    registry: AdapterRegistry, base: Mapping[Path, Any], stack: Stack, like: Sequence[AdapterState]
+) -> AdapterState:
+    """The arrays of a stack without adapters, with room for such as `like`.
+
+    Raises:
+      ConfigError: what is trained whole lies in a stack of layers.
+    """
+    layers = {
+        name: tuple(_room(x, stack.capacity, x.ndim - 2) for x in both)
+        for state in like
+        for name, both in state.layers.items()
+    }
+    saved = {path: base[path] for state in like for path in state.saved}
+    for path in saved:
+        layer = registry.layer_of(path)
+        if layer is not None and layer.stack:
+            raise ConfigError(
+                f"{dotted(path)!r} is trained whole and belongs to {len(layer.names)} layers that "
+                "lie in one array: adapters that train it cannot run by row; open them one by one"
+            )
+    whole = {
+        path: jnp.broadcast_to(x, (stack.capacity, *x.shape)).astype(jnp.float32)
+        for path, x in saved.items()
+    }
+    return put_on(registry, AdapterState(layers, whole))
+
+
+def put_on(registry: AdapterRegistry, state: AdapterState) -> AdapterState:
+    """The arrays of a stack on every device."""
+    return AdapterState(
+        put(state.layers, registry.replicated), put(state.saved, registry.replicated)
+    )
+
+
+def _room(x: Any, capacity: int, axis: int) -> jax.Array:
+    shape = (*x.shape[:axis], capacity, *x.shape[axis:])
+    return jnp.zeros(shape, jnp.float32)
+
+
+def written(
+    held: AdapterState, index: int, state: AdapterState, base: Mapping[Path, jax.Array]
+) -> AdapterState:
+    """What a stack holds once `state` is in place `index` of it.
+
+    Layers that the adapter does not take get lambda zero; leaves that it did not train, the base
+    model's.
+    """
+
+    def layer(name: str, stacked: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        both = state.layers.get(name) or [jnp.zeros(()) for _ in stacked]
+        return tuple(_set(x, index, jnp.asarray(new), x.ndim - 3) for x, new in zip(stacked, both))
+
+    layers = {name: layer(name, stacked) for name, stacked in held.layers.items()}
+    saved = {
+        path: _set(x, index, jnp.asarray(state.saved.get(path, base[path])), 0)
+        for path, x in held.saved.items()
+    }
+    return AdapterState(layers, saved)
+
+
+@partial(jax.jit, static_argnums=3)
+def _set(stacked: jax.Array, index: int, new: jax.Array, axis: int) -> jax.Array:
+    """`stacked` with `new` in place `index` of an axis; compiled once for every shape."""
+    one = jnp.broadcast_to(new.astype(stacked.dtype), np.delete(stacked.shape, axis))
+    return jax.lax.dynamic_update_index_in_dim(stacked, one, index, axis)
+
+
+def refuse_misfit(name: str, held: AdapterState, state: AdapterState) -> None:
+    """Nothing, if a stack that holds `held` has room for all that `state` has.
+
+    Raises:
+      ConfigError: it has not.
+    """
+    more = [n for n in state.layers if n not in held.layers]
+    more += [dotted(path) for path in state.saved if path not in held.saved]
+    if more:
+        raise ConfigError(
+            f"adapter {name!r} adapts or trains whole {listed(more, 3)}, which no adapter did when "
+            "the stacks were made, so they have no room for it: make them while an adapter like "
+            "it is there. (New leaves are a new program.)"
+        )
+
+
+def free_slot(registry: AdapterRegistry, stack: Stack) -> int:
+    """The first slot of a stack that holds nothing.
+
+    Raises:
+      ConfigError: it is full.
+    """
+    taken = _taken(registry)
+    for number in stack.slots:
+        if number not in taken:
+            return number
+    raise ConfigError(f"all {stack.capacity} slots of the bases {stack.name} are taken: {_MORE}")
+
+
+def _taken(registry: AdapterRegistry) -> set[int]:
+    return {slot.number for slot in registry.slots.values()}
+
+
+def table(registry: AdapterRegistry) -> SlotTable:
+    """What the slots of a registry stand for, stacks kept or not."""
+    count, width = registry.slot_count, registry.parts
+    parts, weights = np.zeros((count, width), np.int32), np.zeros((count, width), np.float32)
+    stamps = np.zeros(count, np.int32)
+    for name in (*registry.specs, *(n for n, slot in registry.slots.items() if slot.parts)):
+        number, slot = registry.slot_of(name), registry.slots.get(name)
+        together = slot.parts if slot and slot.parts else ((name, 1.0),)
+        for i, (part, weight) in enumerate(together):
+            parts[number, i] = registry.slot_of(part)
+            weights[number, i] = weight * registry.specs[part].strength
+        if slot and slot.parts:
+            weights[number] *= slot.scale
+        stamps[number] = slot.stamp if slot else 0
+    chosen = np.array(registry.chosen_slots(), np.int32)
+    return jax.device_put(SlotTable(parts, weights, stamps, chosen), registry.replicated)
+
+
+def refuse_stale(adapter_names: Sequence[str], registry: AdapterRegistry, table: SlotTable) -> None:
+    """Nothing, if a table has what the registry says in the slots of adapters.
+
+    Raises:
+      ConfigError: it has not: it is of a copy of the model that went another way.
+    """
+    if isinstance(table.stamps, jax.core.Tracer):
+        return
+    stamps = np.asarray(table.stamps)
+    for name in dict.fromkeys(adapter_names):
+        slot = registry.slots.get(name)
+        if slot and stamps[slot.number] != slot.stamp:
+            raise ConfigError(
+                f"adapter {name!r} is not in slot {slot.number} of this copy of the model, but of "
+                "one that shares its settings (nnx.split and nnx.merge make such): ask the model "
+                "that loaded it, or load it here"
+            )
+
+
+def renumbered(registry: AdapterRegistry, stacks: tuple[Stack, ...]) -> dict[str, int]:
+    """A slot in new stacks for each adapter that there is."""
+    numbers: dict[str, int] = {}
+    for stack in stacks:
+        mine = [name for name, spec in registry.specs.items() if spec.identity == stack.identity]
+        numbers |= dict(zip(mine, stack.slots, strict=False))
+    return numbers
+
+
+def with_combination(registry: AdapterRegistry, name: str, slot: Slot) -> AdapterRegistry:
+    """With a combination of adapters under a name of its own, in a free slot.
+
+    Args:
+      slot: its parts.
+
+    Raises:
+      ConfigError: there is no room, or a part trained modules whole.
+    """
+    if len(slot.parts) > registry.parts:
+        raise ConfigError(
+            f"{name!r} combines {len(slot.parts)} adapters, and a slot has room for "
+            f"{registry.parts}: stack_adapters(parts={len(slot.parts)}) makes more, and a new "
+            "program"
+        )
+    whole = [part for part, _ in slot.parts if registry.slots[part].saved]
+    if whole:
+        raise ConfigError(
+            f"adapters {listed(whole)} trained modules whole or biases, which are no part of a sum "
+            "of deltas: combine adapters without"
+        )
+    free = [n for s in registry.stacks for n in s.slots if n not in _taken(registry)]
+    if not free:
+        raise ConfigError(f"all slots are taken, and {name!r} needs one: {_MORE}")
+    mine = replace(slot, number=free[0], stamp=new_stamp())
+    return replace(registry, slots={**registry.slots, name: mine})
+
+
+def forget(registry: AdapterRegistry, adapter_name: str) -> AdapterRegistry:
+    """With the slot of an adapter, or of a combination, free.
+
+    Raises:
+      ConfigError: a combination, or `set_rows`, still has it.
+    """
+    users = [
+        name
+        for name, slot in registry.slots.items()
+        if adapter_name in (part for part, _ in slot.parts)
+    ]
+    if users:
+        raise ConfigError(f"adapter {adapter_name!r} is a part of {listed(users)}: delete it first")
+    if adapter_name in registry.chosen:
+        raise ConfigError(
+            f"adapter {adapter_name!r} is what set_rows() gave some rows: set other ones first"
+        )
+    slots = {name: slot for name, slot in registry.slots.items() if name != adapter_name}
+    return replace(registry, slots=slots)
