@@ -123,7 +123,10 @@ def written(
 
     def layer(name: str, stacked: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         both = state.layers.get(name) or [jnp.zeros(()) for _ in stacked]
-        return tuple(_set(x, index, jnp.asarray(new), x.ndim - 3) for x, new in zip(stacked, both))
+        return tuple(
+            _set(x, index, jnp.asarray(new), x.ndim - 3)
+            for x, new in zip(stacked, both, strict=True)
+        )
 
     layers = {name: layer(name, stacked) for name, stacked in held.layers.items()}
     saved = {
