@@ -16,9 +16,10 @@ from randlora_jax.front_ends.linen.modules import taken_for
 from randlora_jax.front_ends.linen.running import LinenRunner
 from randlora_jax.front_ends.linen.types import TYPES, unquantised
 from randlora_jax.front_ends.nnx.bridges import Bridge, register_bridge
-from randlora_jax.front_ends.nnx.call import CallContext, reached
+from randlora_jax.front_ends.nnx.call import CallContext, open_for, reached
 from randlora_jax.front_ends.nnx.held import arrays_of
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
+from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.finding import FoundLayers, FoundModule, StatedLayouts
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.layer_types import LayerTypes
@@ -32,7 +33,14 @@ class RandLoraToNNX(RandLoraLayer):
     """Stands in the place of a ToNNX and runs its linen module with the adapters joined in."""
 
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        base = self._effective()
+        context = open_for(self.settings.model, self.by_row())
+        if self.kept_in_stacks or (context and context.rows and context.rows.rows is not None):
+            names = listed([layer.name for layer, _ in self.by_row()], 3)
+            raise ConfigError(
+                f"{names}: layers of a linen module inside an nnx model cannot run with adapters "
+                "by row, nor with adapters in stacks"
+            )
+        base = self._effective(context)
         call = getattr(base, method)
         if not self.applied():
             return call(*args, **kwargs)

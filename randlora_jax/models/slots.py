@@ -136,12 +136,12 @@ class Chosen(NamedTuple):
     """What a call takes of one stack: (K,) for all rows alike, or (rows, K).
 
     Args:
-      index: in the stack, int32; anything where it is not `present`.
+      place: in the stack, int32; anything where it is not `present`.
       weight: float32, zero where it is not present.
       present: bool, there is an adapter of this stack.
     """
 
-    index: jax.Array
+    place: jax.Array
     weight: jax.Array
     present: jax.Array
 
@@ -151,12 +151,12 @@ class Chosen(NamedTuple):
         slots = jnp.where(rows.slots < 0, table.parts.shape[0], rows.slots)
         parts = table.parts.at[slots].get(mode="fill", fill_value=0)
         weights = table.weights.at[slots].get(mode="fill", fill_value=jnp.nan)
-        index = parts - stack.first
-        present = (index >= 0) & (index < stack.capacity)
+        place = parts - stack.first
+        present = (place >= 0) & (place < stack.capacity)
         scaled = weights * rows.scale[..., None]
         unknown = jnp.isnan(weights)
         return cls(
-            jnp.clip(index, 0, stack.capacity - 1),
+            jnp.clip(place, 0, stack.capacity - 1),
             jnp.where(present | unknown, scaled, 0.0),
             present,
         )
@@ -185,7 +185,7 @@ class Chosen(NamedTuple):
         ]
 
     def _taken(self, stacked: jax.Array) -> jax.Array:
-        return jnp.take(stacked, self.index, axis=stacked.ndim - 3, mode="clip")
+        return jnp.take(stacked, self.place, axis=stacked.ndim - 3, mode="clip")
 
     def leaves(self, stacked: jax.Array, base: jax.Array) -> jax.Array:
         """(rows, ...): of a leaf trained whole, each row's own; the base model's where none is.
@@ -193,8 +193,8 @@ class Chosen(NamedTuple):
         Args:
           stacked: (capacity, ...).
         """
-        index, present = self.index[..., 0], self.present[..., 0]
-        own = stacked[index].astype(base.dtype)
+        place, present = self.place[..., 0], self.present[..., 0]
+        own = stacked[place].astype(base.dtype)
         present = jnp.expand_dims(present, range(present.ndim, own.ndim))
         return jnp.where(present, own, base)
 

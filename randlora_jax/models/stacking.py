@@ -46,7 +46,7 @@ def stack_of(registry: AdapterRegistry, adapter_name: str) -> Stack:
             return stack
     raise ConfigError(
         f"adapter {adapter_name!r} has the bases {identity}, and this model's stacks are of "
-        f"{listed(stack.name for stack in registry.stacks)}: a model that has such an adapter when "
+        f"{listed([stack.name for stack in registry.stacks])}: a model that has such an adapter when "
         "stack_adapters() is called has room for others of its bases"
     )
 
@@ -81,9 +81,9 @@ def empty(
       ConfigError: what is trained whole lies in a stack of layers.
     """
     layers = {
-        name: tuple(_room(x, stack.capacity, x.ndim - 2) for x in both)
+        name: (_room(lam, stack.capacity), _room(gamma, stack.capacity))
         for state in like
-        for name, both in state.layers.items()
+        for name, (lam, gamma) in state.layers.items()
     }
     saved = {path: base[path] for state in like for path in state.saved}
     for path in saved:
@@ -107,9 +107,8 @@ def put_on(registry: AdapterRegistry, state: AdapterState) -> AdapterState:
     )
 
 
-def _room(x: Any, capacity: int, axis: int) -> jax.Array:
-    shape = (*x.shape[:axis], capacity, *x.shape[axis:])
-    return jnp.zeros(shape, jnp.float32)
+def _room(x: Any, capacity: int) -> jax.Array:
+    return jnp.zeros((*x.shape[:-2], capacity, *x.shape[-2:]), jnp.float32)
 
 
 def written(
@@ -121,7 +120,7 @@ def written(
     model's.
     """
 
-    def layer(name: str, stacked: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    def layer(name: str, stacked: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
         both = state.layers.get(name) or [jnp.zeros(()) for _ in stacked]
         return tuple(
             _set(x, index, jnp.asarray(new), x.ndim - 3)
@@ -191,7 +190,8 @@ def table(registry: AdapterRegistry) -> SlotTable:
             weights[number] *= slot.scale
         stamps[number] = slot.stamp if slot else 0
     chosen = np.array(registry.chosen_slots(), np.int32)
-    return jax.device_put(SlotTable(parts, weights, stamps, chosen), registry.replicated)
+    arrays = jax.device_put((parts, weights, stamps, chosen), registry.replicated)
+    return SlotTable(*arrays)
 
 
 def refuse_stale(adapter_names: Sequence[str], registry: AdapterRegistry, table: SlotTable) -> None:

@@ -127,19 +127,20 @@ class RandLoraLayer(nnx.Module):
         Raises:
           ConfigError: one of them draws its dropout, which no row can.
         """
-        key, both = slashed(layer.leaf), []
-        for held in (self.randlora_lambda, self.randlora_gamma):
-            leaves = [held.get(name, {}).get(key) for name in stack.held]
-            arrays = [None if leaf is None else leaf.get_raw_value() for leaf in leaves]
-            for array in arrays:
+        key = slashed(layer.leaf)
+
+        def one(kept: Mapping[str, Leaves]) -> jax.Array:
+            leaves = {name: kept[name][key] for name in stack.held if key in kept.get(name, {})}
+            arrays = {name: leaf.get_raw_value() for name, leaf in leaves.items()}
+            for array in arrays.values():
                 refuse_abstract(f"adapters of {layer.name}", array)
             if not stack.members:
-                both.append(layout.stack_first(arrays[0], 3))
-                continue
-            first = [None if x is None else layout.stack_first(x) for x in arrays]
-            like = next(x for x in first if x is not None)
-            none = jnp.zeros_like(like)
-            both.append(jnp.stack([none if x is None else x for x in first], like.ndim - 2))
+                return layout.stack_first(arrays[stack.name], 3)
+            first = {name: layout.stack_first(array) for name, array in arrays.items()}
+            like = next(iter(first.values()))
+            every = [first.get(name, jnp.zeros_like(like)) for name in stack.members]
+            return jnp.stack(every, like.ndim - 2)
+
         for name in stack.members:
             drop = self.randlora_dropout.get(name)
             if drop is not None and not drop.deterministic:
@@ -147,8 +148,7 @@ class RandLoraLayer(nnx.Module):
                     f"adapter {name!r} is in training mode, with dropout, and adapter_names are "
                     "for inference, as in PEFT: call model.eval() first"
                 )
-        lam, gamma = both
-        return lam, gamma
+        return one(self.randlora_lambda), one(self.randlora_gamma)
 
     def stacked_whole(self, stack: Stack, key: str, base: Any) -> jax.Array | None:
         """(slots, ...) of a leaf that adapters of a stack trained whole; None where none did.

@@ -92,7 +92,7 @@ class NnxRandLora(RandLoraModel, nnx.Module):
         return NnxStore(self)
 
     @property
-    def _registry(self) -> AdapterRegistry:  # type: ignore[override]
+    def _registry(self) -> AdapterRegistry:
         return self._noted if isinstance(self._noted, AdapterRegistry) else self._noted.registry
 
     @_registry.setter
