@@ -14,14 +14,14 @@ import numpy as np
 from randlora_jax.interop.adapter_name import checked_name
 from randlora_jax.interop.errors import ConfigError, shown
 from randlora_jax.models import life, stacking
-from randlora_jax.models.adapted import AdaptedModel
 from randlora_jax.models.filled import refuse_abstract
+from randlora_jax.models.merging import MergingModel
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 from randlora_jax.models.slots import AdapterRows, RowChoice, Slot, as_rows
 from randlora_jax.models.store import ArrayStore
 
 
-class ManyAdapters(AdaptedModel):
+class ManyAdapters(MergingModel):
     """A model whose adapters can lie side by side, so that rows of one batch choose from them."""
 
     def stack_adapters(self, capacity: int | None = None, *, parts: int = 1) -> None:

@@ -45,9 +45,9 @@ def stack_of(registry: AdapterRegistry, adapter_name: str) -> Stack:
         if stack.identity == identity:
             return stack
     raise ConfigError(
-        f"adapter {adapter_name!r} has the bases {identity}, and this model's stacks are of "
-        f"{listed([stack.name for stack in registry.stacks])}: a model that has such an adapter when "
-        "stack_adapters() is called has room for others of its bases"
+        f"adapter {adapter_name!r} has the bases {identity}, and there are stacks of "
+        f"{listed([stack.name for stack in registry.stacks])}: a model that has such an adapter "
+        "when stack_adapters() is called has room for others of its bases"
     )
 
 

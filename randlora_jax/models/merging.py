@@ -1,0 +1,195 @@
+"""A wrapped model with its adapters merged into the base model, or off."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from randlora_jax.core.mesh import kept_on_host, on_mesh, put_back
+from randlora_jax.interop.errors import ConfigError, warn
+from randlora_jax.models import adapter_arrays, life
+from randlora_jax.models.adapted import AdaptedModel
+from randlora_jax.models.filled import refuse_abstract
+from randlora_jax.models.names import Path
+
+
+class MergingModel(AdaptedModel):
+    """What merges deltas into the base kernels and takes them out, and switches adapters off."""
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within, the model is its base model: modules trained whole and biases included.
+
+        (PEFT's biases stay trained.) A function that was compiled outside and closes over the
+        model cannot notice: pass the model, or its variables, as an argument.
+        """
+        before, merged = self._registry, self._registry.merged
+        if merged:
+            self.unmerge_adapter()
+        self._follow(life.disabled(self._registry))
+        try:
+            yield
+        finally:
+            now = self._registry
+            self._follow(dataclasses.replace(now, active=before.active, trained=before.trained))
+            if merged:
+                self.merge_adapter(list(merged))
+
+    def disable_adapter_layers(self) -> None:
+        """From here on the model is its base model, until `enable_adapter_layers`.
+
+        As `disable_adapter`, but for good: a second model of the same arrays becomes a reference,
+
+            reference = nnx.merge(*nnx.split(model))
+            reference.disable_adapter_layers()
+
+        In nnx trained leaves stay `AdapterParam`, with gradients of zero, so that trainers see that
+        the two share all else; linen's ``variables`` hold no adapter. Merged adapters are unmerged.
+        """
+        if self._registry.merged:
+            self.unmerge_adapter()
+        self._follow(life.switched(self._registry, on=False))
+
+    def enable_adapter_layers(self) -> None:
+        """Applies the active adapters again; they train if they did before."""
+        self._follow(life.switched(self._registry, on=True))
+
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Adds the deltas of the active (or named) adapters into the base kernels.
+
+        Formed in float32 where they lie, and rounded once. The original kernels wait in host memory
+        (`merged_bytes`), each process's own, until `unmerge_adapter` puts back their very bits.
+
+        Args:
+          safe_merge: check every merged kernel, and change nothing if one is not finite.
+
+        Raises:
+          ConfigError: no such adapter; adapters are off; or (with `safe_merge`) a kernel would not
+            be finite.
+        """
+        life.check_flag("safe_merge", safe_merge)
+        life.refuse_while_off(self._registry, "merge_adapter")
+        life.refuse_while_stacked(self._registry, "merge_adapter")
+        registry, store = self._registry, self._store
+        asked = life.named_or_active(registry, adapter_names)
+        wanted = [n for n in asked if n not in registry.merged]
+        if not wanted:
+            warn("all these adapters are merged already: nothing to do")
+            return
+        base = store.base_leaves()
+        kernels = self._kernels_with(wanted, base, safe_merge)
+        originals = {p: kept_on_host(base[p]) for p in kernels if p not in registry.originals}
+        store.set_base_leaves(kernels)
+        self._follow(life.merged(registry, wanted, originals))
+
+    def unmerge_adapter(self) -> None:
+        """Puts the original kernels back, to the bit (PEFT subtracts, and keeps the rounding)."""
+        if not self._registry.merged:
+            warn("no adapter is merged: nothing to do")
+            return
+        store = self._store
+        base, originals = store.base_leaves(), self._registry.originals.items()
+        store.set_base_leaves({p: put_back(x, on_mesh(base[p])) for p, x in originals})
+        self._follow(life.unmerged(self._registry))
+
+    @property
+    def merged_bytes(self) -> int:
+        """Bytes of this process's memory that hold original kernels while adapters are merged."""
+        return sum(x.nbytes for x in self._registry.originals.values())
+
+    def merge_and_unload(
+        self,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        dequantize: bool = False,
+    ) -> Any:
+        """The base model with the active (or named) adapters merged in, and no trace of adapters.
+
+        Modules trained whole and biases take the place of the originals. This model must not be
+        used afterwards.
+
+        Args:
+          dequantize: first give the base model float kernels in place of quantised ones, in the
+            dtype of their scales. They are what was rounded, which the adapter was trained beside.
+
+        Raises:
+          ConfigError: as `merge_adapter`; two of the adapters trained the same module whole; or
+            (with `dequantize`) nothing is quantised, or it cannot be read.
+
+        Returns:
+          what was wrapped: the nnx module, a bound linen module, the Hugging Face model.
+        """
+        life.check_flag("safe_merge", safe_merge)
+        life.check_flag("dequantize", dequantize)
+        names = life.named_or_active(self._registry, adapter_names)
+        self._trained_whole(names)
+        if dequantize:
+            self._merge_into_floats(names, safe_merge)
+        elif self._registry.stacks:
+            life.refuse_while_off(self._registry, "merge_and_unload")
+            store = self._store
+            store.set_base_leaves(self._kernels_with(names, store.base_leaves(), safe_merge))
+        elif not set(names) <= set(self._registry.merged):
+            self.merge_adapter(names, safe_merge)
+        return self._unwrapped(names)
+
+    def unload(self) -> Any:
+        """The base model without its adapters; as in PEFT, modules trained whole stay trained."""
+        if self._registry.merged:
+            self.unmerge_adapter()
+        return self._unwrapped(self._registry.active)
+
+    # Within.
+
+    def _merge_into_floats(self, adapter_names: Sequence[str], safe_merge: bool) -> None:
+        """Puts float kernels in place of quantised ones, the named adapters merged into all.
+
+        Raises:
+          ConfigError: as `merge_and_unload`; what was merged before is apart again.
+        """
+        life.refuse_while_off(self._registry, "merge_and_unload")
+        refuse_abstract(self._store.base_leaves().values())
+        floats = self._store.dequantised()
+        if not floats:
+            raise ConfigError("dequantize=True: no array of the base model is quantised by qwix")
+        if self._registry.merged:
+            adapter_names = tuple(dict.fromkeys((*self._registry.merged, *adapter_names)))
+            self.unmerge_adapter()
+        store = self._store
+        kernels = self._kernels_with(adapter_names, {**store.base_leaves(), **floats}, safe_merge)
+        store.set_base_leaves({path: x for path, x in kernels.items() if path not in floats})
+        store.put_floats({path: kernels.get(path, x) for path, x in floats.items()})
+
+    def _kernels_with(
+        self, adapter_names: Sequence[str], base: Mapping[Path, jax.Array], safe_merge: bool
+    ) -> dict[Path, jax.Array]:
+        """The kernels in `base` with the named adapters merged in.
+
+        Raises:
+          ConfigError: a kernel takes none, or (with `safe_merge`) would not be finite.
+        """
+        states = self._numbers(adapter_names)
+        refuse_abstract(base.values())
+        updates = adapter_arrays.updates_by_layer(self._registry, states, self._pairs(states))
+        kernels = adapter_arrays.merged_kernels(self._registry, base, updates)
+        for path, kernel in kernels.items() if safe_merge else ():
+            if not jnp.isfinite(kernel).all():
+                raise ConfigError(
+                    f"merging {adapter_names} into {'.'.join(map(str, path[:-1]))!r} gives numbers "
+                    "that are not finite: an adapter is broken; nothing was merged"
+                )
+        return kernels
+
+    def _unwrapped(self, adapter_names: Sequence[str]) -> Any:
+        """The base model, with what the named adapters trained whole in place."""
+        store = self._store
+        base = store.base_leaves()
+        saved = self._trained_whole(adapter_names)
+        refuse_abstract(saved.values())
+        store.set_base_leaves({path: x.astype(base[path].dtype) for path, x in saved.items()})
+        return store.release()
