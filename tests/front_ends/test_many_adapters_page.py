@@ -1,4 +1,4 @@
-"""docs/many-adapters.md runs as it stands, block by block, and its rows are what each says alone."""
+"""docs/many-adapters.md runs as it stands, and its rows are what each adapter gives alone."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "many-adapters.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
-def trained(model, adapter_name, seed):
+def train_a_little(model, adapter_name, seed):
     """Numbers for an adapter that is zero."""
     model.set_adapter(adapter_name)
     state = nnx.state(model, AdapterParam)
@@ -29,7 +29,7 @@ def test_it_runs_as_it_stands():
     exec(first, page)
     model, x = page["model"], page["x"]
     for seed, name in enumerate(("french", "legal")):
-        trained(model, name, seed)
+        train_a_little(model, name, seed)
     alone = {}
     for name in ("french", "legal"):
         model.set_adapter(name)
