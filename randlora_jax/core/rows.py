@@ -13,7 +13,10 @@ A row may have several adapters at once: their deltas add up, and so do lambda *
 """
 
 import enum
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -64,14 +67,13 @@ class RowUpdates:
         as the kernel.
         """
         pair = self._sliced()
+        if order is RowOrder.TOKENS:
+            return self._through_tokens(x, pair)
 
         def row(x: jax.Array, lam: jax.Array, gamma: jax.Array) -> jax.Array:
-            if order is RowOrder.TOKENS:
-                return self._through_tokens(x, lam, gamma, pair)
             factors = self._factors(lam, gamma, pair, formed_in(x.dtype))
-            if order is RowOrder.FACTORS:
-                return factors.applied(x).astype(x.dtype)
-            return through(x, factors.formed()).astype(x.dtype)
+            made = factors.applied(x) if order is RowOrder.FACTORS else through(x, factors.formed())
+            return made.astype(x.dtype)
 
         rows = x, self.lam, self.gamma
         if order is RowOrder.DELTA:
@@ -94,27 +96,22 @@ class RowUpdates:
         b_flat = pair.B.reshape(pair.B.shape[0], -1)
         return FlatFactors(b_flat.astype(dtype), a_flat.astype(dtype), updates[0].in_is_smaller)
 
-    def _through_tokens(
-        self, x: jax.Array, lam: jax.Array, gamma: jax.Array, pair: BasisPair
-    ) -> jax.Array:
-        """x (tokens, in) of one row through its delta, (tokens, out), in x's dtype."""
+    def _through_tokens(self, x: jax.Array, pair: BasisPair) -> jax.Array:
+        """x (rows, tokens, in) through each row's delta, (rows, tokens, out), in x's dtype."""
         dtype = formed_in(x.dtype)
-        a, gamma = pair.A.astype(dtype), gamma.astype(dtype)
+        a = pair.A.astype(dtype)
         b_flat = pair.B.reshape(pair.B.shape[0], -1).astype(x.dtype)
-        r, n = lam.shape[-2:]
-        if self.matrix[0] <= self.matrix[1]:
-            seen = x[:, None].astype(dtype) * a  # (tokens, r, min)
-            parts = [
-                lam[i] * times(seen, gamma[i].T, jnp.float32) for i in range(lam.shape[0])
-            ]  # (tokens, r, n)
-            mixed = sum(parts[1:], parts[0]).reshape(-1, r * n)
-            return through(mixed.astype(x.dtype), b_flat.T, basis=True).astype(x.dtype)
-        mixed = times(x, b_flat, jnp.float32).reshape(-1, r, n)
+        r, n = self.lam.shape[-2:]
         parts = [
-            times((lam[i] * mixed).astype(dtype), gamma[i], jnp.float32)
-            for i in range(lam.shape[0])
-        ]  # (tokens, r, min)
-        return (sum(parts[1:], parts[0]) * a).sum(1).astype(x.dtype)
+            (self.lam[:, i, None], self.gamma[:, i].astype(dtype)) for i in range(self.lam.shape[1])
+        ]
+        if self.matrix[0] <= self.matrix[1]:
+            mixed = _sum(lam * _narrowed(x.astype(dtype), a, gamma) for lam, gamma in parts)
+            flat = mixed.reshape(*x.shape[:2], r * n).astype(x.dtype)
+            return through(flat, b_flat.T, basis=True).astype(x.dtype)
+        mixed = times(x, b_flat, jnp.float32).reshape(*x.shape[:2], r, n)
+        made = _sum(_widened((lam * mixed).astype(dtype), a, gamma) for lam, gamma in parts)
+        return made.astype(x.dtype)
 
     def by_row(self) -> list[Trained]:
         """Lambda (rows, *stack, r, n) and gamma (rows, *stack, n, min) of each part."""
@@ -131,3 +128,38 @@ class RowUpdates:
         rows = self.lam.ndim - 4
         axes = tuple(axis for axis in range(self.lam.ndim) if axis != rows)
         return (self.lam != 0).any(axes)
+
+
+def _sum(arrays: Iterable[jax.Array]) -> jax.Array:
+    return reduce(operator.add, arrays)
+
+
+def _narrowed(x: jax.Array, a: jax.Array, gamma: jax.Array) -> jax.Array:
+    """sum_j x[j] A[k, j] gamma[b, j]: x (rows, tokens, min) to (rows, tokens, r, n), in float32.
+
+    By whatever makes fewer numbers of each of x's. Through gamma first, the product is one with the
+    A that all rows share.
+
+    Args:
+      a: (r, min).
+      gamma: (rows, n, min).
+    """
+    if gamma.shape[1] <= a.shape[0]:
+        return times(x[:, :, None] * gamma[:, None], a.T, jnp.float32).swapaxes(2, 3)
+    return _by_row(x[:, :, None] * a, gamma.swapaxes(1, 2))
+
+
+def _widened(mixed: jax.Array, a: jax.Array, gamma: jax.Array) -> jax.Array:
+    """sum_kb mixed[k, b] A[k, j] gamma[b, j]: `_narrowed` transposed, (rows, tokens, min)."""
+    if gamma.shape[1] <= a.shape[0]:
+        every = times(mixed.swapaxes(2, 3), a, jnp.float32) * gamma[:, None]
+    else:
+        every = _by_row(mixed, gamma) * a
+    # rows and tokens in one axis: XLA's CPU compiler takes twenty times as long to sum over two
+    summed = every.reshape(-1, *every.shape[2:]).sum(1)
+    return summed.reshape(*mixed.shape[:2], -1)
+
+
+def _by_row(x: jax.Array, matrices: jax.Array) -> jax.Array:
+    """x (rows, ..., in) @ each row's own of `matrices` (rows, in, out), in float32."""
+    return jax.vmap(lambda x, matrix: times(x, matrix, jnp.float32))(x, matrices)
