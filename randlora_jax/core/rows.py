@@ -61,10 +61,11 @@ class RowUpdates:
         return int(parts * r * n)
 
     def applied(self, x: jax.Array, order: RowOrder) -> jax.Array:
-        """x (rows, tokens, in) through each row's delta: (rows, tokens, out), in x's dtype.
+        """x (rows, tokens, in) through each row's delta: (rows, tokens, out).
 
         `lam` and `gamma` are of one matrix. Deltas are formed row after row, since each is as large
-        as the kernel.
+        as the kernel. The result is in float32 where tokens are few, else in x's dtype: as
+        `through` has it.
         """
         pair = self._sliced()
         if order is RowOrder.TOKENS:
@@ -72,8 +73,7 @@ class RowUpdates:
 
         def row(x: jax.Array, lam: jax.Array, gamma: jax.Array) -> jax.Array:
             factors = self._factors(lam, gamma, pair, formed_in(x.dtype))
-            made = factors.applied(x) if order is RowOrder.FACTORS else through(x, factors.formed())
-            return made.astype(x.dtype)
+            return factors.applied(x) if order is RowOrder.FACTORS else through(x, factors.formed())
 
         rows = x, self.lam, self.gamma
         if order is RowOrder.DELTA:
@@ -97,7 +97,7 @@ class RowUpdates:
         return FlatFactors(b_flat.astype(dtype), a_flat.astype(dtype), updates[0].in_is_smaller)
 
     def _through_tokens(self, x: jax.Array, pair: BasisPair) -> jax.Array:
-        """x (rows, tokens, in) through each row's delta, (rows, tokens, out), in x's dtype."""
+        """`applied`, with nothing formed of a row's adapter."""
         dtype = formed_in(x.dtype)
         a = pair.A.astype(dtype)
         b_flat = pair.B.reshape(pair.B.shape[0], -1).astype(x.dtype)
@@ -108,10 +108,9 @@ class RowUpdates:
         if self.matrix[0] <= self.matrix[1]:
             mixed = _sum(lam * _narrowed(x.astype(dtype), a, gamma) for lam, gamma in parts)
             flat = mixed.reshape(*x.shape[:2], r * n).astype(x.dtype)
-            return through(flat, b_flat.T, basis=True).astype(x.dtype)
+            return through(flat, b_flat.T, basis=True)
         mixed = times(x, b_flat, jnp.float32).reshape(*x.shape[:2], r, n)
-        made = _sum(_widened((lam * mixed).astype(dtype), a, gamma) for lam, gamma in parts)
-        return made.astype(x.dtype)
+        return _sum(_widened((lam * mixed).astype(dtype), a, gamma) for lam, gamma in parts)
 
     def by_row(self) -> list[Trained]:
         """Lambda (rows, *stack, r, n) and gamma (rows, *stack, n, min) of each part."""

@@ -5,11 +5,11 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft_layer import peft_layer
 
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.update import Update
@@ -18,36 +18,6 @@ pytestmark = pytest.mark.torch
 
 # from 2: PEFT divides a single random number by its standard deviation, which is NaN
 WIDTH = st.integers(2, 24)
-
-
-class One(torch.nn.Module):
-    def __init__(self, n_in, n_out):
-        super().__init__()
-        self.lin = torch.nn.Linear(n_in, n_out, bias=False)
-
-    def forward(self, x):
-        return self.lin(x)
-
-
-def peft_layer(n_in, n_out, r, seed=0, alpha=3.0):
-    """A PEFT layer with random lambda and gamma, and the same numbers for us."""
-    torch.manual_seed(seed)
-    config = peft.RandLoraConfig(r=r, randlora_alpha=alpha, target_modules=["lin"])
-    layer = peft.get_peft_model(One(n_in, n_out), config).base_model.model.lin
-    with torch.no_grad():
-        layer.randlora_lambda["default"].normal_()
-        layer.randlora_gamma["default"].normal_()
-    update = Update(
-        jnp.asarray(layer.randlora_lambda["default"].detach().numpy()),
-        jnp.asarray(layer.randlora_gamma["default"].detach().numpy()),
-        BasisPair(
-            jnp.asarray(layer.randlora_A["default"].float().numpy()[:, 0]),
-            jnp.asarray(layer.randlora_B["default"].float().numpy()),
-        ),
-        alpha / r,
-        (n_in, n_out),
-    )
-    return layer, update
 
 
 def relative(found, expected):
