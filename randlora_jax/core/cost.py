@@ -15,7 +15,7 @@ is formed and read again, in bytes, each as dear as `FLOPS_PER_BYTE` operations.
 Where each row of a batch has an adapter of its own, delta runs beside, and what is formed a row is
 the question (`row_order`), with t tokens in each of R rows:
 
-    nothing        2 R t s (in + out)               reads gamma; makes r numbers of each of x's
+    nothing        2 R t s (in + out)               makes r or n numbers of each of x's, the fewer
     A_flat         2 R s min + 2 R t s (in + out)   makes s min numbers a row
     delta          2 R s in out + 2 R t in out      makes in out numbers a row
 """
@@ -104,7 +104,7 @@ class Sizes:
 
     def work(self, plan: Plan) -> tuple[Work, Work]:
         """Forward, and both gradients, beyond the frozen layer's own."""
-        return self._applied(plan.forward), self._applied(plan.inputs) + self._trained(plan)
+        return self.applied(plan.forward), self.applied(plan.inputs) + self._trained(plan)
 
     @property
     def frozen_flops(self) -> float:
@@ -129,7 +129,8 @@ class Sizes:
         moved = self.width * self.tokens * (self.flat_rank + n)
         return Work(2 * self.tokens * self.flat_rank * n, moved)
 
-    def _applied(self, way: Way) -> Work:
+    def applied(self, way: Way) -> Work:
+        """Forward, or the gradient of the input, beyond the frozen layer's own."""
         if way is Way.FACTORED:
             return self._half(self.n_in) + self._half(self.n_out)
         return self._delta if way is Way.IN_KERNEL else self._delta + self._through_delta
@@ -166,7 +167,8 @@ def row_work(sizes: Sizes, rows: int, r: int, order: RowOrder) -> Work:
     held = Work(0, 4 * rows * s * low / r + 2 * high * s)  # gamma, and B
     through = Work(2 * t * s * (low + high), sizes.width * t * (low + high + 2 * s))
     if order is RowOrder.TOKENS:
-        return held + through + Work(t * r * low, 2 * sizes.formed * t * r * low)
+        made = t * min(r, s / r) * low
+        return held + through + Work(made, 2 * sizes.formed * made)
     factors = Work(2 * rows * s * low, 2 * sizes.formed * rows * s * low)
     if order is RowOrder.FACTORS:
         return held + through + factors
@@ -195,3 +197,24 @@ def explained(name: str, possible: PossibleWays, sizes: Sizes) -> str:
     line = f"{name} ({sizes.n_in} -> {sizes.n_out}): {plan}. FLOPs of the frozen layer's step "
     line += ", ".join([f"times {ratio(plan)}", *others])
     return "; ".join([line, *(f"not {way.value}: {why}" for way, why in possible.against.items())])
+
+
+def explained_rows(name: str, possible: PossibleWays, sizes: Sizes, rows: int, r: int) -> str:
+    """What rows with adapters of their own form in a layer, and the cost of a forward pass.
+
+    One line; beside it, one adapter for all rows.
+    """
+
+    def ratio(work: Work) -> str:
+        frozen = sizes.frozen_flops / 2
+        return f"{(frozen + work.flops) / frozen:.2f}"
+
+    one = min((sizes.applied(way) for way in possible.forward), key=lambda work: work.cost)
+    order, what = RowOrder.DELTA, "W + delta, one row after another: its call is unknown"
+    if Way.FACTORED in possible.forward:
+        order = row_order(sizes, rows, r)
+        what = order.value
+    batch = f"{rows} rows of {sizes.tokens // rows}"
+    line = f"{name} ({sizes.n_in} -> {sizes.n_out}): {batch} form {what}"
+    line += f". FLOPs of the frozen layer's forward times {ratio(row_work(sizes, rows, r, order))}"
+    return f"{line}, with one adapter for all rows {ratio(one)}"

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from randlora_jax.core.mesh import alone_among_processes
 from randlora_jax.core.update import Update
-from randlora_jax.core.ways import Apply
+from randlora_jax.core.ways import Apply, ExecutionOptions
 from randlora_jax.interop import hub
 from randlora_jax.interop.adapter_name import saving_folder
 from randlora_jax.interop.config import RandLoraConfig
@@ -133,25 +133,37 @@ class RandLoraModel(ManyAdapters):
         moving = [arrays[name] for name in registry.training if registry.enabled]
         return memory(dict(store.base_leaves()), dict(store.pairs()), arrays, moving)
 
-    def explain(self, tokens: int, adapter_name: str = "default") -> str:
+    def explain(
+        self, tokens: int, adapter_name: str = "default", *, rows: int | None = None
+    ) -> str:
         """Which way each pass of each layer takes, what it costs, and what it cannot take.
 
         One entry for each kind of layer, as it runs without dropout (`randlora_jax.core.ways`).
 
         Args:
           tokens: rows of a layer's input on one device: batch times length.
+          rows: of a batch on one device, where each row has an adapter of its own, all such as
+            `adapter_name`: what is formed of these in a forward pass (`randlora_jax.core.rows`).
 
         Raises:
-          ConfigError: no such adapter, or `tokens` is no positive number.
+          ConfigError: no such adapter, `tokens` is no positive number, or not one times `rows`.
         """
         if not isinstance(tokens, Integral) or tokens < 1:
             raise ConfigError(f"tokens: expected a positive integer, found {shown(tokens)}")
+        if rows is not None and (not isinstance(rows, Integral) or rows < 1 or tokens % rows):
+            raise ConfigError(
+                f"rows: expected how many rows share {tokens} tokens evenly, found {shown(rows)}"
+            )
         spec = self._registry.spec(adapter_name)
         base = self._store.base_leaves()
         adapted = stacking.states(self._registry, self._store, [adapter_name])[adapter_name].layers
         layers = [self._registry.layers[name] for name in adapted]
-        runs, options = self._runs(layers, base), self._registry.options
-        return reports.explained(layers, base, runs, spec.identity.r, int(tokens), options)
+        runs, r = self._runs(layers, base), spec.identity.r
+        # the way that a user asks for is of what is trained: rows always run beside
+        options = self._registry.options if rows is None else ExecutionOptions()
+        return reports.explained(
+            layers, base, runs, r, int(tokens), options, None if rows is None else int(rows)
+        )
 
     # Checkpoints.
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from randlora_jax.core.bases import used_extents
 from randlora_jax.core.cost import Sizes
 from randlora_jax.core.cost import explained as explained_kind
+from randlora_jax.core.cost import explained_rows
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.ways import ExecutionOptions, PossibleWays, possible_ways, require_a_way
 from randlora_jax.models.layer import Layer, LayerRun
@@ -39,11 +40,13 @@ def explained(
     r: int,
     tokens: int,
     options: ExecutionOptions,
+    rows: int | None = None,
 ) -> str:
     """How layers run: one entry for those that are alike.
 
     Args:
       runs: by `Layer.name`.
+      rows: of the batch, where each has an adapter of its own.
 
     Raises:
       ConfigError: a layer cannot run at all.
@@ -59,7 +62,11 @@ def explained(
         names = first.name + (f" and {len(others)} more" if others else "")
         flat_rank = used_extents(first.matrix, r).n * r
         sizes = Sizes.in_dtype(runs[first.name].dtype, tokens, *first.matrix, flat_rank)
-        entries.append(explained_kind(names, possible, sizes))
+        entries.append(
+            explained_kind(names, possible, sizes)
+            if rows is None
+            else explained_rows(names, possible, sizes, rows, r)
+        )
     return "\n".join(entries)
 
 
