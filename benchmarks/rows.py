@@ -152,9 +152,8 @@ def _follow(jaxpr: Any, taints: list[Taint], found: Counter[str]) -> list[Taint]
             for operand, of in zip(equation.invars, mine, strict=True):
                 if "tokens" not in of and "rows" not in of:
                     found["shared"] += _bytes(operand)
-        elif equation.primitive.name == "gather":
-            if "rows" in mine[1] and "tokens" not in out[0]:
-                found["gathered"] += _bytes(equation.outvars[0])
+        elif equation.primitive.name == "gather" and "rows" in mine[1] and "tokens" not in out[0]:
+            found["gathered"] += _bytes(equation.outvars[0])
         for inner in _inner(equation):
             out = _follow(inner, mine, found)
         known |= dict(zip(equation.outvars, out, strict=True))

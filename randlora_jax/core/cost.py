@@ -210,11 +210,13 @@ def explained_rows(name: str, possible: PossibleWays, sizes: Sizes, rows: int, r
         return f"{(frozen + work.flops) / frozen:.2f}"
 
     one = min((sizes.applied(way) for way in possible.forward), key=lambda work: work.cost)
-    order, what = RowOrder.DELTA, "W + delta, one row after another: its call is unknown"
     if Way.FACTORED in possible.forward:
         order = row_order(sizes, rows, r)
-        what = order.value
+        what, work = order.value, row_work(sizes, rows, r, order)
+    else:
+        what = "W + delta, one row after another: its call is unknown"
+        work = Work(rows * one.flops)
     batch = f"{rows} rows of {sizes.tokens // rows}"
     line = f"{name} ({sizes.n_in} -> {sizes.n_out}): {batch} form {what}"
-    line += f". FLOPs of the frozen layer's forward times {ratio(row_work(sizes, rows, r, order))}"
+    line += f". FLOPs of the frozen layer's forward times {ratio(work)}"
     return f"{line}, with one adapter for all rows {ratio(one)}"

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from randlora_jax.core.bases import used_extents
-from randlora_jax.core.cost import Sizes
+from randlora_jax.core.cost import Sizes, explained_rows
 from randlora_jax.core.cost import explained as explained_kind
-from randlora_jax.core.cost import explained_rows
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.ways import ExecutionOptions, PossibleWays, possible_ways, require_a_way
 from randlora_jax.models.layer import Layer, LayerRun

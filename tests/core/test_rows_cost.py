@@ -76,11 +76,12 @@ def test_explain_says_what_rows_form():
     for lines, formed, each in zip(said, kernels, (1, 64, 1024), strict=True):
         beside = [line for line in lines if f": 16 rows of {each} form {formed}. " in line]
         assert [line.split()[0] for line in beside] == ["down", "up"], lines
-        assert "form W + delta, one row after another" in "".join(set(lines) - {*beside})
+        (own,) = set(lines) - {*beside}
+        assert "form W + delta, one row after another" in own
     # lambda and gamma of a row's own cost 2 r n min; the bases' two products twice the layer itself
     r, n, low, high = 8, 8, 64, 256
     added = 2 * r * n * (low + high) + n * low
-    assert f"times {1 + added / (2 * low * high):.2f}, with one" in said[0][1]
+    assert f"times {1 + added / (2 * low * high):.2f}, with one" in said[0][2]
 
 
 @pytest.mark.parametrize("rows", [0, -1, 3, 2.0, "a"])
