@@ -136,6 +136,7 @@ def adapted_rows(
     x: jax.Array,
     updates: Sequence[RowUpdates],
     by_row: Sequence[bool],
+    token_axes: tuple[str, ...],
 ) -> jax.Array:
     """The layer's output where each row of `x`, along its first axis, has adapters of its own.
 
@@ -144,11 +145,12 @@ def adapted_rows(
     Args:
       updates: one for each pair of bases.
       by_row: of each array of ``layer.read``, whether it is one for each row.
+      token_axes: the mesh axes that split a batch, where a trace cannot see it.
 
     Raises:
       ConfigError: the layer cannot run so.
     """
-    call = _Call.of(layer, x, ExecutionOptions())
+    call = _Call.of(layer, x, ExecutionOptions(token_axes=token_axes))
     if call.axes is None and layer.kernel.refusal:
         raise ConfigError(
             f"layer {layer.name!r} cannot run with adapters by row: {layer.kernel.refusal}, and "
@@ -160,10 +162,7 @@ def adapted_rows(
             f"layer {layer.name!r} cannot run with adapters by row: the first axis of its input "
             f"{x.shape} is not one of rows, but the kernel has it, too. {BY_VMAP}"
         )
-    orders = tuple(
-        row_order(_row_sizes(call, x, update), x.shape[0], update.lam.shape[-2])
-        for update in updates
-    )
+    orders = tuple(_row_order(call, x, update) for update in updates)
     arguments = Arguments(layer.kernel.array, x, (), layer.read)
     run = _run_rows_sharing_traces if is_traced((arguments, updates)) else _run_rows
     return run(call, orders, tuple(by_row), arguments, updates)
@@ -269,12 +268,12 @@ class _Call:
     ) -> jax.Array:
         """x through the delta of every matrix, each row its own, as the output lies."""
         assert self.axes is not None
-        n_in, n_out = updates.matrix
 
         def one(rows: jax.Array, lam: jax.Array, gamma: jax.Array) -> jax.Array:
             mine = replace(updates, lam=lam, gamma=gamma)
-            laid = rows.reshape(rows.shape[0], -1, n_in)
-            return mine.applied(laid, order).reshape(*rows.shape[:-1], n_out)
+            if self.placement and self.placement.used:
+                return self.placement.applied_by_row(rows, mine, order)
+            return (self.placement.sliced(mine) if self.placement else mine).applied(rows, order)
 
         every = for_each_matrix(one, self.axes)
         y = every(as_rows(x, self.axes), updates.lam, updates.gamma)
@@ -331,10 +330,17 @@ def _run_rows(
 _run_rows_sharing_traces = jax.jit(_run_rows, static_argnums=(0, 1, 2))
 
 
-def _row_sizes(call: _Call, x: jax.Array, update: RowUpdates) -> Sizes:
-    """What the cost model counts with, for adapters by row."""
-    tokens = x.size // update.matrix[0]
-    return Sizes.in_dtype(call.dtype, max(1, tokens), *update.matrix, update.flat_rank)
+def _row_order(call: _Call, x: jax.Array, update: RowUpdates) -> RowOrder:
+    """The cheapest for the rows of one device."""
+    rows, tokens = x.shape[0], x.size // update.matrix[0]
+    if placement := call.placement:
+        tokens //= placement.size(placement.tokens)
+        rows //= placement.size(placement.rows[0]) if placement.rows else 1
+    sizes = Sizes.in_dtype(call.dtype, max(1, tokens), *update.matrix, update.flat_rank)
+    order = row_order(sizes, max(1, rows), update.lam.shape[-2])
+    if call.placement and not call.placement.followed and order is RowOrder.DELTA:
+        return RowOrder.FACTORS  # row after row, the partitioner would send each to all devices
+    return order
 
 
 def _run(call: _Call, plan: Plan, arguments: Arguments, updates: Sequence[Update]) -> jax.Array:

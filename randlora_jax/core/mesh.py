@@ -15,10 +15,10 @@ and rows of bases would be sent to and fro.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -28,9 +28,11 @@ from jax.sharding import PartitionSpec as P
 
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.kernel_layout import KernelLayout
+from randlora_jax.core.rows import RowOrder, RowUpdates
 from randlora_jax.core.update import Update, formed_in, through
 
 Axes = tuple[str, ...]
+U = TypeVar("U", Update, RowUpdates)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Placement:
         """How many devices lie along `axes`."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
-    def sliced(self, update: Update) -> Update:
+    def sliced(self, update: U) -> U:
         """`update` of one matrix with just its corners of the bases, whole on every device."""
         update = update.sliced()
         return replace(update, pair=BasisPair(*(self._placed(x, P()) for x in update.pair)))
@@ -113,7 +115,7 @@ class Placement:
         """
         update = self.sliced(update)
         gathered = [tuple(a for a in axes if a in self.tokens) for axes in (self.n_in, self.n_out)]
-        kept = [tuple(a for a in axes if a not in self.tokens) for axes in (self.n_in, self.n_out)]
+        kept = self._kept
         cuts = kept if factored else [self.n_in, self.n_out]
         small, large = cuts if update.in_is_smaller else cuts[::-1]
 
@@ -133,20 +135,54 @@ class Placement:
                     whole = jax.lax.all_gather(whole, axes, axis=axis, tiled=True)
             return jax.lax.psum(through(x, whole), kept[0])
 
-        rows = [axes or None for axes in self.rows]
         columns = P(None, small or None)
-        specs = (P(*rows, kept[0] or None), P(), columns, columns, P(large or None))
-        arrays: tuple[jax.Array, ...] = (x, update.lam, update.gamma, *update.pair)
+        specs = P(), columns, columns, P(large or None)
+        return self._on_each_device(local, x, (update.lam, update.gamma, *update.pair), specs)
+
+    def applied_by_row(self, x: jax.Array, updates: RowUpdates, order: RowOrder) -> jax.Array:
+        """x (rows, ..., in) through each row's delta, (rows, ..., out), as `RowUpdates.applied`.
+
+        Lambda and gamma are split as the rows are. What a row needs lies with it, so nothing of a
+        delta is gathered: of the layer each device has the part that other axes cut.
+        """
+        updates, kept = self.sliced(updates), self._kept
+        small, large = kept if updates.in_is_smaller else kept[::-1]
+
+        def local(x: jax.Array, lam: jax.Array, gamma: jax.Array, *pair: jax.Array) -> jax.Array:
+            mine = replace(updates, lam=lam, gamma=gamma, pair=BasisPair(*pair))
+            return jax.lax.psum(mine.applied(x, order), kept[0])
+
+        batch = self.rows[0] or None
+        columns = small or None
+        specs = P(batch), P(batch, None, None, columns), P(None, columns), P(large or None)
+        return self._on_each_device(local, x, (updates.lam, updates.gamma, *updates.pair), specs)
+
+    @property
+    def _kept(self) -> list[Axes]:
+        """Mesh axes that split in and out, and not the tokens."""
+        return [tuple(a for a in axes if a not in self.tokens) for axes in (self.n_in, self.n_out)]
+
+    def _on_each_device(
+        self,
+        local: Callable[..., jax.Array],
+        x: jax.Array,
+        arrays: tuple[jax.Array, ...],
+        specs: tuple[P, ...],
+    ) -> jax.Array:
+        """local(x, *arrays) of each device's part of them: x (rows..., in) to (rows..., out)."""
+        rows = [axes or None for axes in self.rows]
+        kept_in, kept_out = self._kept
+        every, specs = (x, *arrays), (P(*rows, kept_in or None), *specs)
         if _explicit(self.mesh):
-            arrays = tuple(map(self._placed, arrays, specs))
+            every = tuple(map(self._placed, every, specs))
         mapped = jax.shard_map(
             local,
             mesh=None if _explicit(self.mesh) else self.mesh,
             in_specs=specs,
-            out_specs=P(*rows, kept[1] or None),
+            out_specs=P(*rows, kept_out or None),
             axis_names=set(self.used),
         )
-        return mapped(*arrays)
+        return mapped(*every)
 
     def _placed(self, x: jax.Array, spec: P) -> jax.Array:
         return placed(x, NamedSharding(self.mesh, spec))
@@ -156,6 +192,28 @@ def placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     """`x`, to lie as `sharding` says, in a trace or outside."""
     put = jax.sharding.reshard if _explicit(sharding.mesh) else jax.lax.with_sharding_constraint
     return put(x, sharding)
+
+
+def along(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x`, its first axis split as that of `like` is, where the types of explicit meshes say so."""
+    sharding = jax.typeof(like).sharding
+    if not _explicit(sharding.mesh):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, P(sharding.spec[0])))
+
+
+def picked(x: jax.Array, index: jax.Array, axis: int, **how: Any) -> jax.Array:
+    """`x` at `index` along an axis, the result split as the index is where that is in its type.
+
+    Args:
+      x: whole on every device.
+      how: for what is out of bounds, as ``x.at[index].get`` takes it.
+    """
+    sharding = jax.typeof(index).sharding
+    if _explicit(sharding.mesh):
+        spec = P(*[None] * axis, *_entries(sharding.spec, index.ndim))
+        how["out_sharding"] = NamedSharding(sharding.mesh, spec)
+    return x.at[(*[slice(None)] * axis, index)].get(**how)
 
 
 def on_mesh(x: Any) -> NamedSharding | None:

@@ -13,6 +13,7 @@ A row may have several adapters at once: their deltas add up, and so do lambda *
 """
 
 import enum
+import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -55,57 +56,62 @@ class RowUpdates:
     matrix: tuple[int, int] = field(metadata={"static": True})
 
     @property
+    def in_is_smaller(self) -> bool:
+        """in <= out."""
+        return self.matrix[0] <= self.matrix[1]
+
+    @property
     def flat_rank(self) -> int:
         """r * n, of all parts."""
         parts, r, n = self.lam.shape[-3:]
         return int(parts * r * n)
 
     def applied(self, x: jax.Array, order: RowOrder) -> jax.Array:
-        """x (rows, tokens, in) through each row's delta: (rows, tokens, out).
+        """x (rows, ..., in) through each row's delta: (rows, ..., out).
 
         `lam` and `gamma` are of one matrix. Deltas are formed row after row, since each is as large
         as the kernel. The result is in float32 where tokens are few, else in x's dtype: as
         `through` has it.
         """
-        pair = self._sliced()
-        if order is RowOrder.TOKENS:
-            return self._through_tokens(x, pair)
+        mine = self.sliced()
+        laid = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+        y = mine._through_tokens(laid) if order is RowOrder.TOKENS else mine._by_forming(laid, order)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def sliced(self) -> "RowUpdates":
+        """The same with just the corners of the bases that the matrix uses."""
+        a, b = self.pair
+        pair = BasisPair(a[:, : min(self.matrix)], b[: max(self.matrix), : self.lam.shape[-1]])
+        return replace(self, pair=pair)
+
+    def _factors(self, lam: jax.Array, gamma: jax.Array, dtype: DTypeLike) -> FlatFactors:
+        """The flat factors of one row, in `dtype`; A_flat is the sum over its parts."""
+        updates = [self.alone(*part).factors() for part in zip(lam, gamma, strict=True)]
+        a_flat = sum((other.a for other in updates[1:]), updates[0].a)
+        b_flat = self.pair.B.reshape(self.pair.B.shape[0], -1)
+        return FlatFactors(b_flat.astype(dtype), a_flat.astype(dtype), self.in_is_smaller)
+
+    def _by_forming(self, x: jax.Array, order: RowOrder) -> jax.Array:
+        """`applied` to x (rows, tokens, in), with A_flat of each row formed, or delta."""
 
         def row(x: jax.Array, lam: jax.Array, gamma: jax.Array) -> jax.Array:
-            factors = self._factors(lam, gamma, pair, formed_in(x.dtype))
+            factors = self._factors(lam, gamma, formed_in(x.dtype))
             return factors.applied(x) if order is RowOrder.FACTORS else through(x, factors.formed())
 
-        rows = x, self.lam, self.gamma
-        if order is RowOrder.DELTA:
-            return lax.map(lambda arrays: row(*arrays), rows)
-        return jax.vmap(row)(*rows)
+        if order is RowOrder.FACTORS:
+            return jax.vmap(row)(x, self.lam, self.gamma)
+        return lax.map(lambda arrays: row(*arrays), (x, self.lam, self.gamma))
 
-    def _sliced(self) -> BasisPair:
-        """The corners of the bases that the matrix uses."""
-        a, b = self.pair
-        n = self.lam.shape[-1]
-        return BasisPair(a[:, : min(self.matrix)], b[: max(self.matrix), :n])
-
-    def _factors(
-        self, lam: jax.Array, gamma: jax.Array, pair: BasisPair, dtype: DTypeLike
-    ) -> FlatFactors:
-        """The flat factors of one row, in `dtype`; A_flat is the sum over its parts."""
-        each = replace(self, pair=pair)
-        updates = [each.alone(*part).factors() for part in zip(lam, gamma, strict=True)]
-        a_flat = sum((other.a for other in updates[1:]), updates[0].a)
-        b_flat = pair.B.reshape(pair.B.shape[0], -1)
-        return FlatFactors(b_flat.astype(dtype), a_flat.astype(dtype), updates[0].in_is_smaller)
-
-    def _through_tokens(self, x: jax.Array, pair: BasisPair) -> jax.Array:
-        """`applied`, with nothing formed of a row's adapter."""
+    def _through_tokens(self, x: jax.Array) -> jax.Array:
+        """`applied` to x (rows, tokens, in), with nothing formed of a row's adapter."""
         dtype = formed_in(x.dtype)
-        a = pair.A.astype(dtype)
-        b_flat = pair.B.reshape(pair.B.shape[0], -1).astype(x.dtype)
+        a = self.pair.A.astype(dtype)
+        b_flat = self.pair.B.reshape(self.pair.B.shape[0], -1).astype(x.dtype)
         r, n = self.lam.shape[-2:]
         parts = [
             (self.lam[:, i, None], self.gamma[:, i].astype(dtype)) for i in range(self.lam.shape[1])
         ]
-        if self.matrix[0] <= self.matrix[1]:
+        if self.in_is_smaller:
             mixed = _sum(lam * _narrowed(x.astype(dtype), a, gamma) for lam, gamma in parts)
             flat = mixed.reshape(*x.shape[:2], r * n).astype(x.dtype)
             return through(flat, b_flat.T, basis=True)

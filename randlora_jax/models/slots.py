@@ -15,6 +15,7 @@ import numpy as np
 
 from randlora_jax.core.applying import BY_VMAP
 from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents
+from randlora_jax.core.mesh import along, picked
 from randlora_jax.core.rows import RowUpdates
 from randlora_jax.core.update import Update
 from randlora_jax.interop.errors import ConfigError, listed, shown
@@ -149,8 +150,8 @@ class Chosen(NamedTuple):
     def of(cls, stack: Stack, table: SlotTable, rows: AdapterRows) -> "Chosen":
         """By the slots of `rows`. A slot that does not exist makes numbers that are none."""
         slots = jnp.where(rows.slots < 0, table.parts.shape[0], rows.slots)
-        parts = table.parts.at[slots].get(mode="fill", fill_value=0)
-        weights = table.weights.at[slots].get(mode="fill", fill_value=jnp.nan)
+        parts = picked(table.parts, slots, 0, mode="fill", fill_value=0)
+        weights = picked(table.weights, slots, 0, mode="fill", fill_value=jnp.nan)
         place = parts - stack.first
         present = (place >= 0) & (place < stack.capacity)
         scaled = weights * rows.scale[..., None]
@@ -164,6 +165,10 @@ class Chosen(NamedTuple):
     def repeated(self, times: int) -> "Chosen":
         """For a batch that has each row `times`, one after another."""
         return Chosen(*(jnp.repeat(x, times, axis=0) for x in self)) if times > 1 else self
+
+    def along(self, x: jax.Array) -> "Chosen":
+        """For rows that are split over devices as the first axis of `x` is."""
+        return Chosen(*(along(mine, x) for mine in self))
 
     def row_updates(
         self, lam: jax.Array, gamma: jax.Array, pair: BasisPair, matrix: tuple[int, int]
@@ -185,7 +190,7 @@ class Chosen(NamedTuple):
         ]
 
     def _taken(self, stacked: jax.Array) -> jax.Array:
-        return jnp.take(stacked, self.place, axis=stacked.ndim - 3, mode="clip")
+        return picked(stacked, self.place, stacked.ndim - 3, mode="clip")
 
     def leaves(self, stacked: jax.Array, base: jax.Array) -> jax.Array:
         """(rows, ...): of a leaf trained whole, each row's own; the base model's where none is.
@@ -194,7 +199,7 @@ class Chosen(NamedTuple):
           stacked: (capacity, ...).
         """
         place, present = self.place[..., 0], self.present[..., 0]
-        own = stacked[place].astype(base.dtype)
+        own = picked(stacked, place, 0).astype(base.dtype)
         present = jnp.expand_dims(present, range(present.ndim, own.ndim))
         return jnp.where(present, own, base)
 

@@ -59,12 +59,15 @@ def run_by_row(
         layer.name, run, read, kernel, call, multiplies_in(base, kernel.promoted(taken.x))
     )
     updates = [
-        rows.of_batch(stack.name, size, layer.name).row_updates(
+        rows.of_batch(stack.name, size, layer.name)
+        .along(taken.x)
+        .row_updates(
             *wrapper.stacked(stack, layer, kernel.layout), context.pairs[stack.name], layer.matrix
         )
         for stack in stacks
     ]
-    return adapted_rows(running, taken.x, updates, [id(x) in ids for x in read])
+    token_axes = wrapper.settings.options.token_axes
+    return adapted_rows(running, taken.x, updates, [id(x) in ids for x in read], token_axes)
 
 
 def _leaves_of_rows(

@@ -1,0 +1,147 @@
+"""Eight host devices: rows with adapters of their own, split over them like any batch.
+
+Run by `test_mesh.py` in a process of its own, which has the eight devices.
+"""
+
+import functools
+from contextlib import nullcontext
+from math import prod
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from mesh_cases import collectives
+
+from randlora_jax import RandLoraConfig, get_peft_model
+from randlora_jax.core.rows import RowOrder
+
+ROWS, WIDTH, INNER, R = 16, 64, 128, 16
+TOKENS = {RowOrder.TOKENS: 1, RowOrder.FACTORS: 64, RowOrder.DELTA: 256}  # a row
+CONFIG = RandLoraConfig(r=R, randlora_alpha=16, target_modules=["up", "down"])
+NAMES = ["a", "b", "__base__", "c"] * (ROWS // 4)
+# mesh extents, how the two kernels are cut
+LAYOUTS = {
+    "data parallel": ({"data": 8}, {"up": P(), "down": P()}),
+    "FSDP": ({"data": 8}, {"up": P("data"), "down": P(None, "data")}),
+    "tensor parallel": ({"model": 8}, {"up": P(None, "model"), "down": P("model")}),
+    "FSDP and tensor": (
+        {"data": 4, "model": 2},
+        {"up": P("data", "model"), "down": P("model", "data")},
+    ),
+}
+
+
+class Net(nnx.Module):
+    """With explicit axes its author says what is gathered, and where outputs lie."""
+
+    def __init__(self, mesh=None, cuts=None):
+        rngs = nnx.Rngs(0)
+        self.up = nnx.Linear(WIDTH, INNER, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(INNER, WIDTH, use_bias=False, rngs=rngs)
+        self.out = None
+        for name, spec in (cuts or {}).items():
+            placed = jax.device_put(getattr(self, name).kernel[...], NamedSharding(mesh, spec))
+            getattr(self, name).kernel = nnx.Param(placed)
+        if mesh and AxisType.Explicit in mesh.axis_types:
+            data = "data" if "data" in mesh.shape else None
+            inner = "model" if "model" in mesh.shape else None
+            self.out = {"up": P(data, None, inner), "down": P(data, None, None)}
+
+    def __call__(self, x):
+        said = self.out or dict.fromkeys(["up", "down"])
+        h = nnx.gelu(self.up(x, out_sharding=said["up"]))
+        return x + self.down(h, out_sharding=said["down"])
+
+
+def adapted(net, stacked=True, **more):
+    model = get_peft_model(net, CONFIG, adapter_name="a", **more)
+    for name in "bc":
+        model.add_adapter(name, CONFIG)
+    for seed, name in enumerate("abc"):
+        model.set_adapter(name)
+        state = nnx.state(model, nnx.LoRAParam)
+        draw = np.random.default_rng(seed)
+        moved = jax.tree.map(
+            lambda x, draw=draw: jax.device_put(
+                x + jnp.asarray(draw.normal(0, 0.1, x.shape), x.dtype), x.sharding
+            ),
+            state,
+        )
+        nnx.update(model, moved)
+    model.set_adapter("a")
+    if stacked:
+        model.stack_adapters(4)
+    return model
+
+
+def compiled(model, x, rows=None):
+    """The program of a call, and its arrays."""
+    graph, state = nnx.split(model)
+
+    def run(state, x, rows):
+        more = {} if rows is None else {"adapter_names": rows}
+        return nnx.merge(graph, state)(x, **more)
+
+    return jax.jit(run).lower(state, x, rows).compile(), (state, x, rows)
+
+
+def inputs(order):
+    return jax.random.normal(jax.random.key(3), (ROWS, TOKENS[order], WIDTH))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Outputs by row, those of the base model, and the operations, of one device; by order."""
+
+    @functools.cache
+    def run(order):
+        model, x = adapted(Net()), inputs(order)
+        program, arrays = compiled(model, x, model.rows(NAMES))
+        made = np.asarray(program(*arrays)), np.asarray(Net()(x))
+        return *made, program.cost_analysis()["flops"]
+
+    return run
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("order", RowOrder)
+def test_rows_split_over_devices(name, order, axis_type, alone):
+    extents, cuts = LAYOUTS[name]
+    explicit = axis_type == AxisType.Explicit
+    mesh = jax.make_mesh(tuple(extents.values()), tuple(extents), (axis_type,) * len(extents))
+    data = "data" if "data" in extents else None
+    if explicit:  # an explicit kernel lies as its layer multiplies it
+        cuts = {n: P(*(None if a == "data" else a for a in spec)) for n, spec in cuts.items()}
+    more = {"token_axes": ["data"]} if data and not explicit else {}
+    x = jax.device_put(inputs(order), NamedSharding(mesh, P(data)))
+    expected, base, flops = alone(order)
+    with jax.set_mesh(mesh) if explicit else nullcontext():
+        model = adapted(Net(mesh, cuts), **more)
+        rows = model.rows(NAMES)
+        if order is RowOrder.FACTORS:  # slots are data, and may lie as the batch does
+            rows = jax.device_put(rows, NamedSharding(mesh, P(data)))
+        program, arrays = compiled(model, x, rows)
+        found = np.asarray(program(*arrays))
+        single = adapted(Net(mesh, cuts), stacked=False, apply="factored", **more)
+        other, _ = compiled(single, x)
+    assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()
+    assert np.abs(found - base)[2::4].max() <= 1e-6 * np.abs(base).max()
+    assert np.abs(found - base)[0::4].max() >= 1e-2 * np.abs(base).max()
+    sent, usual = collectives(program.as_text()), collectives(other.as_text())
+    extra = [one for one in sent if one not in usual]
+    share = program.cost_analysis()["flops"] / flops
+    print(f"{name}, {order}, {axis_type.name}: {share:.3f}; {sent}; one adapter: {usual}")
+    # lambda and gamma are picked for a device's own rows
+    assert f"f32[{ROWS // extents.get('data', 1)},1,4,64]" in program.as_text()
+    assert not data or f"f32[{ROWS},1,4,64]" not in program.as_text()
+    # where a layer's input is cut each device widens its own share of x to all of the output, as
+    # it does for one adapter; XLA counts a loop over rows as one round of it
+    most = other.cost_analysis()["flops"] / flops if "model" in extents else 1 / 8
+    assert order is RowOrder.DELTA or share <= 1.1 * most
+    # beyond that, at most the slots of rows
+    assert all(prod(shape) <= 2 * ROWS for _, shape in extra), (extra, usual)
