@@ -5,6 +5,7 @@ Run by `test_mesh.py` in a process of its own, which has the eight devices.
 
 import functools
 from contextlib import nullcontext
+from dataclasses import replace
 from math import prod
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from mesh_cases import collectives
 
-from randlora_jax import RandLoraConfig, get_peft_model
+from randlora_jax import ConfigError, RandLoraConfig, get_peft_model
 from randlora_jax.core.rows import RowOrder
 
 ROWS, WIDTH, INNER, R = 16, 64, 128, 16
@@ -36,13 +37,16 @@ LAYOUTS = {
 
 
 class Net(nnx.Module):
-    """With explicit axes its author says what is gathered, and where outputs lie."""
+    """With explicit axes its author says where outputs lie."""
 
-    def __init__(self, mesh=None, cuts=None):
+    def __init__(self, mesh=None, cuts=None, bias=False):
         rngs = nnx.Rngs(0)
-        self.up = nnx.Linear(WIDTH, INNER, use_bias=False, rngs=rngs)
+        self.up = nnx.Linear(WIDTH, INNER, use_bias=bias, rngs=rngs)
         self.down = nnx.Linear(INNER, WIDTH, use_bias=False, rngs=rngs)
         self.out = None
+        if bias and mesh:
+            whole = NamedSharding(mesh, P())
+            self.up.bias = nnx.Param(jax.device_put(self.up.bias[...], whole))
         for name, spec in (cuts or {}).items():
             placed = jax.device_put(getattr(self, name).kernel[...], NamedSharding(mesh, spec))
             getattr(self, name).kernel = nnx.Param(placed)
@@ -57,10 +61,10 @@ class Net(nnx.Module):
         return x + self.down(h, out_sharding=said["down"])
 
 
-def adapted(net, stacked=True, **more):
-    model = get_peft_model(net, CONFIG, adapter_name="a", **more)
+def adapted(net, stacked=True, config=CONFIG, **more):
+    model = get_peft_model(net, config, adapter_name="a", **more)
     for name in "bc":
-        model.add_adapter(name, CONFIG)
+        model.add_adapter(name, config)
     for seed, name in enumerate("abc"):
         model.set_adapter(name)
         state = nnx.state(model, nnx.LoRAParam)
@@ -145,3 +149,24 @@ def test_rows_split_over_devices(name, order, axis_type, alone):
     assert order is RowOrder.DELTA or share <= 1.1 * most
     # beyond that, at most the slots of rows
     assert all(prod(shape) <= 2 * ROWS for _, shape in extra), (extra, usual)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_biases_of_rows_that_are_split(axis_type):
+    """On automatic axes they follow the row; on explicit ones they cannot, and it is said."""
+    config = replace(CONFIG, bias="randlora_only")
+    x = inputs(RowOrder.TOKENS)
+    expected = adapted(Net(bias=True), config=config)(x, adapter_names=NAMES)
+    explicit = axis_type == AxisType.Explicit
+    mesh = jax.make_mesh((8,), ("data",), (axis_type,))
+    more = {} if explicit else {"token_axes": ["data"]}
+    with jax.set_mesh(mesh) if explicit else nullcontext():
+        cuts = LAYOUTS["data parallel"][1]
+        model = adapted(Net(mesh, cuts, bias=True), config=config, **more)
+        x = jax.device_put(x, NamedSharding(mesh, P("data")))
+        if explicit:
+            with pytest.raises(ConfigError, match="this Linear cannot .* automatic ones"):
+                model(x, adapter_names=NAMES)
+            return
+        found = model(x, adapter_names=NAMES)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())

@@ -194,6 +194,12 @@ def placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     return put(x, sharding)
 
 
+def splits_rows(x: jax.Array) -> bool:
+    """Whether explicit mesh axes split the first axis of `x`."""
+    sharding = jax.typeof(x).sharding
+    return _explicit(sharding.mesh) and bool(_entries(sharding.spec, x.ndim)[0])
+
+
 def along(x: jax.Array, like: jax.Array) -> jax.Array:
     """`x`, its first axis split as that of `like` is, where the types of explicit meshes say so."""
     sharding = jax.typeof(like).sharding

@@ -75,7 +75,11 @@ class RowUpdates:
         """
         mine = self.sliced()
         laid = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
-        y = mine._through_tokens(laid) if order is RowOrder.TOKENS else mine._by_forming(laid, order)
+        y = (
+            mine._through_tokens(laid)
+            if order is RowOrder.TOKENS
+            else mine._by_forming(laid, order)
+        )
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def sliced(self) -> "RowUpdates":
@@ -104,19 +108,16 @@ class RowUpdates:
 
     def _through_tokens(self, x: jax.Array) -> jax.Array:
         """`applied` to x (rows, tokens, in), with nothing formed of a row's adapter."""
-        dtype = formed_in(x.dtype)
-        a = self.pair.A.astype(dtype)
+        a = self.pair.A.astype(formed_in(x.dtype))
         b_flat = self.pair.B.reshape(self.pair.B.shape[0], -1).astype(x.dtype)
         r, n = self.lam.shape[-2:]
-        parts = [
-            (self.lam[:, i, None], self.gamma[:, i].astype(dtype)) for i in range(self.lam.shape[1])
-        ]
+        parts = [(self.lam[:, i, None], self.gamma[:, i]) for i in range(self.lam.shape[1])]
         if self.in_is_smaller:
-            mixed = _sum(lam * _narrowed(x.astype(dtype), a, gamma) for lam, gamma in parts)
+            mixed = _sum(lam * _narrowed(x, a, gamma) for lam, gamma in parts)
             flat = mixed.reshape(*x.shape[:2], r * n).astype(x.dtype)
             return through(flat, b_flat.T, basis=True)
         mixed = times(x, b_flat, jnp.float32).reshape(*x.shape[:2], r, n)
-        return _sum(_widened((lam * mixed).astype(dtype), a, gamma) for lam, gamma in parts)
+        return _sum(_widened(lam * mixed, a, gamma) for lam, gamma in parts)
 
     def by_row(self) -> list[Trained]:
         """Lambda (rows, *stack, r, n) and gamma (rows, *stack, n, min) of each part."""
@@ -143,23 +144,25 @@ def _narrowed(x: jax.Array, a: jax.Array, gamma: jax.Array) -> jax.Array:
     """sum_j x[j] A[k, j] gamma[b, j]: x (rows, tokens, min) to (rows, tokens, r, n), in float32.
 
     By whatever makes fewer numbers of each of x's. Through gamma first, the product is one with the
-    A that all rows share.
+    A that all rows share, and gamma is not rounded.
 
     Args:
-      a: (r, min).
+      a: (r, min), in the dtype that is multiplied.
       gamma: (rows, n, min).
     """
+    x = x[:, :, None]
     if gamma.shape[1] <= a.shape[0]:
-        return times(x[:, :, None] * gamma[:, None], a.T, jnp.float32).swapaxes(2, 3)
-    return _by_row(x[:, :, None] * a, gamma.swapaxes(1, 2))
+        return times((x * gamma[:, None]).astype(a.dtype), a.T, jnp.float32).swapaxes(2, 3)
+    return _by_row(x.astype(a.dtype) * a, gamma.swapaxes(1, 2).astype(a.dtype))
 
 
 def _widened(mixed: jax.Array, a: jax.Array, gamma: jax.Array) -> jax.Array:
     """sum_kb mixed[k, b] A[k, j] gamma[b, j]: `_narrowed` transposed, (rows, tokens, min)."""
+    mixed = mixed.astype(a.dtype)
     if gamma.shape[1] <= a.shape[0]:
         every = times(mixed.swapaxes(2, 3), a, jnp.float32) * gamma[:, None]
     else:
-        every = _by_row(mixed, gamma) * a
+        every = _by_row(mixed, gamma.astype(a.dtype)) * a
     # rows and tokens in one axis: XLA's CPU compiler takes twenty times as long to sum over two
     summed = every.reshape(-1, *every.shape[2:]).sum(1)
     return summed.reshape(*mixed.shape[:2], -1)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from randlora_jax.core.applying import BY_VMAP, RunningLayer, adapted_rows
 from randlora_jax.core.hoisting import Hoisted
+from randlora_jax.core.mesh import splits_rows
 from randlora_jax.front_ends.call_input import Arguments, input_of, multiplies_in
 from randlora_jax.front_ends.nnx.call import CallContext, reached
 from randlora_jax.front_ends.nnx.running import (
@@ -24,6 +25,12 @@ from randlora_jax.models.slots import RowChoice
 
 if TYPE_CHECKING:
     from randlora_jax.front_ends.nnx.layer import RandLoraLayer
+
+
+_SPLIT = (
+    "modules trained whole and biases run one row at a time, which explicit mesh axes that split "
+    "the batch do not allow (automatic ones, with token_axes=, do)"
+)
 
 
 def run_by_row(
@@ -52,6 +59,8 @@ def run_by_row(
     kernel, call = wrapper.running_kernel(layer, state)
     size = taken.x.shape[0] if taken.x.ndim > 1 else 1
     own = _leaves_of_rows(wrapper, rows, size, state)
+    if own and splits_rows(taken.x):
+        raise _refusal(wrapper, _SPLIT)
     state |= {path: state[path].replace(x) for path, x in own.items()}
     run, read = as_function(graph, state, layer.leaf, taken, wrapper.settings.quantiser)
     ids = set(map(id, own.values()))
@@ -102,6 +111,8 @@ def _run_trained_whole(
         raise _refusal(wrapper, "modules trained whole take one array in such a call")
     x = jnp.asarray(arrays[0])
     own = _leaves_of_rows(wrapper, rows, x.shape[0], state)
+    if splits_rows(x):
+        raise _refusal(wrapper, _SPLIT)
 
     def row(leaves: tuple[jax.Array, dict[Path, jax.Array]]) -> Any:
         x, mine = leaves
