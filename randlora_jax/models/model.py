@@ -25,7 +25,7 @@ from randlora_jax.core.ways import Apply
 from randlora_jax.interop import hub
 from randlora_jax.interop.adapter_name import saving_folder
 from randlora_jax.interop.config import RandLoraConfig
-from randlora_jax.interop.errors import ConfigError, shown
+from randlora_jax.interop.errors import ConfigError, listed, shown, warn
 from randlora_jax.interop.peft_dir import write_adapter
 from randlora_jax.interop.strict_json import write_text
 from randlora_jax.models import adapter_arrays, coverage, files, reports, settings, stacking
@@ -129,6 +129,8 @@ class RandLoraModel(ManyAdapters):
     def memory(self) -> Memory:
         """Bytes on one device by kind, with AdamW in mind; of an abstract model, too."""
         store, states, registry = self._store, self._states(), self._registry
+        if registry.stacks:  # with room for more
+            states = {stack.name: store.state(stack.name) for stack in registry.stacks}
         arrays = {name: (state.layers, state.saved) for name, state in states.items()}
         moving = [arrays[name] for name in registry.training if registry.enabled]
         return memory(dict(store.base_leaves()), dict(store.pairs()), arrays, moving)
@@ -196,6 +198,9 @@ class RandLoraModel(ManyAdapters):
         renamed = stated_names(names)
         if not self._registry.specs:
             raise ConfigError("this model has no adapter to save: add one first")
+        combined = list(filter(self._registry.combination, self._registry.slots))
+        if combined:
+            warn(f"{listed(combined)} combine adapters: no file can hold them, and none is written")
         held = self._numbers(self._registry.specs)
         self._pairs(held)  # they are what will be written
         states = {name: state.on_host() for name, state in held.items()}
