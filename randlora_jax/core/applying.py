@@ -273,7 +273,7 @@ class _Call:
 
         def one(rows: jax.Array, lam: jax.Array, gamma: jax.Array) -> jax.Array:
             mine = replace(updates, lam=lam, gamma=gamma)
-            laid = rows.reshape(rows.shape[0], -1, n_in)
+            laid = rows.reshape(rows.shape[0], math.prod(rows.shape[1:-1]), n_in)
             return mine.applied(laid, order).reshape(*rows.shape[:-1], n_out)
 
         every = for_each_matrix(one, self.axes)

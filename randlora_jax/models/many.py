@@ -78,6 +78,7 @@ class ManyAdapters(MergingModel):
             store.remove(name)
         for stack, now in held.items():
             store.install(after, after.spec_of_stack(stack), now, None)
+        store.set_slots(None)  # those of now may be another model's, too
         self._follow(after, store)
 
     def rows(
