@@ -109,7 +109,8 @@ class ManyAdapters(MergingModel):
         if scale is None:
             return jnp.asarray(slots)
         try:
-            strengths = np.asarray(scale, np.float32)
+            with np.errstate(over="ignore"):
+                strengths = np.asarray(scale, np.float32)
         except (TypeError, ValueError):
             strengths = np.array(np.nan)
         if strengths.shape != slots.shape or not np.isfinite(strengths).all():

@@ -63,7 +63,7 @@ def _one(held: AdapterState, slot: Slot, stack: Stack) -> AdapterState:
         for name, (lam, gamma) in held.layers.items()
         if name in slot.layers
     }
-    return AdapterState(layers, {path: held.saved[path][i] for path in slot.saved})
+    return AdapterState(layers, {p: x[i] for p, x in held.saved.items() if p in slot.saved})
 
 
 def in_slot(number: int, state: AdapterState) -> Slot:
