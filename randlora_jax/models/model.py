@@ -28,7 +28,7 @@ from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import ConfigError, listed, shown, warn
 from randlora_jax.interop.peft_dir import write_adapter
 from randlora_jax.interop.strict_json import write_text
-from randlora_jax.models import adapter_arrays, coverage, files, reports, settings, stacking
+from randlora_jax.models import adapter_arrays, coverage, files, reports, settings, stacking, status
 from randlora_jax.models.adapter_arrays import Leaves
 from randlora_jax.models.coverage import Coverage
 from randlora_jax.models.front_end import WrapRules, given_back, stated_names, wrap
@@ -38,6 +38,7 @@ from randlora_jax.models.life import check_flag
 from randlora_jax.models.many import ManyAdapters
 from randlora_jax.models.memory import Memory, memory
 from randlora_jax.models.names import Rules
+from randlora_jax.models.status import TunerLayerStatus, TunerModelStatus
 
 
 class RandLoraModel(ManyAdapters):
@@ -121,6 +122,23 @@ class RandLoraModel(ManyAdapters):
             f"trainable params: {trained:,d} || all params: {total:,d} || "
             f"trainable%: {100 * trained / total:.4f}"
         )
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """As PEFT's: of every adapted matrix and every module that is trained whole.
+
+        Raises:
+          ConfigError: the model has no adapter.
+        """
+        return status.layer_status(self._registry, self._store.base_leaves(), self._states())
+
+    def get_model_status(self) -> TunerModelStatus:
+        """As PEFT's: of all layers together.
+
+        Raises:
+          ConfigError: the model has no adapter.
+        """
+        layers, count = self.get_layer_status(), self.get_nb_trainable_parameters()
+        return status.model_status(self._registry, self._base_name, count, layers)
 
     def coverage(self) -> Coverage:
         """What the adapters take, train whole and leave out, array by array; prints as a table."""

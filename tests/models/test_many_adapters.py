@@ -175,7 +175,7 @@ def test_copies_of_a_model_are_told_apart(each, saved):
         lambda: model.delta_weights("new"),
         lambda: model.stack_adapters(),
     ):
-        with pytest.raises(ConfigError, match="'new' is not in slot . of this copy"):
+        with pytest.raises(ConfigError, match=r"'new' is not in slot \d of this copy"):
             act()
     assert not (saved / "not").exists()
     copy.stack_adapters()
