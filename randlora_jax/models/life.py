@@ -130,7 +130,7 @@ def deleted(registry: AdapterRegistry, adapter_name: str) -> AdapterRegistry:
     registry = slots_without(registry, adapter_name)
     specs = {n: s for n, s in registry.specs.items() if n != adapter_name}
     active = tuple(n for n in registry.active if n != adapter_name) or tuple(specs)[:1]
-    in_use = {held.identity for held in (*specs.values(), *registry.stacks)}
+    in_use = {spec.identity for spec in specs.values()} | {s.identity for s in registry.stacks}
     more = set() if registry.stacks else set(active) - set(registry.active)
     return replace(
         registry,

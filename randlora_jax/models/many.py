@@ -148,8 +148,8 @@ class ManyAdapters(MergingModel):
             super().set_adapter(adapter_name, inference_mode)
             return
         life.check_flag("inference_mode", inference_mode)
-        several = isinstance(adapter_name, Sequence) and not isinstance(adapter_name, str)
-        names = tuple(adapter_name) if several else (adapter_name,)
+        one = isinstance(adapter_name, str) or not isinstance(adapter_name, Sequence)
+        names: tuple[Any, ...] = (adapter_name,) if one else tuple(adapter_name)
         if len(names) != 1:
             raise ConfigError(
                 f"set_adapter: expected one adapter, found {shown(adapter_name)}: in stacks "
