@@ -103,12 +103,16 @@ class AdaptedModel(ABC):
         """Forgets an adapter; if it was the only active one, the first that is left takes over.
 
         Raises:
-          ConfigError: no such adapter, or adapters are merged.
+          ConfigError: no such adapter, adapters are merged, or (in stacks) `set_rows` or a
+            combination has it.
         """
         before, after = self._registry, life.deleted(self._registry, adapter_name)
         if set(after.active) - set(before.active):
             warn(f"adapter {adapter_name!r} was active; now {after.active[0]!r} is")
         store = self._store
+        if after.stacks:
+            self._follow(after, store)
+            return
         store.remove(adapter_name)
         self._follow(after, store)
         self._refresh_pairs(store)
@@ -118,8 +122,11 @@ class AdaptedModel(ABC):
 
         A checkpoint of all the model's state holds its bases; one of adapter leaves alone does not.
         """
-        store = self._store
-        store.set_pairs(adapter_arrays.shared_pairs(self._registry, self._states(store)))
+        store, registry = self._store, self._registry
+        if registry.stacks:  # which have room for more than the adapters in them
+            store.set_pairs(adapter_arrays.redrawn(registry, store.pairs()))
+        else:
+            store.set_pairs(adapter_arrays.shared_pairs(registry, self._states(store)))
 
     # Within.
 
@@ -146,7 +153,7 @@ class AdaptedModel(ABC):
         Raises:
           ConfigError: the model is abstract, and has none.
         """
-        states = stacking.states(self._registry, self._store, adapter_names)
+        states = self._fresh_states(adapter_names)
         for state in states.values():
             refuse_abstract([*state.layers.values(), *state.saved.values()])
         return states
@@ -175,12 +182,28 @@ class AdaptedModel(ABC):
           ConfigError: no such adapter, or two of them trained the same.
         """
         names = [self._registry.spec(name).name for name in adapter_names]
-        return adapter_arrays.trained_whole(stacking.states(self._registry, self._store, names))
+        return adapter_arrays.trained_whole(self._fresh_states(names))
+
+    def _fresh_states(self, adapter_names: Iterable[str]) -> dict[str, AdapterState]:
+        """The arrays of the named adapters.
+
+        Raises:
+          ConfigError: this is a copy, and its stacks do not hold what it was said to have.
+        """
+        registry, store, names = self._registry, self._store, list(adapter_names)
+        stacking.refuse_stale(names, registry, store.slots())
+        return stacking.states(registry, store, names)
 
     def _follow(self, registry: AdapterRegistry, store: ArrayStore | None = None) -> None:
-        """From here on `registry` says what is; the store makes it so."""
-        self._registry = registry
+        """From here on `registry` says what is; the store makes it so.
+
+        Raises:
+          ConfigError: this is a copy, and its stacks do not hold what it was said to have.
+        """
         store = store or self._store
+        if registry.stacks is self._registry.stacks:
+            stacking.refuse_stale(self._registry.slots, self._registry, store.slots())
+        self._registry = registry
         store.follow(registry)
         if registry.stacks:
             store.set_slots(stacking.table(registry))

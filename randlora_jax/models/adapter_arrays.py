@@ -210,6 +210,20 @@ def shared_pairs(
     }
 
 
+def redrawn(registry: AdapterRegistry, held: Mapping[str, BasisPair]) -> dict[str, BasisPair]:
+    """The pairs in `held`, of a model with stacks, drawn anew at their sizes."""
+    identities = {stack.name: stack.identity for stack in registry.stacks}
+    return {
+        name: basis_source.device_pair(
+            identities[name],
+            Extents(pair.B.shape[0], pair.B.shape[1], pair.A.shape[1]),
+            registry.kept_pairs,
+            registry.replicated,
+        )
+        for name, pair in held.items()
+    }
+
+
 def is_corner(pair: BasisPair, whole: BasisPair) -> bool:
     """Whether `pair` is the leading corner of `whole`, as far as numbers can be looked at."""
     if is_traced(whole) or any(x.is_deleted() for x in whole):

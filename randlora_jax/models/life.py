@@ -11,7 +11,7 @@ import numpy as np
 
 from randlora_jax.core.mesh import Parts
 from randlora_jax.interop.config import RandLoraConfig
-from randlora_jax.interop.errors import ConfigError, shown
+from randlora_jax.interop.errors import ConfigError, listed, shown
 from randlora_jax.models.basis_source import KeptPairs
 from randlora_jax.models.names import Path
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec
@@ -64,7 +64,7 @@ def added(
       ConfigError: the name is taken, adapters are merged, or the configuration contradicts another
         adapter's: PEFT has all adapters of a model share key and save_projection.
     """
-    if spec.name in registry.specs:
+    if spec.name in registry.specs or registry.combination(spec.name):
         raise ConfigError(
             f"an adapter named {spec.name!r} is already here; choose another name or delete it"
         )
@@ -102,7 +102,15 @@ def chosen(
 
 def disabled(registry: AdapterRegistry) -> AdapterRegistry:
     """With no adapter applied; what trains when it is active stays so."""
-    return replace(registry, active=())
+    return replace(registry, active=(), enabled=False)
+
+
+def reenabled(registry: AdapterRegistry, before: AdapterRegistry) -> AdapterRegistry:
+    """What `disabled` made of `before`, undone: with those adapters active that are still here."""
+    active = tuple(n for n in before.active if n in registry.specs or registry.combination(n))
+    left = active or tuple(registry.specs)[: len(before.active[:1])]
+    trained = before.trained & set(registry.specs)
+    return replace(registry, active=left, enabled=before.enabled, trained=trained)
 
 
 def switched(registry: AdapterRegistry, *, on: bool) -> AdapterRegistry:
@@ -114,21 +122,40 @@ def deleted(registry: AdapterRegistry, adapter_name: str) -> AdapterRegistry:
     """Without an adapter; if it was the only active one, the first that is left takes over.
 
     Raises:
-      ConfigError: no such adapter, or adapters are merged.
+      ConfigError: no such adapter, adapters are merged, or rows or combinations have it.
     """
-    registry.spec(adapter_name)
+    if not registry.combination(adapter_name):
+        registry.spec(adapter_name)
     refuse_while_merged(registry, "delete_adapter")
+    registry = slots_without(registry, adapter_name)
     specs = {n: s for n, s in registry.specs.items() if n != adapter_name}
     active = tuple(n for n in registry.active if n != adapter_name) or tuple(specs)[:1]
-    in_use = {spec.identity for spec in specs.values()}
+    in_use = {spec.identity for spec in specs.values()} | {s.identity for s in registry.stacks}
+    more = set() if registry.stacks else set(active) - set(registry.active)
     return replace(
         registry,
         configs={n: c for n, c in registry.configs.items() if n != adapter_name},
         specs=specs,
         active=active,
-        trained=registry.trained & set(specs) | (set(active) - set(registry.active)),
+        trained=registry.trained & set(specs) | more,
         kept_pairs={i: pair for i, pair in registry.kept_pairs.items() if i in in_use},
     )
+
+
+def slots_without(registry: AdapterRegistry, adapter_name: str) -> AdapterRegistry:
+    """With the slot of an adapter, or of a combination, free, if it has one.
+
+    Raises:
+      ConfigError: a combination, or `set_rows`, still has it.
+    """
+    if users := registry.combining(adapter_name):
+        raise ConfigError(f"adapter {adapter_name!r} is a part of {listed(users)}: delete it first")
+    if adapter_name in registry.chosen:
+        raise ConfigError(
+            f"adapter {adapter_name!r} is what set_rows() gave some rows: set other ones first"
+        )
+    slots = {name: slot for name, slot in registry.slots.items() if name != adapter_name}
+    return replace(registry, slots=slots)
 
 
 def merged(
@@ -195,8 +222,8 @@ def scaled(registry: AdapterRegistry, adapter_name: str, scale: float) -> Adapte
       ConfigError: there is none of that name, or it is merged.
     """
     refuse_while_merged(registry, "set_scale")
-    if adapter_name in registry.slots and adapter_name not in registry.specs:
-        slot = replace(registry.slots[adapter_name], scale=scale)
-        return replace(registry, slots={**registry.slots, adapter_name: slot})
+    if slot := registry.combination(adapter_name):
+        slots = {**registry.slots, adapter_name: replace(slot, scale=scale)}
+        return replace(registry, slots=slots)
     spec = replace(registry.spec(adapter_name), scale=scale)
     return replace(registry, specs={**registry.specs, adapter_name: spec})

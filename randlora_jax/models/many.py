@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from randlora_jax.interop.adapter_name import checked_name
-from randlora_jax.interop.errors import ConfigError, shown
+from randlora_jax.interop.errors import ConfigError, listed, shown
 from randlora_jax.models import life, stacking
 from randlora_jax.models.filled import refuse_abstract
 from randlora_jax.models.merging import MergingModel
@@ -39,7 +39,7 @@ class ManyAdapters(MergingModel):
 
         Raises:
           ConfigError: the model has no adapter, or more than `capacity` of one pair; some are
-            merged; a combination has more than `parts`.
+            merged; several are active together; a combination has no room, or more than `parts`.
         """
         for argument, value in (("capacity", capacity), ("parts", parts)):
             if value is not None and (not isinstance(value, Integral) or value < 1):
@@ -50,18 +50,23 @@ class ManyAdapters(MergingModel):
             raise ConfigError(
                 "stack_adapters: this model has no adapter yet: add or load one first"
             )
-        combined = {name: slot for name, slot in registry.slots.items() if slot.parts}
-        if any(len(slot.parts) > parts for slot in combined.values()):
-            raise ConfigError(f"parts={parts}: expected room for what {sorted(combined)} combine")
+        if len(registry.active) > 1:
+            raise ConfigError(
+                f"stack_adapters: {listed(registry.active)} are active together, which in stacks "
+                "is a combination: set_adapter(one of them) first, add_weighted_adapter() then"
+            )
         states = self._numbers(registry.specs)
         base = store.base_leaves()
         refuse_abstract(base.values())
         room = registry.room(capacity)
         after = dataclasses.replace(
-            registry, stacks=room, slots={}, parts=int(parts), trained=frozenset(), chosen=()
+            registry, stacks=room, slots={}, parts=int(parts), trained=frozenset()
         )
         numbers = stacking.renumbered(after, room)
         slots = {name: stacking.in_slot(number, states[name]) for name, number in numbers.items()}
+        after = dataclasses.replace(after, slots=slots)
+        for name in filter(registry.combination, registry.slots):
+            after = stacking.with_combination(after, name, registry.slots[name])
         held = {}
         for stack in room:
             mine = {n: states[n] for n in numbers if registry.specs[n].identity == stack.identity}
@@ -73,9 +78,7 @@ class ManyAdapters(MergingModel):
             store.remove(name)
         for stack, now in held.items():
             store.install(after, after.spec_of_stack(stack), now, None)
-        after = dataclasses.replace(after, slots=slots)
-        for name, slot in combined.items():
-            after = stacking.with_combination(after, name, slot)
+        store.set_slots(None)  # those of now may be another model's, too
         self._follow(after, store)
 
     def rows(
@@ -88,7 +91,8 @@ class ManyAdapters(MergingModel):
           scale: how strong each row's adapter is, 1 by default.
 
         Raises:
-          ConfigError: no such adapter, or `scale` is not one number for each.
+          ConfigError: no such adapter; `scale` is not one number for each; or adapters in stacks
+            are named in a function that is being compiled.
 
         Returns:
           (rows,) int32; with `scale`, `AdapterRows` of that and (rows,) float32.
@@ -99,11 +103,16 @@ class ManyAdapters(MergingModel):
             )
         registry = self._registry
         slots = np.array([registry.slot_of(name) for name in adapter_names], np.int32)
-        if table := self._store.slots():
-            stacking.refuse_stale(adapter_names, registry, table)
+        table = self._store.slots()
+        stacking.refuse_names_in_trace(table)
+        stacking.refuse_stale(adapter_names, registry, table)
         if scale is None:
             return jnp.asarray(slots)
-        strengths = np.asarray(scale, np.float32)
+        try:
+            with np.errstate(over="ignore"):
+                strengths = np.asarray(scale, np.float32)
+        except (TypeError, ValueError):
+            strengths = np.array(np.nan)
         if strengths.shape != slots.shape or not np.isfinite(strengths).all():
             raise ConfigError(
                 f"scale: expected {len(slots)} finite numbers, one for each row, found "
@@ -118,10 +127,11 @@ class ManyAdapters(MergingModel):
         adapter again.
 
         Raises:
-          ConfigError: no such adapter, or the adapters are not in stacks.
+          ConfigError: no such adapter, none is named, or the adapters are not in stacks.
         """
         self._need_stacks("set_rows")
-        self.rows(adapter_names)
+        if not len(self.rows(adapter_names)):
+            raise ConfigError("set_rows: expected a name for each row, found none")
         self._follow(dataclasses.replace(self._registry, chosen=tuple(adapter_names)))
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -138,33 +148,15 @@ class ManyAdapters(MergingModel):
             super().set_adapter(adapter_name, inference_mode)
             return
         life.check_flag("inference_mode", inference_mode)
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        one = isinstance(adapter_name, str) or not isinstance(adapter_name, Sequence)
+        names: tuple[Any, ...] = (adapter_name,) if one else tuple(adapter_name)
         if len(names) != 1:
             raise ConfigError(
                 f"set_adapter: expected one adapter, found {shown(adapter_name)}: in stacks "
                 "several together are a combination, add_weighted_adapter(names, weights, name)"
             )
-        self._registry.slot_of(names[0])
-        self._follow(dataclasses.replace(self._registry, active=tuple(names), chosen=()))
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forgets an adapter; if it was the only active one, the first that is left takes over.
-
-        Raises:
-          ConfigError: no such adapter, adapters are merged, or rows or combinations have it.
-        """
-        registry = self._registry
-        if not registry.stacks:
-            super().delete_adapter(adapter_name)
-            return
-        after = stacking.forget(registry, adapter_name)
-        if adapter_name in registry.specs:
-            after = life.deleted(after, adapter_name)
-        else:
-            registry.slot_of(adapter_name)
-            left = tuple(name for name in after.active if name != adapter_name)
-            after = dataclasses.replace(after, active=left or tuple(after.specs)[:1])
-        self._follow(after)
+        self._registry.scale(names[0])
+        self._follow(dataclasses.replace(self._registry, active=names, chosen=()))
 
     def hotswap_adapter(self, directory: str | FilePath, adapter_name: str, **options: Any) -> None:
         """Puts the adapter stored in `directory` in place of one that is here, as PEFT's function.
@@ -206,9 +198,7 @@ class ManyAdapters(MergingModel):
         Raises:
           ConfigError: no such adapter, or `scale` is no finite number.
         """
-        if not isinstance(scale, Real) or not math.isfinite(scale):
-            raise ConfigError(f"scale: expected a finite number, found {shown(scale)}")
-        self._follow(life.scaled(self._registry, adapter_name, float(scale)))
+        self._follow(life.scaled(self._registry, adapter_name, _finite("scale", scale)))
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the strength of the active adapters, as PEFT's layers do.
@@ -216,8 +206,9 @@ class ManyAdapters(MergingModel):
         Raises:
           ConfigError: `scale` is no finite number.
         """
+        by = _finite("scale", scale)
         for name in self._registry.active:
-            self.set_scale(name, self._registry.scale(name) * scale)
+            self.set_scale(name, self._registry.scale(name) * by)
 
     def add_weighted_adapter(
         self,
@@ -250,15 +241,13 @@ class ManyAdapters(MergingModel):
         if adapter_name in registry.specs or adapter_name in registry.slots:
             raise ConfigError(f"an adapter named {adapter_name!r} is already here")
         names = life.named(registry, adapters)
-        values = list(weights)
-        if len(values) != len(list(adapters)) or len(names) != len(values):
+        if not isinstance(weights, Sequence) or not 0 < len(names) == len(weights):
             raise ConfigError(
-                f"weights: expected one for each of {len(names)} different adapters, found "
+                f"weights: expected a list, one for each of {len(names)} different adapters, found "
                 f"{shown(weights)}"
             )
-        if not all(isinstance(w, Real) and math.isfinite(w) for w in values):
-            raise ConfigError(f"weights: expected finite numbers, found {shown(weights)}")
-        slot = Slot(0, 0, parts=tuple((n, float(w)) for n, w in zip(names, values, strict=True)))
+        values = [_finite("weights", weight) for weight in weights]
+        slot = Slot(0, 0, parts=tuple(zip(names, values, strict=True)))
         self._follow(stacking.with_combination(registry, adapter_name, slot))
 
     # Within.
@@ -285,9 +274,9 @@ class ManyAdapters(MergingModel):
             )
         stack = stacking.stack_of(registry, spec.name)
         held = store.state(stack.name)
-        stacking.refuse_misfit(spec.name, held, state)
-        had = registry.slots.get(spec.name)
-        number = had.number if had else stacking.free_slot(registry, stack)
+        stacking.refuse_stale(registry.slots, registry, store.slots())
+        stacking.refuse_misfit(spec.name, held, state, registry)
+        number = stacking.own_slot(registry, stack, spec.name)
         now = stacking.written(held, number - stack.first, state, store.base_leaves())
         store.install(registry, registry.spec_of_stack(stack), now, None)
         slots = {**registry.slots, spec.name: stacking.in_slot(number, state)}
@@ -319,5 +308,18 @@ class ManyAdapters(MergingModel):
             adapter_names, jax.Array | np.ndarray | AdapterRows
         ):
             adapter_names = self.rows(adapter_names)  # type: ignore[arg-type]
-        rows = None if adapter_names is None else as_rows(adapter_names, registry.slot_count)
+        rows = None
+        if adapter_names is not None:
+            rows = as_rows(adapter_names, registry.slot_count, alike=bool(registry.stacks))
         return RowChoice.of(registry.row_stacks, table, rows, beams)
+
+
+def _finite(argument: str, value: Any) -> float:
+    """A number that a user gave.
+
+    Raises:
+      ConfigError: it is none, or not finite.
+    """
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise ConfigError(f"{argument}: expected a finite number, found {shown(value)}")
+    return float(value)

@@ -14,7 +14,7 @@ class Memory(NamedTuple):
     Args:
       base: the frozen base model.
       bases: A and B, which all layers share.
-      adapters: lambda, gamma and what is trained whole, of all adapters.
+      adapters: lambda, gamma and what is trained whole, of all adapters; of stacks, all the room.
       gradients: of what trains.
       adamw: both of AdamW's moments of what trains.
     """

@@ -1,6 +1,5 @@
 """A wrapped model with its adapters merged into the base model, or off."""
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -33,8 +32,7 @@ class MergingModel(AdaptedModel):
         try:
             yield
         finally:
-            now = self._registry
-            self._follow(dataclasses.replace(now, active=before.active, trained=before.trained))
+            self._follow(life.reenabled(self._registry, before))
             if merged:
                 self.merge_adapter(list(merged))
 
@@ -142,7 +140,7 @@ class MergingModel(AdaptedModel):
         """The base model without its adapters; as in PEFT, modules trained whole stay trained."""
         if self._registry.merged:
             self.unmerge_adapter()
-        return self._unwrapped(self._registry.active)
+        return self._unwrapped([n for n in self._registry.active if n in self._registry.specs])
 
     # Within.
 

@@ -25,10 +25,10 @@ from randlora_jax.core.ways import Apply, ExecutionOptions
 from randlora_jax.interop import hub
 from randlora_jax.interop.adapter_name import saving_folder
 from randlora_jax.interop.config import RandLoraConfig
-from randlora_jax.interop.errors import ConfigError, shown
+from randlora_jax.interop.errors import ConfigError, listed, shown, warn
 from randlora_jax.interop.peft_dir import write_adapter
 from randlora_jax.interop.strict_json import write_text
-from randlora_jax.models import adapter_arrays, coverage, files, reports, settings, stacking
+from randlora_jax.models import adapter_arrays, coverage, files, reports, settings, stacking, status
 from randlora_jax.models.adapter_arrays import Leaves
 from randlora_jax.models.coverage import Coverage
 from randlora_jax.models.front_end import WrapRules, given_back, stated_names, wrap
@@ -38,6 +38,7 @@ from randlora_jax.models.life import check_flag
 from randlora_jax.models.many import ManyAdapters
 from randlora_jax.models.memory import Memory, memory
 from randlora_jax.models.names import Rules
+from randlora_jax.models.status import TunerLayerStatus, TunerModelStatus
 
 
 class RandLoraModel(ManyAdapters):
@@ -122,6 +123,23 @@ class RandLoraModel(ManyAdapters):
             f"trainable%: {100 * trained / total:.4f}"
         )
 
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """As PEFT's: of every adapted matrix and every module that is trained whole.
+
+        Raises:
+          ConfigError: the model has no adapter.
+        """
+        return status.layer_status(self._registry, self._store.base_leaves(), self._states())
+
+    def get_model_status(self) -> TunerModelStatus:
+        """As PEFT's: of all layers together.
+
+        Raises:
+          ConfigError: the model has no adapter.
+        """
+        layers, count = self.get_layer_status(), self.get_nb_trainable_parameters()
+        return status.model_status(self._registry, self._base_name, count, layers)
+
     def coverage(self) -> Coverage:
         """What the adapters take, train whole and leave out, array by array; prints as a table."""
         return coverage.coverage(self._registry, self._states())
@@ -129,6 +147,8 @@ class RandLoraModel(ManyAdapters):
     def memory(self) -> Memory:
         """Bytes on one device by kind, with AdamW in mind; of an abstract model, too."""
         store, states, registry = self._store, self._states(), self._registry
+        if registry.stacks:  # with room for more
+            states = {stack.name: store.state(stack.name) for stack in registry.stacks}
         arrays = {name: (state.layers, state.saved) for name, state in states.items()}
         moving = [arrays[name] for name in registry.training if registry.enabled]
         return memory(dict(store.base_leaves()), dict(store.pairs()), arrays, moving)
@@ -208,6 +228,9 @@ class RandLoraModel(ManyAdapters):
         renamed = stated_names(names)
         if not self._registry.specs:
             raise ConfigError("this model has no adapter to save: add one first")
+        combined = list(filter(self._registry.combination, self._registry.slots))
+        if combined:
+            warn(f"{listed(combined)} combine adapters: no file can hold them, and none is written")
         held = self._numbers(self._registry.specs)
         self._pairs(held)  # they are what will be written
         states = {name: state.on_host() for name, state in held.items()}

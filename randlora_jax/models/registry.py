@@ -200,11 +200,26 @@ class AdapterRegistry:
         Raises:
           ConfigError: there is none.
         """
+        if slot := self.combination(adapter_name):
+            raise ConfigError(
+                f"{adapter_name!r} combines {listed([name for name, _ in slot.parts])}, and has no "
+                "lambda and gamma of its own: name one of these"
+            )
         if not isinstance(adapter_name, str) or adapter_name not in self.specs:
             raise ConfigError(
                 f"no adapter named {shown(adapter_name)}; this model has {sorted(self.specs)}"
             )
         return self.specs[adapter_name]
+
+    def combination(self, adapter_name: object) -> Slot | None:
+        """The slot of a combination of adapters of that name; None where there is none."""
+        slot = self.slots.get(adapter_name) if isinstance(adapter_name, str) else None
+        return slot if slot and slot.parts else None
+
+    def combining(self, adapter_name: str) -> list[str]:
+        """The combinations of which an adapter is a part."""
+        slots = self.slots.items()
+        return [name for name, slot in slots if adapter_name in (part for part, _ in slot.parts)]
 
     @cached_property
     def row_stacks(self) -> tuple[Stack, ...]:
@@ -242,8 +257,12 @@ class AdapterRegistry:
         return self.slot_of(applied[0]) if self.stacks and applied else 0
 
     def scale(self, adapter_name: str) -> float:
-        """How strong an adapter, or a combination, was set to be; 1 at first."""
-        return (self.specs.get(adapter_name) or self.slots[adapter_name]).scale
+        """How strong an adapter, or a combination, was set to be; 1 at first.
+
+        Raises:
+          ConfigError: there is none of that name.
+        """
+        return (self.combination(adapter_name) or self.spec(adapter_name)).scale
 
     def slot_of(self, adapter_name: str) -> int:
         """The slot of an adapter, or of a combination.

@@ -237,8 +237,9 @@ class RowChoice:
           ConfigError: these are not the batch's.
         """
         assert self.rows is not None
-        if size in (self.rows, self.rows * self.beams):
-            return self.chosen[stack].repeated(size // self.rows)
+        for times in {1, self.beams}:
+            if size == self.rows * times:
+                return self.chosen[stack].repeated(times)
         raise ConfigError(
             f"layer {layer!r} was called with {size} rows along the first axis of its input, and "
             f"adapter_names has {self.rows}: expected one name for each row of the batch, and the "
@@ -246,11 +247,12 @@ class RowChoice:
         )
 
 
-def as_rows(rows: Any, slots: int) -> jax.Array | AdapterRows:
+def as_rows(rows: Any, slots: int, *, alike: bool) -> jax.Array | AdapterRows:
     """What a user gave in place of names: slots, or `AdapterRows`.
 
     Args:
       slots: how many there are, the base's among them.
+      alike: whether it may be one slot, for all rows.
 
     Raises:
       ConfigError: it is something else, or (where it can be seen) no slot.
@@ -260,11 +262,18 @@ def as_rows(rows: Any, slots: int) -> jax.Array | AdapterRows:
     if (
         not isinstance(given, kinds)
         or given.ndim > 1
+        or (given.ndim == 0 and not alike)
         or not jnp.issubdtype(given.dtype, jnp.integer)
     ):
         raise ConfigError(
             "adapter_names: expected one name for each row, or model.rows(names), an integer array "
-            f"(rows,) of slots, found {shown(given)}"
+            f"(rows,) of slots, found {shown(given)}. (One slot for all rows, (), as under "
+            "jax.vmap, needs stack_adapters().)"
+        )
+    if isinstance(rows, AdapterRows) and not _is_strength(rows.scale, given.shape):
+        raise ConfigError(
+            f"adapter_names: expected {given.shape} finite numbers as the scale of AdapterRows, "
+            f"found {shown(rows.scale)}"
         )
     if not isinstance(given, jax.core.Tracer):
         wrong = [int(slot) for slot in np.ravel(np.asarray(given)) if not 0 <= slot < slots]
@@ -275,3 +284,12 @@ def as_rows(rows: Any, slots: int) -> jax.Array | AdapterRows:
         if isinstance(rows, AdapterRows)
         else jnp.asarray(given, jnp.int32)
     )
+
+
+def _is_strength(scale: Any, shape: tuple[int, ...]) -> bool:
+    """Whether `scale` is an array of that shape, of numbers that are finite where they are seen."""
+    kinds = jax.Array | np.ndarray
+    if not isinstance(scale, kinds) or scale.shape != shape:
+        return False
+    real = jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)
+    return bool(real and (isinstance(scale, jax.core.Tracer) or jnp.isfinite(scale).all()))

@@ -17,6 +17,10 @@ from randlora_jax.models.registry import AdapterRegistry, AdapterState
 from randlora_jax.models.slots import Slot, SlotTable, Stack
 from randlora_jax.models.store import ArrayStore
 
+_WHOLE = (
+    "modules trained whole, and biases, are no part of a sum of deltas: combine adapters that have "
+    "none"
+)
 _MORE = "delete_adapter() frees one; stack_adapters(capacity=...) makes more, and a new program"
 
 
@@ -59,7 +63,7 @@ def _one(held: AdapterState, slot: Slot, stack: Stack) -> AdapterState:
         for name, (lam, gamma) in held.layers.items()
         if name in slot.layers
     }
-    return AdapterState(layers, {path: held.saved[path][i] for path in slot.saved})
+    return AdapterState(layers, {p: x[i] for p, x in held.saved.items() if p in slot.saved})
 
 
 def in_slot(number: int, state: AdapterState) -> Slot:
@@ -142,12 +146,17 @@ def _set(stacked: jax.Array, index: int, new: jax.Array, axis: int) -> jax.Array
     return jax.lax.dynamic_update_index_in_dim(stacked, one, index, axis)
 
 
-def refuse_misfit(name: str, held: AdapterState, state: AdapterState) -> None:
+def refuse_misfit(
+    name: str, held: AdapterState, state: AdapterState, registry: AdapterRegistry
+) -> None:
     """Nothing, if a stack that holds `held` has room for all that `state` has.
 
     Raises:
-      ConfigError: it has not.
+      ConfigError: it has not, or a combination has it, and cannot have all of that.
     """
+    users = registry.combining(name)
+    if state.saved and users:
+        raise ConfigError(f"adapter {name!r} is a part of {listed(users)}: {_WHOLE}")
     more = [n for n in state.layers if n not in held.layers]
     more += [dotted(path) for path in state.saved if path not in held.saved]
     if more:
@@ -156,6 +165,23 @@ def refuse_misfit(name: str, held: AdapterState, state: AdapterState) -> None:
             "the stacks were made, so they have no room for it: make them while an adapter like "
             "it is there. (New leaves are a new program.)"
         )
+
+
+def own_slot(registry: AdapterRegistry, stack: Stack, adapter_name: str) -> int:
+    """The slot that an adapter has in its stack, or the first that holds nothing.
+
+    Raises:
+      ConfigError: it has one in another stack, or there is none.
+    """
+    had = registry.slots.get(adapter_name)
+    if had is None:
+        return free_slot(registry, stack)
+    if had.number not in stack.slots:
+        raise ConfigError(
+            f"what is to take the place of adapter {adapter_name!r} has other bases than that, "
+            f"{stack.name}, so it cannot have its slot: delete_adapter() and load_adapter()"
+        )
+    return had.number
 
 
 def free_slot(registry: AdapterRegistry, stack: Stack) -> int:
@@ -183,7 +209,7 @@ def table(registry: AdapterRegistry) -> SlotTable:
     for name in (*registry.specs, *(n for n, slot in registry.slots.items() if slot.parts)):
         number, slot = registry.slot_of(name), registry.slots.get(name)
         together = slot.parts if slot and slot.parts else ((name, 1.0),)
-        for i, (part, weight) in enumerate(together):
+        for i, (part, weight) in enumerate(together if registry.enabled else ()):
             parts[number, i] = registry.slot_of(part)
             weights[number, i] = weight * registry.specs[part].strength
         if slot and slot.parts:
@@ -194,13 +220,15 @@ def table(registry: AdapterRegistry) -> SlotTable:
     return SlotTable(*arrays)
 
 
-def refuse_stale(adapter_names: Sequence[str], registry: AdapterRegistry, table: SlotTable) -> None:
-    """Nothing, if a table has what the registry says in the slots of adapters.
+def refuse_stale(
+    adapter_names: Iterable[str], registry: AdapterRegistry, table: SlotTable | None
+) -> None:
+    """Nothing, if a table has what the registry says in the slots of adapters, or is traced.
 
     Raises:
       ConfigError: it has not: it is of a copy of the model that went another way.
     """
-    if isinstance(table.stamps, jax.core.Tracer):
+    if table is None or isinstance(table.stamps, jax.core.Tracer):
         return
     stamps = np.asarray(table.stamps)
     for name in dict.fromkeys(adapter_names):
@@ -208,9 +236,23 @@ def refuse_stale(adapter_names: Sequence[str], registry: AdapterRegistry, table:
         if slot and stamps[slot.number] != slot.stamp:
             raise ConfigError(
                 f"adapter {name!r} is not in slot {slot.number} of this copy of the model, but of "
-                "one that shares its settings (nnx.split and nnx.merge make such): ask the model "
-                "that loaded it, or load it here"
+                "one with which it shares what is known of adapters (nnx.split and nnx.merge make "
+                "such copies): go on with that one. stack_adapters() parts a copy from the model "
+                "that it was made of, before either changes"
             )
+
+
+def refuse_names_in_trace(table: SlotTable | None) -> None:
+    """Nothing, if names can be looked up in a table.
+
+    Raises:
+      ConfigError: it is traced: their slots of now would be compiled in.
+    """
+    if table is not None and isinstance(table.stamps, jax.core.Tracer):
+        raise ConfigError(
+            "adapter_names: in a function that is compiled, names would stand for the slots they "
+            "have now, whatever is loaded later: pass rows = model.rows(names) as an argument"
+        )
 
 
 def renumbered(registry: AdapterRegistry, stacks: tuple[Stack, ...]) -> dict[str, int]:
@@ -239,33 +281,9 @@ def with_combination(registry: AdapterRegistry, name: str, slot: Slot) -> Adapte
         )
     whole = [part for part, _ in slot.parts if registry.slots[part].saved]
     if whole:
-        raise ConfigError(
-            f"adapters {listed(whole)} trained modules whole or biases, which are no part of a sum "
-            "of deltas: combine adapters without"
-        )
+        raise ConfigError(f"adapters {listed(whole)}: {_WHOLE}")
     free = [n for s in registry.stacks for n in s.slots if n not in _taken(registry)]
     if not free:
         raise ConfigError(f"all slots are taken, and {name!r} needs one: {_MORE}")
     mine = replace(slot, number=free[0], stamp=new_stamp())
     return replace(registry, slots={**registry.slots, name: mine})
-
-
-def forget(registry: AdapterRegistry, adapter_name: str) -> AdapterRegistry:
-    """With the slot of an adapter, or of a combination, free.
-
-    Raises:
-      ConfigError: a combination, or `set_rows`, still has it.
-    """
-    users = [
-        name
-        for name, slot in registry.slots.items()
-        if adapter_name in (part for part, _ in slot.parts)
-    ]
-    if users:
-        raise ConfigError(f"adapter {adapter_name!r} is a part of {listed(users)}: delete it first")
-    if adapter_name in registry.chosen:
-        raise ConfigError(
-            f"adapter {adapter_name!r} is what set_rows() gave some rows: set other ones first"
-        )
-    slots = {name: slot for name, slot in registry.slots.items() if name != adapter_name}
-    return replace(registry, slots=slots)

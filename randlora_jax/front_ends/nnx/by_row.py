@@ -100,11 +100,7 @@ def _run_trained_whole(
     """A method of a module of which adapters trained leaves whole and no more."""
     graph, split = nnx.split(wrapper.base_layer)
     state = with_jax_arrays(dict(nnx.to_flat_state(split)))
-    if not any(
-        wrapper.stacked_whole(stack, slashed(path), None) is not None
-        for stack in wrapper.settings.stacks
-        for path in state
-    ):
+    if not wrapper.whole_by_row():
         return getattr(wrapper.base_layer, method)(*arguments[0], **arguments[1])
     rest, arrays = Hoisted.of(arguments, (jax.Array, np.ndarray))
     if len(arrays) != 1 or not arrays[0].ndim:

@@ -156,11 +156,18 @@ class RandLoraLayer(nnx.Module):
         Args:
           base: what those have that did not.
         """
+        if key not in self.whole_by_row():
+            return None
         leaves = [self.trained_leaves.get(name, {}).get(key) for name in stack.held]
-        arrays = [base if leaf is None else leaf.get_raw_value() for leaf in leaves]
         if all(leaf is None for leaf in leaves):
             return None
-        return arrays[0] if not stack.members or base is None else jnp.stack(arrays)
+        arrays = [base if leaf is None else leaf.get_raw_value() for leaf in leaves]
+        return jnp.stack(arrays) if stack.members else arrays[0]
+
+    def whole_by_row(self) -> set[str]:
+        """Leaves here that adapters of some stack trained whole."""
+        names = [name for stack in self.settings.stacks for name in stack.held]
+        return {key for name in names for key in self.trained_leaves.get(name, {})}
 
     def applied(self) -> Sequence[tuple[Layer, Sequence[AdapterSpec | Stack]]]:
         """The layers here that an active adapter changes when they run, with these adapters."""
@@ -192,9 +199,10 @@ class RandLoraLayer(nnx.Module):
     def __getattr__(self, name: str) -> Any:
         if name == "base_layer" or name.startswith("_"):
             raise AttributeError(name)
-        applied = self.applied()
-        context = open_for(self.settings.model, applied)
-        base = self._effective(context)
+        context = open_for(self.settings.model, self.by_row())
+        if context and context.rows and context.rows.rows is not None:
+            return self._of_rows(name)
+        base, applied = self._effective(context), self.applied()
         running = bool(applied) and context is not None
         if running and isinstance(getattr(type(base), name, None), property):
             return getattr(self._in_kernels(base), name)
@@ -203,6 +211,25 @@ class RandLoraLayer(nnx.Module):
             return functools.wraps(found)(functools.partial(self._method, name))
         if running and any(layer.leaf[0] == name for layer, _ in applied):
             return getattr(self._in_kernels(base), name)
+        return found
+
+    def _of_rows(self, name: str) -> Any:
+        """What the base layer has, in a call whose rows have adapters of their own.
+
+        Raises:
+          ConfigError: it holds, or may be made of, what differs from row to row.
+        """
+        base = self.base_layer
+        own = {slashed(layer.leaf) for layer, _ in self.by_row()} | self.whole_by_row()
+        is_property = isinstance(getattr(type(base), name, None), property)
+        if any(key == name or key.startswith(f"{name}/") for key in own) or (own and is_property):
+            raise ConfigError(
+                f"{name!r} of a {type(base).__name__} was read by itself, and adapters make "
+                f"another one for each row. {BY_VMAP}"
+            )
+        found = getattr(base, name)
+        if getattr(found, "__self__", None) is base:
+            return functools.wraps(found)(functools.partial(self._method, name))
         return found
 
     def _method(self, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -97,8 +97,9 @@ class NnxRandLora(RandLoraModel, nnx.Module):
 
     @_registry.setter
     def _registry(self, registry: AdapterRegistry) -> None:
-        if isinstance(self._noted, NotedSlots) and self._noted.registry == registry:
-            self._noted.registry = registry
+        known = self._noted
+        if isinstance(known, NotedSlots) and known.registry.stacks is registry.stacks:
+            known.registry = registry
         else:
             self._noted = NotedSlots(registry) if registry.stacks else registry
 

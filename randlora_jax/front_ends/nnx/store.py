@@ -15,7 +15,7 @@ from randlora_jax.core.bases import BasisPair
 from randlora_jax.front_ends.nnx.bridges import bridge_of
 from randlora_jax.front_ends.nnx.call import ModelToken
 from randlora_jax.front_ends.nnx.held import arrays_of, is_container, plain, quantised_in
-from randlora_jax.front_ends.nnx.layer import RandLoraLayer, Settings
+from randlora_jax.front_ends.nnx.layer import Leaves, RandLoraLayer, Settings
 from randlora_jax.front_ends.nnx.nested import wrappers_of_wrapped
 from randlora_jax.front_ends.nnx.variables import (
     AdapterSlots,
@@ -162,14 +162,14 @@ class NnxStore(ArrayStore):
         for layer in layers:
             wrapper, key = wrappers[layer.owner], slashed(layer.leaf)
             for held, value in zip(wrapper.held()[:2], state.layers[layer.name], strict=True):
-                along = FrozenAdapterParam(moved(layer.layout.along_stack, value))
-                held.setdefault(spec.name, {})[key] = along
+                along = moved(layer.layout.along_stack, value)
+                _put(held.setdefault(spec.name, {}), key, along)
             if spec.dropout:
                 wrapper.randlora_dropout[spec.name] = nnx.Dropout(spec.dropout, rngs=rngs)
         for path, value in state.saved.items():
             owner = owners[path]
             leaves = wrappers[owner].trained_leaves.setdefault(spec.name, {})
-            leaves[slashed(path[len(owner) :])] = FrozenAdapterParam(value)
+            _put(leaves, slashed(path[len(owner) :]), value)
 
     def _owner(self, path: Path) -> Path:
         """The module that holds the leaf at `path`, itself or in a container."""
@@ -271,6 +271,14 @@ class NnxStore(ArrayStore):
         replace_held(root, {id(wrapper): wrapper.base_layer for wrapper in wrappers})
         retype_loras(list(nnx.iter_modules(self.root.model)), FrozenLoRAParam, nnx.LoRAParam)
         return self.root.model
+
+
+def _put(leaves: Leaves, key: str, value: Any) -> None:
+    """A leaf that is not trained: in the Variable that is there, for those who hold on to it."""
+    if key in leaves:
+        leaves[key].set_raw_value(value)
+    else:
+        leaves[key] = FrozenAdapterParam(value)
 
 
 def _wrapper_of(module: nnx.Module) -> type[RandLoraLayer]:

@@ -1,0 +1,157 @@
+"""Rows of one batch with adapters of their own, in nnx: what each adapter gives alone."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from many_nets import (
+    IDS,
+    NAMES,
+    STRUCTURES,
+    X,
+    adapted,
+    alone,
+    rotated,
+    same_bits,
+    same_rows,
+    structured,
+)
+from nnx_nets import NETS
+
+from randlora_jax import ConfigError, RandLoraConfig
+
+CAPACITIES = [None, 5]  # of stacks; None where adapters are kept one by one
+
+
+by_row = nnx.jit(lambda model, x, rows: model(x, adapter_names=rows))
+
+
+def ready(capacity):
+    model = adapted()
+    each = alone(model, IDS)
+    if capacity:
+        model.stack_adapters(capacity, parts=2)
+    return model, each
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+def test_each_row_is_what_its_adapter_gives_alone(capacity):
+    model, each = ready(capacity)
+    with model.disable_adapter():
+        base = model(IDS)
+    found = model(IDS, adapter_names=NAMES)  # operation by operation, as the base
+    same_rows(found, each, NAMES)
+    same_bits(found, base, NAMES)
+    np.testing.assert_array_equal(model(IDS, adapter_names=["__base__"] * 4), base)
+    for names in (*rotated(NAMES), *rotated(["d", "d", "__base__", "b"]), ["__base__"] * 4):
+        same_rows(by_row(model, IDS, model.rows(names)), each, names)
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+def test_rows_do_not_touch_one_another(capacity):
+    """A neighbour's adapter would be seen, and another order of rows is that order of outputs."""
+    model, each = ready(capacity)
+    out = np.asarray(by_row(model, IDS, model.rows(NAMES)))
+    with pytest.raises(AssertionError):
+        same_rows(by_row(model, IDS, model.rows([*NAMES[1:], NAMES[0]])), each, NAMES, 1e-2)
+    order = np.array([2, 0, 3, 1])
+    moved = by_row(model, IDS[order], model.rows([NAMES[i] for i in order]))
+    np.testing.assert_allclose(moved, out[order], rtol=0, atol=1e-6 * np.abs(out).max())
+
+
+def test_all_rows_alike_in_a_stack():
+    model, each = ready(5)
+    for name, out in alone(model, IDS).items():
+        same_rows(out, each, [name] * 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "capacity"),
+    [
+        *((kind, 5) for kind in STRUCTURES),
+        ("remat in a scan along 1", None),
+        ("unknown call", None),
+    ],
+)
+def test_in_models_of_any_structure(kind, capacity):
+    model = structured(kind)
+    each = alone(model, X)
+    if capacity:
+        model.stack_adapters(capacity)
+    out, base = (by_row(model, X, model.rows(names)) for names in (NAMES, ["__base__"] * 4))
+    same_rows(out, each, NAMES)
+    same_bits(out, base, NAMES)
+    same_rows(base, each, ["__base__"] * 4)
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+def test_split_rematerialised_and_mapped(capacity):
+    model, each = ready(capacity)
+    rows = model.rows(NAMES)
+    graph, state = nnx.split(model)
+    pure = lambda state, ids, rows: nnx.merge(graph, state)(ids, adapter_names=rows)  # noqa: E731
+    same_rows(jax.jit(jax.checkpoint(pure))(state, IDS, rows), each, NAMES)
+    again = nnx.jit(nnx.remat(lambda model, ids, rows: model(ids, adapter_names=rows)))
+    same_rows(again(model, IDS, rows), each, NAMES)
+    one = lambda model, ids, slot: model(ids[None], adapter_names=slot[None])[0]  # noqa: E731
+    mapped = nnx.jit(nnx.vmap(one, in_axes=(None, 0, 0)))
+    same_rows(mapped(model, IDS, rows), each, NAMES)
+    if capacity:
+        one = lambda ids, slot: model(ids[None], adapter_names=slot)[0]  # noqa: E731
+        same_rows(jax.jit(jax.vmap(one))(IDS, rows), each, NAMES)
+        model.set_rows(NAMES)
+        same_rows(jax.jit(pure)(nnx.state(model), IDS, None), each, NAMES)
+
+
+@pytest.mark.parametrize("kind", ["a kernel that is read", "three kernels", "methods"])
+def test_any_model_runs_row_by_row_under_vmap(kind):
+    make, views, _ = NETS[kind]
+    configs = {
+        name: RandLoraConfig(r=r, randlora_alpha=2 * r, target_modules="all-linear")
+        for name, r in (("a", 2), ("b", 4), ("c", 4))
+    }
+    model, x = adapted(make(), configs, views=views), X[:, 0]
+    each = alone(model, x)
+    for capacity in CAPACITIES:
+        if capacity:
+            model.stack_adapters(capacity)
+        with pytest.raises(ConfigError, match=r"jax\.vmap"):
+            model(x, adapter_names=NAMES)
+    one = lambda model, x, slot: model(x[None], adapter_names=slot)[0]  # noqa: E731
+    mapped = nnx.jit(lambda model, x, rows: jax.vmap(partial(one, model))(x, rows))
+    same_rows(mapped(model, x, model.rows(NAMES)), each, NAMES, 2e-6)
+
+
+class Attending(nnx.Module):
+    """An embedding that is the head as well, by a method or read by itself."""
+
+    def __init__(self, reads):
+        self.emb, self.up = nnx.Embed(11, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 8, rngs=nnx.Rngs(1))
+        self.reads = reads
+
+    def __call__(self, ids):
+        x = self.up(self.emb(ids))
+        return x @ self.emb.embedding[...].T if self.reads else self.emb.attend(x)
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+def test_a_tied_head_that_is_trained_whole_follows_the_row(capacity):
+    configs = {
+        "a": RandLoraConfig(r=3, target_modules=["up"]),
+        "b": RandLoraConfig(r=3, target_modules=["up"], modules_to_save=["emb"]),
+    }
+    model = adapted(Attending(reads=False), configs)
+    each, names = alone(model, IDS), ["b", "a", "__base__", "b"]
+    if capacity:
+        model.stack_adapters(capacity)
+    same_rows(by_row(model, IDS, model.rows(names)), each, names)
+    model = adapted(Attending(reads=True), configs)
+    each = alone(model, IDS)
+    if capacity:
+        model.stack_adapters(capacity)
+        same_rows(by_row(model, IDS, jnp.int32(2)), each, ["b"] * 4)
+    with pytest.raises(ConfigError, match="'embedding' of a Embed was read by itself"):
+        model(IDS, adapter_names=names)

@@ -1,0 +1,85 @@
+"""google-tunix's sampler, each prompt of a batch with an adapter of its own."""
+
+import numpy as np
+import pytest
+from flax import nnx
+from many_nets import move
+from tiny_llama import SETTINGS, TOKENIZER, base_model
+from tunix.generate.sampler import CacheConfig, Sampler
+
+from randlora_jax import RandLoraConfig, RandLoraModel, get_peft_model
+
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore:PEFT cannot open these adapters in one PyTorch model"),
+]
+
+ASKED, STEPS = ["one two ", "three", "four five six", "seven "], 5
+NAMES = ["a", "b", "__base__", "c"]
+
+
+def several(folder):
+    """A tunix Llama with three adapters, one of which trains the head whole."""
+    model = get_peft_model(base_model(folder), RandLoraConfig(**SETTINGS), adapter_name="a")
+    model.add_adapter("b", RandLoraConfig(**SETTINGS | {"r": 4, "randlora_alpha": 20}))
+    whole = {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head"]}
+    model.add_adapter("c", RandLoraConfig(**SETTINGS | whole))
+    for seed, name in enumerate("abc"):
+        move(model, name, seed, by=0.1)
+    return model
+
+
+def said(sampler):
+    """By prompt: the next tokens, taken greedily, and the logarithms of their chances."""
+    out = sampler(ASKED, max_generation_steps=STEPS, return_logprobs=True, eos_tokens=[-1])
+    return np.asarray(out.tokens), np.asarray(out.logprobs)
+
+
+def compiled(sampler):
+    """How many programs it has made."""
+    return [f._cache_size() for f in (sampler._compiled_prefill_fn, sampler._compiled_decode_fn)]
+
+
+def test_each_prompt_is_answered_by_its_own_adapter_and_a_swap_compiles_nothing(base, tmp_path):
+    model = several(base)
+    model.save_pretrained(tmp_path)
+    cache = CacheConfig(cache_size=32, num_layers=1, num_kv_heads=2, head_dim=12)
+    plain = Sampler(base_model(base), TOKENIZER, cache)
+    each = {"__base__": said(plain)}
+    for name in ("a", "b", "c"):  # alone, in a plain model's kernels
+        merged = RandLoraModel.from_pretrained(base_model(base), tmp_path / name, adapter_name=name)
+        plain.transformer_state = nnx.variables(merged.merge_and_unload())
+        each[name] = said(plain)
+
+    model.stack_adapters(3)
+    model.set_rows(NAMES)
+    sampler = Sampler(model, TOKENIZER, cache)
+
+    def answers(names, holds=None):
+        model.set_rows(names)
+        tokens, chances = said(sampler)
+        for i, name in enumerate(names):
+            expected = each[(holds or {}).get(name, name)]
+            np.testing.assert_array_equal(tokens[i], expected[0][i])
+            np.testing.assert_allclose(chances[i], expected[1][i], rtol=0, atol=1e-4)
+
+    answers(NAMES)
+    programs = compiled(sampler)
+    assert programs == [1, 1]
+    answers(["c", "__base__", "a", "b"])
+    with pytest.raises(AssertionError):
+        answers(["c", "__base__", "a", "b"], {"c": "a", "a": "c"})
+    model.hotswap_adapter(tmp_path / "c", "a")
+    answers(NAMES, {"a": "c"})
+    model.load_adapter(tmp_path / "a", "new")
+    answers(["new", "a", "b", "__base__"], {"new": "a", "a": "c"})
+    model.set_rows(["__base__"] * 4)
+    model.delete_adapter("new")
+    answers(["__base__"] * 4)
+    model.set_scale("c", 0.0)
+    assert compiled(sampler) == programs
+    model.set_adapter("b")  # all rows alike: another program, once
+    for name in ("b", "a"):
+        model.set_adapter(name)
+        np.testing.assert_array_equal(said(sampler)[0], each[{"a": "c"}.get(name, name)][0])
+    assert compiled(sampler) == [2, 2]
