@@ -110,7 +110,8 @@ def laid_beside(
             layer = layers[name]
             place = place_beside(params, layer.kernel_path, len(layer.owner))
             leaves[name] = layer.kernel_path[len(place) :]
-            lam, gamma = map(layer.layout.along_stack, arrays)
+            held = map(_slots_in_rows, arrays) if rows else arrays
+            lam, gamma = map(layer.layout.along_stack, held)
             laid.setdefault(place, {}).setdefault(name, {})[adapter_name] = (lam, gamma)
     entries = {}
     for place, shares in laid.items():
@@ -176,6 +177,18 @@ def _lay_whole(
                 told = entry[TOLD]
                 entry[TOLD] = replace(told, whole=(*told.whole, (leaf, base[path].shape)))
             by_stack[name] = slots
+
+
+def _slots_in_rows(stacked: jax.Array) -> jax.Array:
+    """(*stack axes, slots, a, b) as (*stack axes, slots * a, b), which scans take as one's own."""
+    *outer, slots, a, b = stacked.shape
+    return stacked.reshape(*outer, slots * a, b)
+
+
+def slots_apart(laid: jax.Array, slots: int) -> jax.Array:
+    """(*stack axes, slots, a, b) of what is laid as (*stack axes, slots * a, b)."""
+    *outer, rows, b = laid.shape
+    return laid.reshape(*outer, slots, rows // slots, b)
 
 
 def layers_in(params: Mapping[str, Any], *, deep: bool) -> Iterator[tuple[str, Path]]:

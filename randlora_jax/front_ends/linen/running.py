@@ -30,7 +30,14 @@ from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.ways import Way, possible_ways, require_a_way
 from randlora_jax.front_ends.call_input import Arguments, CallInput, input_of, multiplies_in
 from randlora_jax.front_ends.linen.alone import alone, around
-from randlora_jax.front_ends.linen.beside import BESIDE, SHARES, Shares, joined, layers_in
+from randlora_jax.front_ends.linen.beside import (
+    BESIDE,
+    SHARES,
+    Shares,
+    joined,
+    layers_in,
+    slots_apart,
+)
 from randlora_jax.front_ends.linen.by_row import (
     has_trained_whole,
     refusal,
@@ -345,16 +352,17 @@ class LinenRunner:
         Raises:
           ConfigError: one of them would drop some of its input, which no row can.
         """
-        members = {stack.name: stack.members for stack in self.registry.row_stacks}
-        for name, (lam, gamma) in beside.items():
-            for member in members[name]:
+        stacks = {stack.name: stack for stack in self.registry.row_stacks}
+        for name, arrays in beside.items():
+            for member in stacks[name].members:
                 if self.registry.specs[member].dropout > 0 and module.has_rng("dropout"):
                     raise ConfigError(
                         f"adapter {member!r} has dropout, which a dropout rng turns on, and "
                         "adapter_names are for inference, as in PEFT: call without that rng"
                     )
-            first = partial(kernel.layout.stack_first, inner=3)
-            yield name, (first(lam), first(gamma))
+            lam, gamma = map(kernel.layout.stack_first, arrays)
+            slots = stacks[name].capacity
+            yield name, (slots_apart(lam, slots), slots_apart(gamma, slots))
 
 
 def _home(path: Path, parts: Mapping[str, Any]) -> str:
