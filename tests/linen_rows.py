@@ -10,10 +10,10 @@ from randlora_jax import RandLoraConfig, get_peft_model
 IDS = jax.random.randint(jax.random.key(0), (5, 4), 0, 11)
 NAMES = ["b", "__base__", "c", "a", "b"]
 
-# of other ranks, kinds and targets; modules trained whole, biases
+# Of other ranks, kinds and targets; biases, and modules trained whole that others adapt.
 CONFIGS = {
     "a": {"r": 3, "target_modules": ["up", "down"], "modules_to_save": ["head", "norm"]},
-    "b": {"r": 3, "target_modules": ["up"], "randlora_alpha": 7, "bias": "all"},
+    "b": {"r": 3, "target_modules": ["up"], "modules_to_save": ["down"], "bias": "all"},
     "c": {"r": 2, "target_modules": ["down"], "modules_to_save": ["embed"], "sparse": True},
 }
 

@@ -63,7 +63,7 @@ def test_under_transformations_of_blocks(wrap, kept):
 
 @pytest.mark.parametrize(("axis", "views"), [(0, "s i o"), (1, "i s o"), (-1, "i o s")])
 def test_in_scanned_stacks_of_layers(axis, views, kept):
-    configs = {**CONFIGS, "b": {**CONFIGS["b"], "bias": "none"}}
+    configs = {**CONFIGS, "b": {"r": 3, "target_modules": ["up"]}}
     rules = {"views": {"blocks/(up|down)": views}}
     model, bound = adapted(Scanned(axis), configs, **rules)
     each = alone(model, bound)

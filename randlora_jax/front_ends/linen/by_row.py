@@ -5,7 +5,7 @@ checks the shapes of params. An adapted layer reads them by row; a module that h
 runs row after row.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -57,20 +57,30 @@ def trained_whole(params: Params, chosen: Mapping[str, Chosen]) -> dict[Path, ja
     return found
 
 
+def trained_whole_at(params: Params) -> set[Path]:
+    """The leaves of a module, by path in its `params`, of which rows have their own."""
+    beside = params.get(BESIDE)
+    return {path for path, _ in beside[TOLD].whole} if beside else set()
+
+
 def has_trained_whole(params: Params, *, deep: bool) -> bool:
     """Whether rows have leaves of their own in the params of a module.
 
     Args:
       deep: or of a module inside it.
     """
-    if WHOLE in params.get(BESIDE, {}):
+    if trained_whole_at(params):
         return True
     inner = [x for key, x in params.items() if key != BESIDE and isinstance(x, Mapping)]
     return deep and any(has_trained_whole(x, deep=True) for x in inner)
 
 
-def with_trained_whole(params: Params, chosen: Mapping[str, Chosen]) -> dict[str, Any]:
-    """`params` with what one adapter trained whole in its place, in modules inside, too."""
+def with_trained_whole(params: Params, chosen: Mapping[str, Chosen] | None) -> dict[str, Any]:
+    """`params` with what one adapter trained whole in its place, in modules inside, too.
+
+    Args:
+      chosen: by stack; None for the base model's own.
+    """
     found: dict[str, Any] = {
         key: with_trained_whole(value, chosen)
         if isinstance(value, Mapping) and key != BESIDE
@@ -78,7 +88,7 @@ def with_trained_whole(params: Params, chosen: Mapping[str, Chosen]) -> dict[str
         for key, value in params.items()
     }
     beside = found.pop(BESIDE, None)
-    found = with_leaves(found, trained_whole(params, chosen))
+    found = with_leaves(found, trained_whole(params, chosen) if chosen else {})
     if beside and beside[SHARES]:
         found[BESIDE] = {SHARES: beside[SHARES], TOLD: replace(beside[TOLD], whole=())}
     return found
@@ -88,17 +98,15 @@ def run_trained_whole(
     module: nn.Module,
     method: str,
     arguments: Arguments,
-    call: Callable[..., Any],
     choice: RowChoice,
     choosing: Callable[[RowChoice], AbstractContextManager[None]],
 ) -> Any:
     """A method of a module of which adapters trained leaves whole, each row with its own.
 
-    Rows whose adapters trained none get the very bits of the base model.
+    Rows whose adapters lie in stacks that trained none get what the module makes without.
 
     Args:
-      call: the method without these leaves.
-      choosing: within it, adapted layers inside the module take another choice.
+      choosing: within it, the module's adapted layers, itself or inside, take another choice.
 
     Raises:
       ConfigError: the module cannot run so.
@@ -108,44 +116,48 @@ def run_trained_whole(
         raise refusal(module, f"it is called with {len(arrays)} arrays, expected its input alone")
     x = jnp.asarray(arrays[0])
     params = module.variables["params"]
-    names, base = _stacks_in(params), call(*arguments[0], **arguments[1])
+    laid = list(_laid(params))
     chosen = choice.of_batches(x.shape[0], _place(module))
     others = {name: held for name, held in module.variables.items() if name != "params"}
-    rngs, mutable = rngs_of(module), module.scope.mutable  # type: ignore[union-attr]
+    rngs, mutable = rngs_of(module), module.scope.mutable or []  # type: ignore[union-attr]
     bare = module.clone(parent=None, name=None)
+
+    def run(x: jax.Array, mine: Mapping[str, Chosen] | None) -> Any:
+        variables = {**others, "params": with_trained_whole(params, mine)}
+        args, kwargs = rest.with_arrays([x])
+        out, after = bare.apply(
+            variables, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
+        )
+        _refuse_changes(module, variables, after)
+        return out
 
     def row(given: tuple[jax.Array, dict[str, Chosen]]) -> Any:
         x, mine = given
-        variables = {**others, "params": with_trained_whole(params, mine)}
-        args, kwargs = rest.with_arrays([x[None]])
         with choosing(RowChoice(mine)):
-            out, after = bare.apply(
-                variables, *args, rngs=rngs, method=method, mutable=mutable or [], **kwargs
-            )
-        _refuse_changes(module, variables, after)
-        return jax.tree.map(lambda y: y[0], out)
+            return jax.tree.map(lambda y: y[0], run(x[None], mine))
 
     # matrices one after another: those of all rows at once would be as large as so many models
-    matrices = any(x.ndim > 1 for x in flat(params).values() if hasattr(x, "ndim"))
+    matrices = any(axes > 1 for _, axes in laid)
     every = (x, chosen)
     own = jax.lax.map(row, every) if matrices else jax.vmap(row)(every)
+    names = dict.fromkeys(name for name, _ in laid)
     present = jnp.stack([chosen[name].present.any(-1) for name in names]).any(0)
 
     def either(own: jax.Array, base: jax.Array) -> jax.Array:
         return jnp.where(jnp.expand_dims(present, range(1, own.ndim)), own, base)
 
-    return jax.tree.map(either, own, base)
+    return jax.tree.map(either, own, run(x, None))
 
 
-def _stacks_in(params: Params) -> set[str]:
-    """The stacks that have something trained whole in the params of a module or inside it."""
-    found: set[str] = set()
+def _laid(params: Params) -> Iterator[tuple[str, int]]:
+    """Of all that is trained whole in a module and inside it: the stack, how many axes it has."""
     for key, value in params.items():
         if key == BESIDE:
-            found |= {name for by_stack in value.get(WHOLE, {}).values() for name in by_stack}
+            for by_stack in value.get(WHOLE, {}).values():
+                for name, slots in by_stack.items():
+                    yield name, slots[0].ndim if isinstance(slots, list) else slots.ndim - 1
         elif isinstance(value, Mapping):
-            found |= _stacks_in(value)
-    return found
+            yield from _laid(value)
 
 
 def _refuse_changes(module: nn.Module, before: Params, after: Params) -> None:

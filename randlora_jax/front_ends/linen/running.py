@@ -43,6 +43,7 @@ from randlora_jax.front_ends.linen.by_row import (
     refusal,
     run_trained_whole,
     trained_whole,
+    trained_whole_at,
 )
 from randlora_jax.front_ends.linen.lifted import (
     HandsOutModules,
@@ -94,6 +95,14 @@ class _Met:
     known: Mapping[str, LayerType | None]
     kinds: Mapping[str, str]
     inside: frozenset[str] = frozenset()
+
+    @property
+    def kernels_trained_whole(self) -> bool:
+        """Whether rows have leaves of their own here, and these are no mere biases of a layer."""
+        if not self.layers:
+            return has_trained_whole(self.own, deep=True)
+        whole = trained_whole_at(self.own)
+        return any(path in whole for _, path in self.layers.values())
 
     @property
     def inner(self) -> list[Mapping[str, Any]]:
@@ -189,10 +198,9 @@ class LinenRunner:
         met = self._met(context, (args, kwargs))
         if met is None:
             return call(*args, **kwargs)
-        if not met.layers:
-            assert self._by_row
+        if self._by_row and met.kernels_trained_whole:
             return run_trained_whole(
-                met.module, met.name, met.arguments, call, self._by_row, self._choosing
+                met.module, met.name, met.arguments, self._by_row, self._choosing
             )
         if maps_around(met.module) > self._maps:
             raise ConfigError(
