@@ -68,6 +68,34 @@ class FunctionalRandLora(RandLoraModel):
         """
         return self._variables_with(self._held or self._registry.applied)
 
+    @variables.setter
+    def variables(self, variables: Mapping[str, Any]) -> None:
+        _check_kind(variables)
+        lost = [name for name, held in self.variables.items() if held and name not in variables]
+        if lost:
+            raise ConfigError(
+                f"the variables lack the collections {listed(lost)}, which would be lost: {_WHOLE}"
+            )
+        self._check_adapters(variables)
+        store = self._collections
+        if self._registry.stacks:
+            store.set_slots(self._table_in(as_arrays(variables), now=True))
+        for name, tree in adapter_trees(as_arrays(unfreeze(variables))).items():
+            # of a merged adapter, lambda and gamma are no variables, and stay
+            leaves = {**flatten_dict(store.trees[name]), **flatten_dict(tree)}
+            store.trees[name] = unflatten_dict(leaves)
+        store.base = base_arrays(unfreeze(base_collections(variables)))
+        if any(map(_is_gone, jax.tree.leaves(store.pairs()))):
+            self._refresh_pairs(store)
+
+    def split(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(what an optimizer trains, all other collections): pytrees of arrays.
+
+        ``{**frozen, "randlora": trained}`` is the whole again, what `apply` takes.
+        """
+        frozen = self.variables
+        return frozen.pop(TRAINED), frozen
+
     @property
     def _held(self) -> tuple[str, ...]:
         """The names of the stacks that are kept."""
@@ -89,40 +117,12 @@ class FunctionalRandLora(RandLoraModel):
             return self.variables
         return self._variables_with(self._registry.specs)
 
-    @variables.setter
-    def variables(self, variables: Mapping[str, Any]) -> None:
-        _check_kind(variables)
-        lost = [name for name, held in self.variables.items() if held and name not in variables]
-        if lost:
-            raise ConfigError(
-                f"the variables lack the collections {listed(lost)}, which would be lost: {_WHOLE}"
-            )
-        self._check_adapters(variables)
-        store = self._collections
-        if self._registry.stacks:
-            store.set_slots(self._table_in(as_arrays(variables), now=True))
-        for name, tree in adapter_trees(as_arrays(unfreeze(variables))).items():
-            # of a merged adapter, lambda and gamma are no variables, and stay
-            leaves = {**flatten_dict(store.trees[name]), **flatten_dict(tree)}
-            store.trees[name] = unflatten_dict(leaves)
-        store.base = base_arrays(unfreeze(base_collections(variables)))
-        if any(map(_is_gone, jax.tree.leaves(store.pairs()))):
-            self._refresh_pairs(store)
-
     def _rows_in(
         self, variables: Mapping[str, Any], adapter_names: Any, beams: int = 1
     ) -> RowChoice | None:
         """What a call with `variables`, which are checked, takes of the stacks."""
         table = self._table_in(variables) if self._registry.stacks else None
         return self._chosen(adapter_names, beams, table)
-
-    def split(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(what an optimizer trains, all other collections): pytrees of arrays.
-
-        ``{**frozen, "randlora": trained}`` is the whole again, what `apply` takes.
-        """
-        frozen = self.variables
-        return frozen.pop(TRAINED), frozen
 
     def _tree(self, adapter_name: str) -> dict[str, Any]:
         """An adapter's leaves; those whose delta is merged into the kernels left out."""

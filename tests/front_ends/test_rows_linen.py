@@ -54,14 +54,22 @@ def test_known_mistakes_are_seen(mistake, monkeypatch):
 
 
 @pytest.mark.parametrize("wrap", ["remat", "jit"])
-def test_under_transformations_of_blocks(wrap, kept):
-    model, each = prepared(kept, Net(wrap))
+def test_under_transformations_of_blocks(wrap):
+    model, each = prepared("in stacks", Net(wrap))
     names = list(reversed(NAMES))
     for some in (NAMES, names):  # nn.jit would keep what it compiled for the first
         assert_rows(model(IDS, adapter_names=some), some, each)
 
 
-@pytest.mark.parametrize(("axis", "views"), [(0, "s i o"), (1, "i s o"), (-1, "i o s")])
+@pytest.mark.parametrize(
+    ("axis", "views", "kept"),
+    [
+        (0, "s i o", "one by one"),
+        (0, "s i o", "in stacks"),
+        (1, "i s o", "in stacks"),
+        (-1, "i o s", "in stacks"),
+    ],
+)
 def test_in_scanned_stacks_of_layers(axis, views, kept):
     configs = {**CONFIGS, "b": {"r": 3, "target_modules": ["up"]}}
     rules = {"views": {"blocks/(up|down)": views}}
@@ -72,8 +80,8 @@ def test_in_scanned_stacks_of_layers(axis, views, kept):
     assert_rows(model(IDS, adapter_names=NAMES), NAMES, each)
 
 
-def test_methods_rngs_and_mutable_collections(kept):
-    model, each = prepared(kept)
+def test_methods_rngs_and_mutable_collections():
+    model, each = prepared("in stacks")
     found = model(IDS, adapter_names=NAMES, method="twice") / 2
     assert_rows(found, NAMES, each)
     rngs = {"noise": jax.random.key(0)}

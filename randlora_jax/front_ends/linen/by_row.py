@@ -119,7 +119,7 @@ def run_trained_whole(
     laid = list(_laid(params))
     chosen = choice.of_batches(x.shape[0], _place(module))
     others = {name: held for name, held in module.variables.items() if name != "params"}
-    rngs, mutable = rngs_of(module), module.scope.mutable or []  # type: ignore[union-attr]
+    rngs, mutable = rngs_of(module), module.scope.mutable or []
     bare = module.clone(parent=None, name=None)
 
     def run(x: jax.Array, mine: Mapping[str, Chosen] | None) -> Any:
