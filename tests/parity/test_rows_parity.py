@@ -158,14 +158,15 @@ def test_every_beam_of_a_row_has_its_adapter(case):
     np.testing.assert_array_equal(search(model.params, model.rows(NAMES)), rows_of(each))
 
 
-def test_the_encoder_sees_each_row_once(tmp_path):
+@pytest.mark.long
+def test_the_encoder_sees_each_row_once(tmp_path, monkeypatch):
     pair = zoo.twins("bart", tmp_path)
     ids, names = zoo.IDS, ["b", "__base__", "a"]
     settings = {"max_length": 6, "pad_token_id": 1, "eos_token_id": 2}
-    configs = {"a": ["q_proj", "fc1"], "b": ["v_proj", "fc2"]}
+    configs = {"a": ["k_proj", "out_proj"], "b": ["v_proj", "fc2"]}
     model = None
     for seed, (name, targets) in enumerate(configs.items()):
-        config = RandLoraConfig(r=5, randlora_alpha=10, target_modules=targets, init_weights=False)
+        config = RandLoraConfig(r=5, randlora_alpha=25, target_modules=targets, init_weights=False)
         key = jax.random.key(seed)
         if model is None:
             model = get_peft_model(pair.flax, config, name, rngs=key)
@@ -173,14 +174,24 @@ def test_the_encoder_sees_each_row_once(tmp_path):
             model.add_adapter(name, config, rngs=key)
     model.stack_adapters()
 
-    @jax.jit
     def search(params, rows=None):
         given = {"params": params, "adapter_names": rows, "num_beams": 2, **settings}
         return model.generate(ids, **given).sequences
 
     each = {"__base__": pair.flax.generate(ids, num_beams=2, **settings).sequences}
+    alone = jax.jit(search)
     for name in configs:
         model.set_adapter(name)
-        each[name] = search(model.params)
-    assert not np.array_equal(each["a"], each["b"])
-    np.testing.assert_array_equal(search(model.params, model.rows(names)), rows_of(each, names))
+        each[name] = alone(model.params)
+    for i, name in enumerate(names):
+        others = [each[other][i] for other in names if other != name]
+        assert not any(np.array_equal(each[name][i], other) for other in others)
+    given = model.params, model.rows(names)
+    np.testing.assert_array_equal(jax.jit(search)(*given), rows_of(each, names))
+
+    def tiled(chosen, times):
+        return Chosen(*(jnp.tile(x, (times, 1)) for x in chosen))
+
+    monkeypatch.setattr(Chosen, "repeated", tiled)
+    mistaken = jax.jit(lambda *given: search(*given))(*given)
+    assert not np.array_equal(mistaken, rows_of(each, names))
