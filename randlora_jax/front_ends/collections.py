@@ -31,6 +31,8 @@ Tree = Any
 
 LAMBDA, GAMMA = "randlora_lambda", "randlora_gamma"
 TRAINED, FROZEN, PAIRS = "randlora", "randlora_frozen", "randlora_bases"
+SLOTS = "randlora_slots"  # what the slots of stacked adapters stand for
+OURS = TRAINED, FROZEN, PAIRS, SLOTS
 
 
 class CollectionStore(ArrayStore):
@@ -136,13 +138,13 @@ def state_of(tree: Mapping[str, Any]) -> AdapterState:
 
 
 def adapter_trees(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree of every adapter in `variables`, trained or frozen."""
+    """The tree of every adapter, or stack of some, in `variables`, trained or frozen."""
     return {**variables.get(FROZEN, {}), **variables.get(TRAINED, {})}
 
 
 def base_collections(variables: Mapping[str, Any]) -> dict[str, Any]:
     """What of `variables` is the base model's own."""
-    return {k: v for k, v in variables.items() if k not in (TRAINED, FROZEN, PAIRS)}
+    return {k: v for k, v in variables.items() if k not in OURS}
 
 
 def base_arrays(collections: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,8 +160,8 @@ def base_arrays(collections: Mapping[str, Any]) -> dict[str, Any]:
         )
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(dict(collections))]
     parts = [tuple(map(part_of, path)) for path in paths]
-    held = [name for name in (TRAINED, FROZEN, PAIRS) if name in collections]
-    ours = {LAMBDA, GAMMA, TRAINED, FROZEN, PAIRS}
+    held = [name for name in OURS if name in collections]
+    ours = {LAMBDA, GAMMA, *OURS}
     held += [dotted(path) for path in parts if ours & set(path[1:])]
     if held:
         raise ConfigError(

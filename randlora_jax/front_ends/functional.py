@@ -5,7 +5,7 @@ or not fit is looked for before anything runs: as for all that only shapes decid
 this costs nothing after tracing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from randlora_jax.front_ends.collections import (
     GAMMA,
     LAMBDA,
     PAIRS,
+    SLOTS,
     TRAINED,
     CollectionStore,
     adapter_trees,
@@ -32,9 +33,11 @@ from randlora_jax.front_ends.collections import (
 )
 from randlora_jax.front_ends.params import flat
 from randlora_jax.interop.errors import ConfigError, listed, shown, warn
+from randlora_jax.models import stacking
 from randlora_jax.models.model import RandLoraModel
 from randlora_jax.models.names import Path, dotted
-from randlora_jax.models.registry import AdapterRegistry, AdapterState
+from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
+from randlora_jax.models.slots import RowChoice, SlotTable
 
 _WHOLE = (
     "{**frozen, 'randlora': trained} is whole, where trained, frozen = model.split(), and so is "
@@ -58,12 +61,12 @@ class FunctionalRandLora(RandLoraModel):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Every collection; assign it back after training."""
-        registry, store = self._registry, self._collections
-        trees = {name: self._tree(name) for name in registry.applied}
-        trained = {n: tree for n, tree in trees.items() if n in registry.training}
-        frozen = {n: tree for n, tree in trees.items() if n not in trained}
-        return {**store.base, TRAINED: trained, FROZEN: frozen, PAIRS: dict(store.pairs())}
+        """Every collection; assign it back after training.
+
+        Stacks (`stack_adapters`) are frozen, by their names, and "randlora_slots" tells what their
+        slots stand for.
+        """
+        return self._variables_with(self._held or self._registry.applied)
 
     @variables.setter
     def variables(self, variables: Mapping[str, Any]) -> None:
@@ -75,6 +78,8 @@ class FunctionalRandLora(RandLoraModel):
             )
         self._check_adapters(variables)
         store = self._collections
+        if self._registry.stacks:
+            store.set_slots(self._table_in(as_arrays(variables), now=True))
         for name, tree in adapter_trees(as_arrays(unfreeze(variables))).items():
             # of a merged adapter, lambda and gamma are no variables, and stay
             leaves = {**flatten_dict(store.trees[name]), **flatten_dict(tree)}
@@ -91,6 +96,34 @@ class FunctionalRandLora(RandLoraModel):
         frozen = self.variables
         return frozen.pop(TRAINED), frozen
 
+    @property
+    def _held(self) -> tuple[str, ...]:
+        """The names of the stacks that are kept."""
+        return tuple(stack.name for stack in self._registry.stacks)
+
+    def _variables_with(self, names: Iterable[str]) -> dict[str, Any]:
+        """Every collection, with the adapters or stacks of `names`."""
+        registry, store = self._registry, self._collections
+        trees = {name: self._tree(name) for name in names}
+        trained = {n: tree for n, tree in trees.items() if n in registry.training}
+        frozen = {n: tree for n, tree in trees.items() if n not in trained}
+        table = store.slots() if registry.stacks else None
+        slots = {SLOTS: table._asdict()} if table else {}
+        return {**store.base, TRAINED: trained, FROZEN: frozen, PAIRS: dict(store.pairs()), **slots}
+
+    def _variables_for(self, adapter_names: Any) -> dict[str, Any]:
+        """The model's own, with all from which rows of a call may choose."""
+        if adapter_names is None or self._registry.stacks:
+            return self.variables
+        return self._variables_with(self._registry.specs)
+
+    def _rows_in(
+        self, variables: Mapping[str, Any], adapter_names: Any, beams: int = 1
+    ) -> RowChoice | None:
+        """What a call with `variables`, which are checked, takes of the stacks."""
+        table = self._table_in(variables) if self._registry.stacks else None
+        return self._chosen(adapter_names, beams, table)
+
     def _tree(self, adapter_name: str) -> dict[str, Any]:
         """An adapter's leaves; those whose delta is merged into the kernels left out."""
         tree = self._collections.trees[adapter_name]
@@ -99,8 +132,13 @@ class FunctionalRandLora(RandLoraModel):
         leaves = flatten_dict(tree)
         return unflatten_dict({p: x for p, x in leaves.items() if p[-1] not in (LAMBDA, GAMMA)})
 
-    def _checked(self, variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _checked(
+        self, variables: Mapping[str, Any], adapter_names: Any = None
+    ) -> Mapping[str, Any]:
         """`variables`, if this model can run with them.
+
+        Args:
+          adapter_names: what rows of the batch take; None where the call does not say.
 
         Raises:
           ConfigError: the bases or other parts are missing, or something in them is not this
@@ -111,6 +149,9 @@ class FunctionalRandLora(RandLoraModel):
         _check_kind(variables)
         refuse_abstract(variables)
         registry, given = self._registry, adapter_trees(variables)
+        if registry.stacks or adapter_names is not None:
+            self._check_stacked(variables)
+            return variables
         lost = [n for n in registry.applied if n not in registry.merged and n not in given]
         if lost:
             homes = {n: TRAINED if n in registry.training else FROZEN for n in lost}
@@ -125,20 +166,69 @@ class FunctionalRandLora(RandLoraModel):
             self._check_adapters(variables)
         return variables
 
+    def _check_stacked(self, variables: Mapping[str, Any]) -> None:
+        """Nothing, if `variables` have all that rows may choose from.
+
+        Raises:
+          ConfigError: something is missing, or is not this model's.
+        """
+        registry, given = self._registry, adapter_trees(variables)
+        held = [name for stack in registry.row_stacks for name in stack.held]
+        lost = [name for name in held if name not in given and name not in registry.merged]
+        if lost and registry.stacks:
+            raise ConfigError(f"the variables lack the stacks {listed(lost)} of adapters: {_WHOLE}")
+        if lost:
+            raise ConfigError(
+                f"adapter_names chooses from all adapters of the model, and the variables lack "
+                f"{listed(lost)}: model.variables have those alone that are applied. Call "
+                "model.stack_adapters() first, from where on they have all of them; or "
+                "model(..., adapter_names=...), which takes the model's own"
+            )
+        self._check_adapters(variables)
+        if registry.stacks:
+            self._table_in(variables)
+
+    def _table_in(self, variables: Mapping[str, Any], *, now: bool = False) -> SlotTable:
+        """The table of slots in `variables`.
+
+        Args:
+          now: it has to say what the model says of its slots now.
+
+        Raises:
+          ConfigError: there is none, or it is another model's.
+        """
+        held, kept = variables.get(SLOTS), self._collections.slots()
+        assert kept is not None
+        shapes = {name: np.shape(x) for name, x in kept._asdict().items() if name != "chosen"}
+        found = {n: np.shape(x) for n, x in held.items()} if isinstance(held, Mapping) else {}
+        if len(found.pop("chosen", (0, 0))) > 1 or found != shapes:
+            raise ConfigError(
+                f"variables: {SLOTS!r}: expected a dict with 'chosen' and arrays of shapes "
+                f"{shapes}, found {shown(held) if held is None else found}: {_WHOLE}"
+            )
+        table = SlotTable(**held)  # type: ignore[arg-type]
+        if now and not all(map(np.array_equal, table, stacking.table(self._registry))):
+            raise ConfigError(
+                f"variables: {SLOTS!r} says otherwise than this model what is in the slots of its "
+                "stacks: take model.variables after the last change of its adapters, or load the "
+                "adapters here (load_adapter)"
+            )
+        return table
+
     def _check_adapters(self, variables: Mapping[str, Any]) -> None:
         """What `variables` have of adapters is this model's, and the bases they need are there."""
         params = self._params_of(variables)
         for name, tree in adapter_trees(variables).items():
-            if name not in self._registry.specs:
+            if name not in self._kept_specs:
                 raise ConfigError(
                     f"no adapter named {shown(name)}, whose leaves the variables hold; this model "
-                    f"has {listed(sorted(self._registry.specs))}: add it first"
+                    f"has {listed(sorted(self._kept_specs))}: add it first"
                 )
             merged = name in self._registry.merged
             _check_leaves(name, tree, self._collections.trees[name], merged=merged)
             state = state_of(tree)
             if state.layers:
-                _check_pair(self._registry, name, state, variables)
+                _check_pair(self._registry, self._kept_specs[name], state, variables)
             needed = [self._registry.layers[layer].kernel_path for layer in state.layers]
             lost = [path for path in [*needed, *state.saved] if path not in params]
             if lost:
@@ -146,6 +236,14 @@ class FunctionalRandLora(RandLoraModel):
                     f"variables: 'params' lack {listed(list(map(dotted, lost)))}, which adapter "
                     f"{name!r} adapts or trains whole: {_WHOLE}"
                 )
+
+    @property
+    def _kept_specs(self) -> Mapping[str, AdapterSpec]:
+        """What is known of each tree that is kept: of an adapter, or of a stack of some."""
+        registry = self._registry
+        if not registry.stacks:
+            return registry.specs
+        return {stack.name: registry.spec_of_stack(stack) for stack in registry.stacks}
 
     def _pairs_of(self, variables: Mapping[str, Any]) -> Mapping[str, BasisPair]:
         """The bases in `variables`."""
@@ -204,11 +302,10 @@ def _check_leaves(name: str, tree: Any, kept: Mapping[str, Any], *, merged: bool
 
 
 def _check_pair(
-    registry: AdapterRegistry, name: str, state: AdapterState, variables: Mapping[str, Any]
+    registry: AdapterRegistry, spec: AdapterSpec, state: AdapterState, variables: Mapping[str, Any]
 ) -> None:
     """The pair of bases that an adapter's layers slice is in `variables`, and is large enough."""
-    spec = registry.specs[name]
-    identity, pairs = str(spec.identity), variables.get(PAIRS)
+    name, identity, pairs = spec.name, str(spec.identity), variables.get(PAIRS)
     if pairs is None or identity not in pairs:
         found = "no such collection" if pairs is None else listed(sorted(pairs)) or "none"
         raise ConfigError(

@@ -168,6 +168,18 @@ class PytreeRandLora(FunctionalRandLora):
     def _base_name(self) -> str:
         return "a params pytree"
 
+    def stack_adapters(self, capacity: int | None = None, *, parts: int = 1) -> None:
+        """Not here.
+
+        Raises:
+          ConfigError: always: rows of a batch cannot take each its own of params with W + delta.
+        """
+        raise ConfigError(
+            "stack_adapters: a params pytree gives out params with W + delta, one for all rows of "
+            "a batch, so no row can have an adapter of its own: wrap the flax model, or call "
+            "set_adapter(name) and merged(model.variables) for each adapter"
+        )
+
     @property
     def params(self) -> Tree:
         """The base model's own, frozen."""

@@ -17,7 +17,7 @@ from randlora_jax.models import life, stacking
 from randlora_jax.models.filled import refuse_abstract
 from randlora_jax.models.merging import MergingModel
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
-from randlora_jax.models.slots import AdapterRows, RowChoice, Slot, as_rows
+from randlora_jax.models.slots import AdapterRows, RowChoice, Slot, SlotTable, as_rows
 from randlora_jax.models.store import ArrayStore
 
 
@@ -288,11 +288,15 @@ class ManyAdapters(MergingModel):
                 f"{what}: the adapters are kept one by one: call stack_adapters() first"
             )
 
-    def _chosen(self, adapter_names: Any, beams: int = 1) -> RowChoice | None:
+    def _chosen(
+        self, adapter_names: Any, beams: int = 1, table: SlotTable | None = None
+    ) -> RowChoice | None:
         """What a call takes of the stacks; None where it applies the active adapters as they are.
 
         Args:
           adapter_names: one for each row, or slots; None where the call names none.
+          beams: how often a row may stand one after another, in a search.
+          table: of the variables that are called with, where these are not the model's own.
 
         Raises:
           ConfigError: adapters are merged or off, or it is something else.
@@ -303,11 +307,14 @@ class ManyAdapters(MergingModel):
         if adapter_names is not None:
             life.refuse_while_merged(registry, "adapter_names")
             life.refuse_while_off(registry, "adapter_names")
-        table = self._store.slots() or stacking.table(registry)
         if isinstance(adapter_names, Iterable) and not isinstance(
             adapter_names, jax.Array | np.ndarray | AdapterRows
         ):
-            adapter_names = self.rows(adapter_names)  # type: ignore[arg-type]
+            slots = self.rows(adapter_names)  # type: ignore[arg-type]
+            stacking.refuse_names_in_trace(table)
+            stacking.refuse_stale(adapter_names, registry, table)  # type: ignore[arg-type]
+            adapter_names = slots
+        table = table or self._store.slots() or stacking.table(registry)
         rows = None
         if adapter_names is not None:
             rows = as_rows(adapter_names, registry.slot_count, alike=bool(registry.stacks))

@@ -246,6 +246,14 @@ class RowChoice:
             f"batch first in every layer. {BY_VMAP}"
         )
 
+    def of_batches(self, size: int, layer: str) -> dict[str, Chosen]:
+        """Of every stack, what a layer takes whose input has `size` rows.
+
+        Raises:
+          ConfigError: these are not the batch's.
+        """
+        return {name: self.of_batch(name, size, layer) for name in self.chosen}
+
 
 def as_rows(rows: Any, slots: int, *, alike: bool) -> jax.Array | AdapterRows:
     """What a user gave in place of names: slots, or `AdapterRows`.

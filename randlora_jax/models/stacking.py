@@ -139,6 +139,27 @@ def written(
     return AdapterState(layers, saved)
 
 
+def side_by_side(
+    stack: Stack, states: Mapping[str, AdapterState], base: Mapping[Path, jax.Array]
+) -> AdapterState:
+    """What a stack holds that is made in a call, of its members."""
+    mine = [states[name] for name in stack.members]
+
+    def layer(name: str) -> tuple[jax.Array, jax.Array]:
+        held = [state.layers.get(name) for state in mine]
+        like = next(both for both in held if both)
+        lam, gamma = (
+            jnp.stack([both[i] if both else jnp.zeros_like(x) for both in held], x.ndim - 2)
+            for i, x in enumerate(like)
+        )
+        return lam, gamma
+
+    names = dict.fromkeys(name for state in mine for name in state.layers)
+    paths = dict.fromkeys(path for state in mine for path in state.saved)
+    saved = {path: jnp.stack([s.saved.get(path, base[path]) for s in mine]) for path in paths}
+    return AdapterState({name: layer(name) for name in names}, saved)
+
+
 @partial(jax.jit, static_argnums=3)
 def _set(stacked: jax.Array, index: int, new: jax.Array, axis: int) -> jax.Array:
     """`stacked` with `new` in place `index` of an axis; compiled once for every shape."""
@@ -237,8 +258,9 @@ def refuse_stale(
             raise ConfigError(
                 f"adapter {name!r} is not in slot {slot.number} of this copy of the model, but of "
                 "one with which it shares what is known of adapters (nnx.split and nnx.merge make "
-                "such copies): go on with that one. stack_adapters() parts a copy from the model "
-                "that it was made of, before either changes"
+                "such copies), or of variables as they were before: go on with that model, or with "
+                "model.variables after the last change. stack_adapters() parts a copy from the "
+                "model that it was made of, before either changes"
             )
 
 

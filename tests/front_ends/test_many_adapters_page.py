@@ -24,7 +24,7 @@ def train_a_little(model, adapter_name, seed):
 
 
 def test_it_runs_as_it_stands():
-    first, stacks, combined, mapped = BLOCKS
+    first, stacks, combined, mapped, linen = BLOCKS
     page = {}
     exec(first, page)
     model, x = page["model"], page["x"]
@@ -49,3 +49,5 @@ def test_it_runs_as_it_stands():
     same(page["y"][1:], "french", "legal")
     exec(mapped, page)
     same(page["y"], "french", "__base__", "legal")
+    exec(linen, page)
+    np.testing.assert_allclose(page["y"], page["net"](x), atol=1e-6)  # its adapter is new

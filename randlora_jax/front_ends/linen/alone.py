@@ -55,7 +55,7 @@ def alone(
     """
     others = {name: held for name, held in module.variables.items() if name != "params"}
     rest = with_leaves(params, {leaf: _KERNEL})
-    values, read = Hoisted.of((rest, others, _rngs_of(module), *taken.rest))
+    values, read = Hoisted.of((rest, others, rngs_of(module), *taken.rest))
     # without its name, so that layers that are alike but for it are equal
     bare = module.clone(parent=None, name=None)
     return RunAlone(
@@ -71,7 +71,7 @@ def around(module: nn.Module) -> Iterator[nn.Module]:
         inner = inner.parent
 
 
-def _rngs_of(module: nn.Module) -> dict[str, LazyRng]:
+def rngs_of(module: nn.Module) -> dict[str, LazyRng]:
     """What a module draws from in this call: the first time, the very numbers of a plain call."""
     scope = module.scope
     found = {}

@@ -4,7 +4,7 @@ There, and only there, ``nn.scan``, ``nn.vmap`` and ``nn.remat`` slice and carry
 they do the kernels they belong to, and ``nn.jit`` sees that a call is another one.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -15,16 +15,18 @@ from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.hoisting import is_traced
 from randlora_jax.front_ends.collections import adapter_trees, base_collections, state_of
 from randlora_jax.front_ends.params import flat, place_beside, unboxed, with_entries, with_leaves
-from randlora_jax.models import adapter_arrays
+from randlora_jax.models import adapter_arrays, stacking
 from randlora_jax.models.layer import Layer
-from randlora_jax.models.names import Path
-from randlora_jax.models.registry import AdapterRegistry
+from randlora_jax.models.names import Path, slashed
+from randlora_jax.models.registry import AdapterRegistry, AdapterState
+from randlora_jax.models.slots import RowChoice, Stack
 
 BESIDE = "randlora"  # its name among the params of a module
 
-SHARES, TOLD = "shares", "told"  # the two parts of what lies there
+SHARES, TOLD = "shares", "told"  # the parts of what lies there
+WHOLE = "whole"  # one more, where rows of the batch choose
 
-Shares = Mapping[str, tuple[jax.Array, jax.Array]]  # lambda and gamma by adapter
+Shares = Mapping[str, tuple[jax.Array, jax.Array]]  # lambda and gamma by adapter, or by stack
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +45,12 @@ class Told:
     Args:
       leaves: the names of the layers, and where the kernel of each is from here.
       token: of the call.
+      whole: where leaves are that rows have of their own, and the shape of each in the model.
     """
 
     leaves: tuple[tuple[str, Path], ...]
     token: CallToken
+    whole: tuple[tuple[Path, tuple[int, ...]], ...] = ()
 
 
 class TokenOfCalls:
@@ -66,35 +70,125 @@ class TokenOfCalls:
         return self._tokens.setdefault(registry, CallToken())
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Where all adapters lie in stacks for a call.
+
+    Args:
+      stacks: in which.
+      choice: what the call takes of them.
+    """
+
+    stacks: Sequence[Stack]
+    choice: RowChoice
+
+
 def laid_beside(
-    variables: Mapping[str, Any], layers: Mapping[str, Layer], token: CallToken, *, applied: bool
+    variables: Mapping[str, Any],
+    layers: Mapping[str, Layer],
+    token: CallToken,
+    *,
+    applied: bool,
+    rows: Rows | None = None,
 ) -> dict[str, Any]:
     """The collections of the base model, with adapter leaves beside the kernels they adapt.
 
     Args:
       applied: False leaves the adapters out.
+      rows: stacks of adapters in place of those that are applied.
     """
     params = unfreeze(variables["params"])
-    held = flat(params)
+    base = {path: unboxed(leaf) for path, leaf in flat(params).items()}
     laid: dict[Path, dict[str, dict[str, tuple[jax.Array, jax.Array]]]] = {}
     leaves: dict[str, Path] = {}
     trees = adapter_trees(variables) if applied else {}
     states = {name: state_of(tree) for name, tree in trees.items()}
+    if rows:
+        states = _in_stacks(rows.stacks, states, base)
     for adapter_name, state in states.items():
         for name, arrays in state.layers.items():
             layer = layers[name]
             place = place_beside(params, layer.kernel_path, len(layer.owner))
             leaves[name] = layer.kernel_path[len(place) :]
-            lam, gamma = map(layer.layout.along_stack, arrays)
+            held = map(_slots_in_rows, arrays) if rows else arrays
+            lam, gamma = map(layer.layout.along_stack, held)
             laid.setdefault(place, {}).setdefault(name, {})[adapter_name] = (lam, gamma)
     entries = {}
     for place, shares in laid.items():
         told = Told(tuple((name, leaves[name]) for name in sorted(shares)), token)
         entries[(*place, BESIDE)] = {SHARES: shares, TOLD: told}
-    trained = adapter_arrays.trained_whole(states)
-    saved = {path: x.astype(unboxed(held[path]).dtype) for path, x in trained.items()}
+    if rows is None:
+        trained = adapter_arrays.trained_whole(states)
+        saved = {path: x.astype(base[path].dtype) for path, x in trained.items()}
+    elif rows.choice.rows is None:
+        saved = _whole_for_all(states, rows.choice, base)
+    else:
+        saved = {}
+        _lay_whole(entries, params, base, states, layers, token)
     whole = with_entries(with_leaves(params, saved), entries)
     return {**base_collections(variables), "params": whole}
+
+
+def _in_stacks(
+    stacks: Sequence[Stack], states: Mapping[str, AdapterState], base: Mapping[Path, jax.Array]
+) -> dict[str, AdapterState]:
+    """What each stack holds, kept or made in this call."""
+    return {
+        stack.name: stacking.side_by_side(stack, states, base)
+        if stack.members
+        else states[stack.name]
+        for stack in stacks
+    }
+
+
+def _whole_for_all(
+    states: Mapping[str, AdapterState], choice: RowChoice, base: Mapping[Path, jax.Array]
+) -> dict[Path, jax.Array]:
+    """What the one adapter that all rows take trained whole."""
+    found: dict[Path, jax.Array] = {}
+    for name, state in states.items():
+        for path, stacked in state.saved.items():
+            found[path] = choice.chosen[name].leaves(stacked, found.get(path, base[path]))
+    return found
+
+
+def _lay_whole(
+    entries: dict[Path, Any],
+    params: Mapping[str, Any],
+    base: Mapping[Path, jax.Array],
+    states: Mapping[str, AdapterState],
+    layers: Mapping[str, Layer],
+    token: CallToken,
+) -> None:
+    """Adds to `entries` what adapters trained whole, of which each row takes its own.
+
+    A leaf of a module that may be scanned lies there as one array for each slot, which a scan along
+    whatever axis slices as it does the leaf.
+    """
+    scanned = {layer.kernel_path[0] for layer in layers.values() if layer.stack}
+    for name, state in states.items():
+        for path, stacked in state.saved.items():
+            place = place_beside(params, path, len(path) - 1)
+            entry = entries.setdefault((*place, BESIDE), {SHARES: {}, TOLD: Told((), token)})
+            leaf = path[len(place) :]
+            slots = [*stacked] if path[0] in scanned else stacked
+            by_stack = entry.setdefault(WHOLE, {}).setdefault(slashed(leaf), {})
+            if not by_stack:
+                told = entry[TOLD]
+                entry[TOLD] = replace(told, whole=(*told.whole, (leaf, base[path].shape)))
+            by_stack[name] = slots
+
+
+def _slots_in_rows(stacked: jax.Array) -> jax.Array:
+    """(*stack axes, slots, a, b) as (*stack axes, slots * a, b), which scans take as one's own."""
+    *outer, slots, a, b = stacked.shape
+    return stacked.reshape(*outer, slots * a, b)
+
+
+def slots_apart(laid: jax.Array, slots: int) -> jax.Array:
+    """(*stack axes, slots, a, b) of what is laid as (*stack axes, slots * a, b)."""
+    *outer, rows, b = laid.shape
+    return laid.reshape(*outer, slots, rows // slots, b)
 
 
 def layers_in(params: Mapping[str, Any], *, deep: bool) -> Iterator[tuple[str, Path]]:

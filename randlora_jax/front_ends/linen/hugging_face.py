@@ -96,10 +96,23 @@ class HuggingFaceRandLora(InterceptedRandLora):
         self.variables = params
 
     @shows_call_of(lambda self: self.model)
-    def __call__(self, *args: Any, params: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
-        """Calls the model; `params` as `self.params`, which is the default."""
-        output = self._with_adapters(self.model.__call__)(*args, params=params, **kwargs)
-        self._refuse_unreached(self.params if params is None else params)
+    def __call__(
+        self,
+        *args: Any,
+        params: Mapping[str, Any] | None = None,
+        adapter_names: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Calls the model.
+
+        Args:
+          params: as `self.params`, which is the default.
+          adapter_names: an adapter for each row of the batch, by name or as `rows` gives them.
+        """
+        params = self._variables_for(adapter_names) if params is None else params
+        call = self._with_adapters(self.model.__call__)
+        output = call(*args, params=params, adapter_names=adapter_names, **kwargs)
+        self._refuse_unreached(params)
         return output
 
     def __getattr__(self, name: str) -> Any:
@@ -114,9 +127,16 @@ class HuggingFaceRandLora(InterceptedRandLora):
         """A method of the model that takes ``params``, with the adapters joined in."""
 
         @functools.wraps(method)
-        def joined(*args: Any, params: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
-            variables = self._checked(self.params if params is None else params)
-            with self._adapting(variables) as whole:
+        def joined(
+            *args: Any,
+            params: Mapping[str, Any] | None = None,
+            adapter_names: Any = None,
+            **kwargs: Any,
+        ) -> Any:
+            given = self._variables_for(adapter_names) if params is None else params
+            variables = self._checked(given, adapter_names)
+            beams = _beams(method, args, kwargs)
+            with self._adapting(variables, self._rows_in(variables, adapter_names, beams)) as whole:
                 return method(*args, params=self._collections.params_of(whole), **kwargs)
 
         return joined
@@ -127,6 +147,15 @@ def _parameters(method: Callable[..., Any]) -> Mapping[str, Any]:
         return inspect.signature(method).parameters
     except (TypeError, ValueError):
         return {}
+
+
+def _beams(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """How many rows a search makes of one, one after another, in a call of a model's method."""
+    if method.__name__ != "generate":
+        return 1
+    told = inspect.signature(method).bind_partial(*args, **kwargs).arguments
+    config = told.get("generation_config") or method.__self__.generation_config  # type: ignore[attr-defined]
+    return int(kwargs.get("num_beams") or config.num_beams or 1)
 
 
 def _info(model: Any, paths: Iterable[Path]) -> BaseModelInfo:

@@ -18,7 +18,13 @@ from randlora_jax.front_ends.collections import (
     state_of,
 )
 from randlora_jax.front_ends.functional import FunctionalRandLora
-from randlora_jax.front_ends.linen.beside import TokenOfCalls, cleared, laid_beside
+from randlora_jax.front_ends.linen.beside import (
+    CallToken,
+    Rows,
+    TokenOfCalls,
+    cleared,
+    laid_beside,
+)
 from randlora_jax.front_ends.linen.modules import modules_of
 from randlora_jax.front_ends.linen.running import LinenRunner
 from randlora_jax.front_ends.linen.tracing import Trace
@@ -35,6 +41,7 @@ from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.quantised import refuse_rounding
 from randlora_jax.models.reaching import expected, refuse_unreached
 from randlora_jax.models.registry import AdapterRegistry, BaseModelInfo
+from randlora_jax.models.slots import RowChoice
 
 
 def types_with(rules: WrapRules) -> LayerTypes:
@@ -72,16 +79,22 @@ class InterceptedRandLora(FunctionalRandLora):
         found = find_layers(modules, rules.layouts, rules.names)
         self._registry = AdapterRegistry.of(found, info, rules.names, rules.options, rules.optional)
 
-    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def apply(
+        self, variables: Mapping[str, Any], *args: Any, adapter_names: Any = None, **kwargs: Any
+    ) -> Any:
         """Linen's ``Module.apply`` with the adapters in `variables` joined in.
+
+        Args:
+          adapter_names: an adapter for each row of the batch, by name or as `rows` gives them.
 
         Raises:
           ConfigError: `variables` lack something, or hold what is not this model's; the module's
             own call did not reach an adapted layer, or met no module of a type in `layer_types`.
         """
-        variables = self._checked(variables)
+        variables = self._checked(variables, adapter_names)
+        choice = self._rows_in(variables, adapter_names)
         kinds: set[type] | None = set() if self._untold else None
-        with self._adapting(variables, kinds) as whole:
+        with self._adapting(variables, choice, kinds) as whole:
             result = self.module.apply(whole, *args, **kwargs)
         if kwargs.get("method") is None:
             refuse_idle_types(self._untold, kinds or ())
@@ -94,19 +107,26 @@ class InterceptedRandLora(FunctionalRandLora):
 
     @contextmanager
     def _adapting(
-        self, variables: Mapping[str, Any], kinds: set[type] | None = None
+        self,
+        variables: Mapping[str, Any],
+        choice: RowChoice | None = None,
+        kinds: set[type] | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Within, layers run with the adapters in `variables`; gives what the module takes.
 
         Args:
+          choice: what the call takes of stacks; None where it applies the active adapters.
           kinds: takes down the classes of modules that run.
         """
         registry, pairs = self._registry, self._pairs_of(variables)
-        token = self._token.of(registry, pairs)
-        applied = bool(registry.applied)
-        whole = laid_beside(variables, registry.layers, token, applied=applied)
+        # what rows choose is no part of what nn.jit compares, so no call of theirs is like another
+        token = CallToken() if choice else self._token.of(registry, pairs)
+        rows = Rows(registry.row_stacks, choice) if choice else None
+        applied = bool(registry.applied or rows)
+        whole = laid_beside(variables, registry.layers, token, applied=applied, rows=rows)
+        runner = LinenRunner(registry, self._types, pairs, self._seen, kinds, choice)
         try:
-            with LinenRunner(registry, self._types, pairs, self._seen, kinds).running():
+            with runner.running():
                 yield whole
         except ScopeParamShapeError as error:
             for layer in registry.layers.values():
@@ -121,10 +141,11 @@ class InterceptedRandLora(FunctionalRandLora):
 
     def _refuse_unreached(self, variables: Mapping[str, Any]) -> None:
         """Nothing, if some call has reached every layer that the adapters in `variables` adapt."""
-        trees = adapter_trees(variables) if self._registry.applied else {}
+        registry = self._registry
+        trees = adapter_trees(variables) if registry.applied or registry.stacks else {}
         names = {name for tree in trees.values() for name in state_of(tree).layers}
-        awaited = [self._registry.layers[name] for name in names - self._seen.keys()]
-        refuse_unreached(expected(awaited, self._registry.optional))
+        awaited = [registry.layers[name] for name in names - self._seen.keys()]
+        refuse_unreached(expected(awaited, registry.optional))
 
 
 class LinenStore(CollectionStore):
@@ -181,6 +202,7 @@ class LinenRandLora(InterceptedRandLora):
         return type(self.module).__name__
 
     @shows_call_of(lambda self: self.module)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         """As the bound module: `apply` with the model's own variables."""
-        return self.apply(self.variables, *args, **kwargs)
+        variables = self._variables_for(adapter_names)
+        return self.apply(variables, *args, adapter_names=adapter_names, **kwargs)

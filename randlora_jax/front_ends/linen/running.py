@@ -16,14 +16,35 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from randlora_jax.core.applying import Contribution, RunningLayer, adapted, comparable, dropout
+from randlora_jax.core.applying import (
+    Contribution,
+    RunningLayer,
+    adapted,
+    adapted_rows,
+    comparable,
+    dropout,
+)
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.contraction import Contraction
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.ways import Way, possible_ways, require_a_way
 from randlora_jax.front_ends.call_input import Arguments, CallInput, input_of, multiplies_in
 from randlora_jax.front_ends.linen.alone import alone, around
-from randlora_jax.front_ends.linen.beside import BESIDE, SHARES, Shares, joined, layers_in
+from randlora_jax.front_ends.linen.beside import (
+    BESIDE,
+    SHARES,
+    Shares,
+    joined,
+    layers_in,
+    slots_apart,
+)
+from randlora_jax.front_ends.linen.by_row import (
+    has_trained_whole,
+    refusal,
+    run_trained_whole,
+    trained_whole,
+    trained_whole_at,
+)
 from randlora_jax.front_ends.linen.lifted import (
     HandsOutModules,
     is_lifted,
@@ -40,13 +61,14 @@ from randlora_jax.front_ends.linen.types import (
     modules_inside,
     type_of,
 )
-from randlora_jax.front_ends.params import flat, unboxed
+from randlora_jax.front_ends.params import flat, unboxed, with_leaves
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.layer import Layer, LayerRun, LayerType
 from randlora_jax.models.layer_types import LayerTypes
 from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.quantised import quantises, refuse_rounding
 from randlora_jax.models.registry import AdapterRegistry
+from randlora_jax.models.slots import RowChoice
 
 
 @dataclass(frozen=True)
@@ -74,6 +96,19 @@ class _Met:
     kinds: Mapping[str, str]
     inside: frozenset[str] = frozenset()
 
+    @property
+    def kernels_trained_whole(self) -> bool:
+        """Whether rows have leaves of their own here, and these are no mere biases of a layer."""
+        if not self.layers:
+            return has_trained_whole(self.own, deep=True)
+        whole = trained_whole_at(self.own)
+        return any(path in whole for _, path in self.layers.values())
+
+    @property
+    def inner(self) -> list[Mapping[str, Any]]:
+        """The params of modules inside."""
+        return [x for key, x in self.own.items() if key != BESIDE and isinstance(x, Mapping)]
+
     def parted(self) -> tuple["_Met", "_Met"]:
         """With those layers of which a class is known, and this is none; with all others."""
         strange = {
@@ -84,8 +119,12 @@ class _Met:
         others = {name: met for name, met in self.layers.items() if name not in strange}
         return replace(self, layers=strange), replace(self, layers=others)
 
-    def input_alone(self) -> CallInput | str:
-        """The input of a layer that can run alone; or why this one cannot."""
+    def input_alone(self, *, by_row: bool = False) -> CallInput | str:
+        """The input of a layer that can run alone; or why this one cannot.
+
+        Args:
+          by_row: rows with adapters of their own, for whom a layer may compute anything.
+        """
         ((name, _), *more) = self.layers.items()
         known = self.known[name]
         if self.name != "__call__":
@@ -94,10 +133,12 @@ class _Met:
             return "it is a part of an nnx module, which alone is called"
         if more:
             return "its module has several adapted kernels"
-        if known is None or known.call is None:
+        if not by_row and (known is None or known.call is None):
             return "the layer is not known to be a sum over axes of its input"
         if len(list(layers_in(self.own, deep=True))) > 1:
             return "layers inside it are adapted, too"
+        if any(has_trained_whole(x, deep=True) for x in self.inner):
+            return "leaves inside it are trained whole, too"
         if changes_state(self.module):
             return "it may change its collections in this call"
         taken = input_of(partial(self.method, self.module), *self.arguments)
@@ -114,6 +155,7 @@ class LinenRunner:
       pairs: the shared bases, by their identity as text.
       seen: takes down how each layer ran, by name.
       kinds: takes down the classes of modules that ran; None where nobody asks.
+      choice: what the call takes of stacked adapters; None where it applies the active ones.
     """
 
     registry: AdapterRegistry
@@ -121,6 +163,7 @@ class LinenRunner:
     pairs: Mapping[str, BasisPair]
     seen: dict[str, LayerRun]
     kinds: set[type] | None = None
+    choice: RowChoice | None = None
     _maps: int = field(default=0, init=False)  # our own nn.map_variables that are running
 
     @contextmanager
@@ -128,6 +171,20 @@ class LinenRunner:
         """Within, linen modules that are called run with their adapters."""
         with nn.intercept_methods(self._intercept):
             yield
+
+    @contextmanager
+    def _choosing(self, choice: RowChoice) -> Iterator[None]:
+        """Within, layers take `choice` of stacked adapters."""
+        outer, self.choice = self.choice, choice
+        try:
+            yield
+        finally:
+            self.choice = outer
+
+    @property
+    def _by_row(self) -> RowChoice | None:
+        """What each row takes of stacked adapters; None where all are alike."""
+        return self.choice if self.choice and self.choice.rows is not None else None
 
     def _intercept(
         self,
@@ -141,6 +198,10 @@ class LinenRunner:
         met = self._met(context, (args, kwargs))
         if met is None:
             return call(*args, **kwargs)
+        if self._by_row and met.kernels_trained_whole:
+            return run_trained_whole(
+                met.module, met.name, met.arguments, self._by_row, self._choosing
+            )
         if maps_around(met.module) > self._maps:
             raise ConfigError(
                 f"{listed(met.layers)}: {MAPPED}, so called and merged would differ; leave it out "
@@ -172,9 +233,11 @@ class LinenRunner:
 
     def _run(self, met: _Met) -> Any:
         """What the method returns, with the adapters joined in."""
-        taken = met.input_alone()
+        taken = met.input_alone(by_row=self._by_row is not None)
         if isinstance(taken, CallInput):
             return self._run_alone(met, taken)
+        if self._by_row:
+            raise refusal(met.module, taken)
         return self._run_in_kernels(met, taken)
 
     def _met(self, context: nn.module.InterceptorContext, arguments: Arguments) -> _Met | None:
@@ -188,7 +251,7 @@ class LinenRunner:
         layers = {
             name: (self.registry.layers[name], path) for name, path in layers_in(own, deep=bridges)
         }
-        if not layers:
+        if not layers and not (self._by_row and has_trained_whole(own, deep=bridges)):
             return None
         for outer in around(module):
             if quantises(type(outer)):
@@ -215,11 +278,21 @@ class LinenRunner:
         module = met.module
         params = {key: value for key, value in met.own.items() if key != BESIDE}
         kernel, call = self._kernel(met, layer, unboxed(flat(params)[path]))
-        run, read = alone(module, params, path, taken)
+        beside, size = met.own[BESIDE], taken.x.shape[0] if taken.x.ndim > 1 else 1
+        chosen = self._by_row.of_batches(size, name) if self._by_row else {}
+        own = trained_whole(met.own, chosen)
+        run, read = alone(module, with_leaves(params, own), path, taken)
         dtype = multiplies_in(module, kernel.promoted(taken.x))
         self.seen[name] = LayerRun(call, dtype)
         running = RunningLayer(name, comparable(run), read, kernel, call, dtype)
-        shares = self._contributions(module, layer, kernel, met.own[BESIDE][SHARES][name])
+        if self._by_row:
+            updates = [
+                chosen[stack].row_updates(*arrays, self.pairs[stack], layer.matrix)
+                for stack, arrays in self._stacked(module, kernel, beside[SHARES][name])
+            ]
+            ids = set(map(id, own.values()))
+            return adapted_rows(running, taken.x, updates, [id(x) in ids for x in read])
+        shares = self._contributions(module, layer, kernel, beside[SHARES][name])
         return adapted(running, taken.x, shares, self.registry.options)
 
     def _run_in_kernels(self, met: _Met, not_beside: str) -> Any:
@@ -264,6 +337,12 @@ class LinenRunner:
     ) -> list[Contribution]:
         """What adapters add to a layer. Dropout is on exactly where there is a rng to draw with."""
         found = []
+        if self.choice:
+            for name, (lam, gamma) in self._stacked(module, kernel, beside):
+                pair = self.pairs[name]
+                updates = self.choice.chosen[name].updates(lam, gamma, pair, layer.matrix)
+                found += [Contribution(update) for update in updates]
+            return found
         for name, arrays in beside.items():
             spec = self.registry.specs[name]
             lam, gamma = map(kernel.layout.stack_first, arrays)
@@ -272,6 +351,26 @@ class LinenRunner:
             drop = dropout(spec.dropout, module.make_rng("dropout")) if drops else None
             found.append(Contribution(update, drop))
         return found
+
+    def _stacked(
+        self, module: nn.Module, kernel: Kernel, beside: Shares
+    ) -> Iterator[tuple[str, tuple[jax.Array, jax.Array]]]:
+        """Lambda and gamma of all adapters of each stack, (*stack axes, slots, ...).
+
+        Raises:
+          ConfigError: one of them would drop some of its input, which no row can.
+        """
+        stacks = {stack.name: stack for stack in self.registry.row_stacks}
+        for name, arrays in beside.items():
+            for member in stacks[name].members:
+                if self.registry.specs[member].dropout > 0 and module.has_rng("dropout"):
+                    raise ConfigError(
+                        f"adapter {member!r} has dropout, which a dropout rng turns on, and "
+                        "adapter_names are for inference, as in PEFT: call without that rng"
+                    )
+            lam, gamma = map(kernel.layout.stack_first, arrays)
+            slots = stacks[name].capacity
+            yield name, (slots_apart(lam, slots), slots_apart(gamma, slots))
 
 
 def _home(path: Path, parts: Mapping[str, Any]) -> str:
