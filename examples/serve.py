@@ -22,7 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import jax
 from aiohttp import web
 from serving_engine import Answer, Engine, Full
-from serving_shelf import BASE, Refused, Shelf, Unknown
+from serving_shelf import BASE, Refused, Shelf, Unknown, adapters_in
 from serving_steps import Sizes, Steps
 from serving_words import Asked, Words, Wrong
 
@@ -153,13 +153,16 @@ async def told_in_json(request: web.Request, handler: Handler) -> web.StreamResp
 
 def opened(base: Any, folder: Path, capacity: int) -> Any:
     """The base model with stacks for adapters like those of a folder, and none in them."""
-    for directory in sorted(folder.iterdir()):
+    for name in adapters_in(folder):
         try:
-            model = RandLoraModel.from_pretrained(base, directory, "first")
+            model = RandLoraModel.from_pretrained(base, folder / name, "first")
         except RandLoraError as error:
-            print(f"{directory.name}: {error}")
+            print(f"{name}: {error}")
             continue
         model.stack_adapters(capacity)
+        model.delete_adapter("first")
+        model.load_adapter(folder / name, "first")  # as others will be: it compiles
+        model.rows(["first"])
         model.delete_adapter("first")
         return model
     raise SystemExit(f"{folder}: no adapter for this model, which is to show what others have")

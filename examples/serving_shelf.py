@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from randlora_jax import RandLoraError
 
 BASE = "__base__"  # no adapter: slot 0
@@ -18,6 +20,12 @@ class Unknown(Exception):
 
 class Refused(Exception):
     """An adapter's files are damaged, or not for this model."""
+
+
+def adapters_in(folder: Path) -> list[str]:
+    """Names of the directories in a folder that are adapters; a link is none."""
+    directories = [path for path in folder.iterdir() if not path.is_symlink()]
+    return sorted(path.name for path in directories if (path / "adapter_config.json").exists())
 
 
 @dataclass(eq=False)
@@ -51,8 +59,7 @@ class Shelf:
 
     def names(self) -> list[str]:
         """Of the adapters in the folder."""
-        directories = [path for path in self.folder.iterdir() if not path.is_symlink()]
-        return sorted(path.name for path in directories if (path / "adapter_config.json").exists())
+        return adapters_in(self.folder)
 
     def here(self) -> dict[str, int]:
         """Those that have a slot: how many answers use each."""
@@ -93,8 +100,10 @@ class Shelf:
             self._let_go(self._held[name])
 
     def close(self) -> None:
-        """Ends the thread."""
-        self._thread.shutdown(cancel_futures=True)
+        """Ends the thread, once the model has no adapter, as it was before."""
+        for name in self._held:
+            self._thread.submit(self.model.delete_adapter, name)
+        self._thread.shutdown()
 
     def _let_go(self, held: Held) -> None:
         held.users -= 1
@@ -117,7 +126,7 @@ class Shelf:
         def load() -> int:
             self.model.load_adapter(self.folder / name, name)
             self._changed(self.model)
-            return int(self.model.rows([name])[0])
+            return int(np.asarray(self.model.rows([name]))[0])
 
         try:
             slot = await asyncio.get_running_loop().run_in_executor(self._thread, load)
