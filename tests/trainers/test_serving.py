@@ -5,7 +5,6 @@ import json
 import shutil
 import sys
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 
 import jax
