@@ -102,8 +102,8 @@ class Server:
         try:
             if asked.stream:
                 return await self._streamed(request, answer)
-            pieces = [piece async for piece in self.words.pieces(answer.tokens())]
-            return web.json_response({"text": "".join(pieces), "adapter": asked.adapter})
+            tokens = [token async for token in answer.tokens()]
+            return web.json_response({"text": self.words.text(tokens), "tokens": tokens})
         finally:  # whoever hangs up leaves a free row
             answer.gone = True
 

@@ -25,7 +25,7 @@ CONFIG = RandLoraConfig(
     projection_prng_key=0,
     target_modules="all-linear",
 )
-STEPS, WIDTH = 14, 88  # tokens of a conversation
+STEPS, WIDTH = 10, 80  # tokens of a conversation
 
 MANNERS = {
     "shouting": lambda text: text.upper().replace(".", "!"),
@@ -60,7 +60,7 @@ def make(folder: Path, copies: int) -> None:
         for name in MANNERS:
             model: Any = get_peft_model(base, CONFIG, name)
             train = conversations(tokenizer, name)
-            settings, pad = Settings(2e-3, batch_size=4), tokenizer.pad_token_id
+            settings, pad = Settings(1e-3, batch_size=4), tokenizer.pad_token_id
             tuning.fit(model, train, train, STEPS, settings, pad, f"training {name!r}", checks=0)
             model.save_pretrained(scratch)
             base = model.unload()

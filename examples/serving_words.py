@@ -98,12 +98,13 @@ class Words:
         ids, told = list[int](), ""
         async for token in tokens:
             ids.append(token)
-            text = self._text(ids)
+            text = self.text(ids)
             if not text.endswith(UNFINISHED):
                 yield text[len(told) :]
                 told = text
-        if rest := self._text(ids)[len(told) :]:
+        if rest := self.text(ids)[len(told) :]:
             yield rest
 
-    def _text(self, ids: list[int]) -> str:
+    def text(self, ids: list[int]) -> str:
+        """What tokens say."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
