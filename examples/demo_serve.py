@@ -30,7 +30,7 @@ import serving_tasks
 import smollm
 from rich.console import Console
 from rich.table import Table
-from serve import BASE
+from serving_shelf import BASE
 from training import track
 
 SHORT = "--short" in sys.argv
@@ -104,7 +104,15 @@ async def server() -> AsyncIterator[Client]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-W", "ignore", "examples/serve.py", ADAPTERS, "--port", str(port)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "examples/serve.py",
+        str(ADAPTERS),
+        "--port",
+        str(port),
+    ]
     process = subprocess.Popen(command)  # its bars are seen
     patience = aiohttp.ClientTimeout(total=None)
     session = aiohttp.ClientSession(f"http://127.0.0.1:{port}", timeout=patience)
@@ -213,8 +221,12 @@ async def misuse(client: Client) -> dict[str, tuple[int, str]]:
     return told
 
 
-async def drive(report: dict[str, Any]) -> list[tuple[Told, list[int]]]:
-    """All that is asked of the server; answers of each adapter, and the tokens of each alone."""
+async def drive(report: dict[str, Any]) -> tuple[list[Told], dict[tuple[str, str], list[int]]]:
+    """All that is asked of the server.
+
+    Returns:
+      Answers from batches of sixteen, and what came alone: tokens by prompt and adapter.
+    """
     async with server() as client:
         console.rule("2. Requests that come one after another, answered side by side")
         await talk(client)
@@ -223,13 +235,11 @@ async def drive(report: dict[str, Any]) -> list[tuple[Told, list[int]]]:
         told, found = await measure(client, names[:16])
         show(found)
         console.rule("4. Each answer beside what its adapter says alone")
-        different = [t for t in told[-16 * len(ROUNDS) :] if t.prompt in QUESTIONS]
-        once = list({(t.adapter, t.prompt): t for t in different}.values())
-        picked = once[-4:] if SHORT else once
-        alone = [
-            await client.whole(t.prompt, t.adapter, TOKENS)
-            for t in track(picked, "alone, by the same server", len(picked))
-        ]
+        pairs = list(dict.fromkeys((t.prompt, t.adapter) for t in told))[-4 if SHORT else 0 :]
+        alone = {
+            pair: await client.whole(*pair, TOKENS)
+            for pair in track(pairs, "alone, by the same server", len(pairs))
+        }
         console.rule("5. Bad requests, and more adapters than slots")
         report["refused"] = await misuse(client)
         for name in names[16:]:
@@ -240,7 +250,7 @@ async def drive(report: dict[str, Any]) -> list[tuple[Told, list[int]]]:
             f"programs compiled since the server was ready: {status['compiled']}"
         )
         report |= {"batches": found, "ratio": ratio(found), "status": status}
-    return list(zip(picked, alone, strict=True))
+    return told, alone
 
 
 def main() -> None:
@@ -250,21 +260,21 @@ def main() -> None:
     console.rule("1. Three adapters of a language model, sixteen copies, and a server")
     smollm.make_base()
     serving_tasks.make(ADAPTERS, COPIES)
-    answers = asyncio.run(drive(report))
+    told, alone = asyncio.run(drive(report))
     tokenizer = smollm.load_tokenizer()
-    same = sum(
-        t.text == tokenizer.decode(tokens, skip_special_tokens=True) for t, tokens in answers
-    )
-    agreed = serving_alone.agreed(
-        tokenizer, ADAPTERS, [(t.adapter, t.prompt, tokens) for t, tokens in answers]
-    )
-    report |= {"answers": len(answers), "same_alone": same, "same_by_set_adapter": agreed}
+    text = {pair: tokenizer.decode(ids, skip_special_tokens=True) for pair, ids in alone.items()}
+    checked = [t for t in told if (t.prompt, t.adapter) in alone]
+    same = sum(t.text == text[t.prompt, t.adapter] for t in checked)
+    agreed = serving_alone.agreed(tokenizer, ADAPTERS, alone)
+    print(f"of {len(checked)} answers in batches, {same} are what the server says if asked alone;")
+    print(f"of {len(alone)} different ones, {agreed} are what the model says after set_adapter(),")
+    print("without rows or a cache")
+    report |= {"answers": len(checked), "same_alone": same}
+    report |= {"different": len(alone), "same_by_set_adapter": agreed}
     report["seconds"] = time.perf_counter() - began
-    print(f"of {len(answers)} answers, {same} are what the server says to that request alone,")
-    print(f"and {agreed} what the model says after set_adapter(), without rows, slots or cache")
     (OUT / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(f"everything: {report['seconds']:.0f} s; {OUT / 'report.json'}")
-    if not same == agreed == len(answers):
+    if (same, agreed) != (len(checked), len(alone)):
         raise SystemExit("not every answer is its adapter's")
 
 

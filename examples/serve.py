@@ -62,7 +62,7 @@ class Server:
         return app
 
     async def _running(self, app: web.Application) -> AsyncIterator[None]:
-        def compiled(event: str, seconds: float, **_: Any) -> None:
+        def compiled(event: str, duration_secs: float, **_: Any) -> None:
             self.compiled += event == "/jax/core/compile/backend_compile_duration"
 
         self.shelf = self._shelf_of()
