@@ -1,6 +1,7 @@
 # From a fresh clone, with Python 3.11 and nothing installed:
 #   make demo    fine-tunes a real model on real text and opens the adapter in PyTorch PEFT
 #   make demo-llm  tunes a language model in tunix's trainer, and PyTorch PEFT says the same words
+#   make demo-serve  a server of many adapters of that model, driven by a client; six minutes
 #   make test    linter, type checker, tests, one of the matrix
 #   make test-long  all tests, those too that are slow and seldom find anything
 #   make matrix  every Python we declare, with old and new releases, on what needs no torch
@@ -30,7 +31,7 @@ PYTEST_ARGS ?=
 # Nothing is downloaded once the environment stands.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo demo-llm test test-long matrix examples bench bench-gpu profile compare fit low-precision \
+.PHONY: demo demo-llm demo-serve test test-long matrix examples bench bench-gpu profile compare fit low-precision \
 	tpu scale lint types dist fuzz compat clean
 
 # The C allocator would hand every large buffer back and ask for it again: a third of the time.
@@ -43,6 +44,10 @@ demo: $(VENV)/.installed
 DEMO_ARGS ?= # --full: see the file
 demo-llm: $(VENV)/.installed
 	$(PINNED) $(RUN) -W ignore examples/demo_llm.py $(DEMO_ARGS)
+
+DEMO_SERVE_ARGS ?= # --short
+demo-serve: $(VENV)/.installed
+	$(PINNED) $(RUN) -W ignore examples/demo_serve.py $(DEMO_SERVE_ARGS)
 
 bench: $(VENV)/.installed
 	$(PINNED) $(RUN) -W ignore benchmarks/bench.py
