@@ -25,7 +25,7 @@ from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.mesh import Placement, off_mesh
 from randlora_jax.core.passes import each_pass_its_way
-from randlora_jax.core.rows import RowOrder, RowUpdates, Trained
+from randlora_jax.core.rows import RowOrder, RowUpdates
 from randlora_jax.core.update import Update, formed_in, holds_sums
 from randlora_jax.core.ways import ExecutionOptions, Way, possible_ways, require_a_way
 from randlora_jax.interop.errors import ConfigError
@@ -151,13 +151,13 @@ def adapted_rows(
       ConfigError: the layer cannot run so.
     """
     call = _Call.of(layer, x, ExecutionOptions(token_axes=token_axes))
-    if call.axes is None and layer.kernel.refusal:
+    if call.axes is None:
         raise ConfigError(
-            f"layer {layer.name!r} cannot run with adapters by row: {layer.kernel.refusal}, and "
-            "nothing is known of what it computes: say it with layer_types={...: LayerType(layout, "
-            "Contraction(equation))}"
+            f"layer {layer.name!r} cannot run with adapters by row: nothing is known of what it "
+            "computes, and so of its rows: say it with layer_types={...: LayerType(layout, "
+            f"Contraction(equation))}}. {BY_VMAP}"
         )
-    if call.axes and call.axes.x[0] not in call.axes.rows:
+    if call.axes.x[0] not in call.axes.rows:
         raise ConfigError(
             f"layer {layer.name!r} cannot run with adapters by row: the first axis of its input "
             f"{x.shape} is not one of rows, but the kernel has it, too. {BY_VMAP}"
@@ -239,28 +239,6 @@ class _Call:
         mapped = jax.vmap(row, (0, *(0 if own else None for own in by_row)))
         return mapped(arguments.x, *arguments.read)
 
-    def each_row_in_kernel(
-        self, by_row: Sequence[bool], arguments: Arguments, updates: Sequence[RowUpdates]
-    ) -> jax.Array:
-        """The layer row after row, with W + delta of each: where it is no contraction."""
-        own = [x for x, mine in zip(arguments.read, by_row, strict=True) if mine]
-        kernel = Kernel(arguments.kernel, self.layout, self.placement)
-
-        def row(arrays: tuple[jax.Array, list[jax.Array], list[list[Trained]]]) -> jax.Array:
-            x, own, trained = arrays
-            left = iter(own)
-            both = zip(arguments.read, by_row, strict=True)
-            read = [next(left) if mine else shared for shared, mine in both]
-            every = [
-                update.alone(*part)
-                for update, parts in zip(updates, trained, strict=True)
-                for part in parts
-            ]
-            return self.run(kernel.taking(every), x[None], *read)[0]
-
-        trained = [update.by_row() for update in updates]
-        return jax.lax.map(row, (arguments.x, own, trained))
-
     def rows_through(
         self, x: jax.Array, updates: RowUpdates, sizes: Sequence[int], order: RowOrder
     ) -> jax.Array:
@@ -311,17 +289,15 @@ def _run_rows(
         if any(by_row)
         else call.run(arguments.kernel, arguments.x, *arguments.read)
     )
-    if call.axes is None:
-        out, batch = call.each_row_in_kernel(by_row, arguments, updates), 0
-    else:
-        sizes = call.layout.out_sizes(call.packed or arguments.kernel.shape)
-        x = arguments.x.astype(call.dtype)
-        made = [
-            call.rows_through(x, update, sizes, order)
-            for update, order in zip(updates, orders, strict=True)
-        ]
-        out = (untouched + sum(made[1:], made[0])).astype(untouched.dtype)
-        batch = call.axes.out.index(call.axes.x[0])
+    assert call.axes is not None
+    sizes = call.layout.out_sizes(call.packed or arguments.kernel.shape)
+    x = arguments.x.astype(call.dtype)
+    made = [
+        call.rows_through(x, update, sizes, order)
+        for update, order in zip(updates, orders, strict=True)
+    ]
+    out = (untouched + sum(made[1:], made[0])).astype(untouched.dtype)
+    batch = call.axes.out.index(call.axes.x[0])
     changed = sum((update.changed() for update in updates[1:]), updates[0].changed())
     changed = jnp.expand_dims(changed, [i for i in range(out.ndim) if i != batch])
     return jnp.where(changed, out, untouched)

@@ -209,14 +209,13 @@ def explained_rows(name: str, possible: PossibleWays, sizes: Sizes, rows: int, r
         frozen = sizes.frozen_flops / 2
         return f"{(frozen + work.flops) / frozen:.2f}"
 
-    one = min((sizes.applied(way) for way in possible.forward), key=lambda work: work.cost)
-    if Way.FACTORED in possible.forward:
-        order = row_order(sizes, rows, r)
-        what, work = order.value, row_work(sizes, rows, r, order)
-    else:
-        what = "W + delta, one row after another: its call is unknown"
-        work = Work(rows * one.flops)
     batch = f"{rows} rows of {sizes.tokens // rows}"
+    if Way.FACTORED not in possible.forward:
+        against = possible.against[Way.FACTORED]
+        return f"{name} ({sizes.n_in} -> {sizes.n_out}): not {batch}: {against}"
+    one = min((sizes.applied(way) for way in possible.forward), key=lambda work: work.cost)
+    order = row_order(sizes, rows, r)
+    what, work = order.value, row_work(sizes, rows, r, order)
     line = f"{name} ({sizes.n_in} -> {sizes.n_out}): {batch} form {what}"
     line += f". FLOPs of the frozen layer's forward times {ratio(work)}"
     return f"{line}, with one adapter for all rows {ratio(one)}"

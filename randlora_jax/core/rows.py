@@ -27,8 +27,6 @@ from jax.typing import DTypeLike
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.update import FlatFactors, Update, formed_in, through, times
 
-Trained = tuple[jax.Array, jax.Array]  # lambda and gamma
-
 
 class RowOrder(enum.Enum):
     """What of a row's adapter is formed, before the row's tokens meet it."""
@@ -118,12 +116,6 @@ class RowUpdates:
             return through(flat, b_flat.T, basis=True)
         mixed = times(x, b_flat, jnp.float32).reshape(*x.shape[:2], r, n)
         return _sum(_widened(lam * mixed, a, gamma) for lam, gamma in parts)
-
-    def by_row(self) -> list[Trained]:
-        """Lambda (rows, *stack, r, n) and gamma (rows, *stack, n, min) of each part."""
-        rows = self.lam.ndim - 4
-        both = [jnp.moveaxis(x, (rows, rows + 1), (1, 0)) for x in (self.lam, self.gamma)]
-        return list(zip(*both, strict=True))
 
     def alone(self, lam: jax.Array, gamma: jax.Array) -> Update:
         """The update of a row, from one part of it."""

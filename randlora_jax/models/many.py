@@ -312,7 +312,7 @@ class ManyAdapters(MergingModel):
         ):
             slots = self.rows(adapter_names)  # type: ignore[arg-type]
             stacking.refuse_names_in_trace(table)
-            stacking.refuse_stale(adapter_names, registry, table)  # type: ignore[arg-type]
+            stacking.refuse_stale(adapter_names, registry, table)
             adapter_names = slots
         table = table or self._store.slots() or stacking.table(registry)
         rows = None

@@ -291,7 +291,9 @@ class LinenRunner:
                 for stack, arrays in self._stacked(module, kernel, beside[SHARES][name])
             ]
             ids = set(map(id, own.values()))
-            return adapted_rows(running, taken.x, updates, [id(x) in ids for x in read])
+            by_row = [id(x) in ids for x in read]
+            token_axes = self.registry.options.token_axes
+            return adapted_rows(running, taken.x, updates, by_row, token_axes)
         shares = self._contributions(module, layer, kernel, beside[SHARES][name])
         return adapted(running, taken.x, shares, self.registry.options)
 
