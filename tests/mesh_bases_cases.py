@@ -14,11 +14,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from mesh_cases import base, collectives
 
-from randlora_jax.core.applying import Contribution, RunningLayer, adapted
+from randlora_jax.core.applying import Contribution, adapted
 from randlora_jax.core.bases import BasisPair, used_extents
 from randlora_jax.core.contraction import LAST_AXES
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
+from randlora_jax.core.layer_call import RunningLayer
 from randlora_jax.core.mesh import Placement
 from randlora_jax.core.update import Update
 from randlora_jax.core.ways import ExecutionOptions

@@ -19,11 +19,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from randlora_jax import AdapterParam, ConfigError, RandLoraConfig, get_peft_model
-from randlora_jax.core.applying import Contribution, RunningLayer, adapted
+from randlora_jax.core.applying import Contribution, adapted
 from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents, _draw, draw, prng_key
 from randlora_jax.core.contraction import LAST_AXES, Contraction
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
+from randlora_jax.core.layer_call import RunningLayer
 from randlora_jax.core.update import Update
 from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.front_ends.nnx.variables import SharedBasis

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from randlora_jax.core.applying import BY_VMAP
+from randlora_jax.core.applying_rows import BY_VMAP
 from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents
 from randlora_jax.core.mesh import along, picked
 from randlora_jax.core.rows import RowUpdates

@@ -7,11 +7,12 @@ import pytest
 from flax import nnx
 
 from randlora_jax import AdapterParam, ConfigError, RandLoraConfig, get_peft_model
-from randlora_jax.core.applying import Contribution, RunningLayer, adapted
+from randlora_jax.core.applying import Contribution, adapted
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.contraction import Contraction
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
+from randlora_jax.core.layer_call import RunningLayer
 from randlora_jax.core.update import Update
 from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.models.layer_types import LayerType, of_axes, of_einsum

@@ -10,12 +10,13 @@ import pytest
 from flax import linen as nn
 
 from randlora_jax.core import applying
-from randlora_jax.core.applying import Contribution, RunningLayer, adapted
+from randlora_jax.core.applying import Contribution, adapted
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.contraction import LAST_AXES
 from randlora_jax.core.cost import Plan, Sizes, cheapest, explained
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
+from randlora_jax.core.layer_call import RunningLayer
 from randlora_jax.core.update import Update
 from randlora_jax.core.ways import ExecutionOptions, Way, possible_ways
 

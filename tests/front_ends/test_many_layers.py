@@ -8,7 +8,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from randlora_jax import RandLoraConfig, get_peft_model
-from randlora_jax.core import applying
+from randlora_jax.core import layer_call
 from randlora_jax.front_ends import collections
 from randlora_jax.front_ends.nnx import store
 from randlora_jax.models import finding
@@ -112,13 +112,13 @@ def test_twice_the_layers_are_twice_the_visits(make, visits, tmp_path):
 @pytest.mark.parametrize("make", [Nnx, linen], ids=["nnx", "linen"])
 def test_layers_that_are_alike_are_traced_once(make, monkeypatch):
     traced = []
-    of_call = applying._Call.in_kernel
+    of_call = layer_call.LayerCall.in_kernel
 
     def counting(call, *args):
         traced.append(call)
         return of_call(call, *args)
 
-    monkeypatch.setattr(applying._Call, "in_kernel", counting)
+    monkeypatch.setattr(layer_call.LayerCall, "in_kernel", counting)
     model = get_peft_model(make(24), CONFIG, apply="merged")
     x = jnp.ones((37, 4))  # a size that no other test has traced
     if make is Nnx:

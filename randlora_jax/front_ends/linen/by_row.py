@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from randlora_jax.core.applying import BY_VMAP
+from randlora_jax.core.applying_rows import BY_VMAP
 from randlora_jax.core.hoisting import Hoisted
 from randlora_jax.front_ends.call_input import Arguments
 from randlora_jax.front_ends.linen.alone import rngs_of

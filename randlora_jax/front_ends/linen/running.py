@@ -16,17 +16,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from randlora_jax.core.applying import (
-    Contribution,
-    RunningLayer,
-    adapted,
-    adapted_rows,
-    comparable,
-    dropout,
-)
+from randlora_jax.core.applying import Contribution, adapted, dropout
+from randlora_jax.core.applying_rows import adapted_rows
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.contraction import Contraction
 from randlora_jax.core.kernel import Kernel
+from randlora_jax.core.layer_call import RunningLayer, comparable
 from randlora_jax.core.ways import Way, possible_ways, require_a_way
 from randlora_jax.front_ends.call_input import Arguments, CallInput, input_of, multiplies_in
 from randlora_jax.front_ends.linen.alone import alone, around

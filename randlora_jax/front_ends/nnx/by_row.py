@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from randlora_jax.core.applying import BY_VMAP, RunningLayer, adapted_rows
+from randlora_jax.core.applying_rows import BY_VMAP, adapted_rows
 from randlora_jax.core.hoisting import Hoisted
+from randlora_jax.core.layer_call import RunningLayer
 from randlora_jax.core.mesh import splits_rows
 from randlora_jax.front_ends.call_input import Arguments, input_of, multiplies_in
 from randlora_jax.front_ends.nnx.call import CallContext, reached

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from randlora_jax.core.applying import BY_VMAP, Contribution, RunningLayer, adapted
+from randlora_jax.core.applying import Contribution, adapted
+from randlora_jax.core.applying_rows import BY_VMAP
 from randlora_jax.core.contraction import Contraction
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
+from randlora_jax.core.layer_call import RunningLayer
 from randlora_jax.core.ways import ExecutionOptions, possible_ways, require_a_way
 from randlora_jax.front_ends.call_input import input_of, multiplies_in
 from randlora_jax.front_ends.nnx.by_row import run_by_row

@@ -13,9 +13,9 @@ import jax
 from flax import nnx
 
 from randlora_jax.core.abstract import is_abstract
-from randlora_jax.core.applying import Run, comparable
 from randlora_jax.core.hoisting import Hoisted, is_traced
 from randlora_jax.core.kernel import Kernel
+from randlora_jax.core.layer_call import Run, comparable
 from randlora_jax.core.update import Update
 from randlora_jax.front_ends.call_input import Arguments, CallInput, with_input
 from randlora_jax.front_ends.nnx.held import array_at, arrays_of, of_jax, of_numpy, place_of
