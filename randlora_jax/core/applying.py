@@ -257,9 +257,7 @@ class _Call:
                 for update, parts in zip(updates, trained, strict=True)
                 for part in parts
             ]
-            changed = jnp.stack([(update.lam != 0).any() for update in every]).any()
-            whole = jnp.where(changed, kernel.taking(every), arguments.kernel)
-            return self.run(whole, x[None], *read)[0]
+            return self.run(kernel.taking(every), x[None], *read)[0]
 
         trained = [update.by_row() for update in updates]
         return jax.lax.map(row, (arguments.x, own, trained))
@@ -273,7 +271,7 @@ class _Call:
 
         def one(rows: jax.Array, lam: jax.Array, gamma: jax.Array) -> jax.Array:
             mine = replace(updates, lam=lam, gamma=gamma)
-            laid = rows.reshape(rows.shape[0], -1, n_in)
+            laid = rows.reshape(rows.shape[0], math.prod(rows.shape[1:-1]), n_in)
             return mine.applied(laid, order).reshape(*rows.shape[:-1], n_out)
 
         every = for_each_matrix(one, self.axes)
@@ -309,23 +307,25 @@ def _run_rows(
     updates: Sequence[RowUpdates],
 ) -> jax.Array:
     """The layer's output, each row with its own adapters."""
-    if call.axes is None:
-        return call.each_row_in_kernel(by_row, arguments, updates)
-    out = (
+    untouched = (
         call.each_row(by_row, arguments)
         if any(by_row)
         else call.run(arguments.kernel, arguments.x, *arguments.read)
     )
-    sizes = call.layout.out_sizes(call.packed or arguments.kernel.shape)
-    x = arguments.x.astype(call.dtype)
-    made = [
-        call.rows_through(x, update, sizes, order)
-        for update, order in zip(updates, orders, strict=True)
-    ]
+    if call.axes is None:
+        out, batch = call.each_row_in_kernel(by_row, arguments, updates), 0
+    else:
+        sizes = call.layout.out_sizes(call.packed or arguments.kernel.shape)
+        x = arguments.x.astype(call.dtype)
+        made = [
+            call.rows_through(x, update, sizes, order)
+            for update, order in zip(updates, orders, strict=True)
+        ]
+        out = (untouched + sum(made[1:], made[0])).astype(untouched.dtype)
+        batch = call.axes.out.index(call.axes.x[0])
     changed = sum((update.changed() for update in updates[1:]), updates[0].changed())
-    batch = call.axes.out.index(call.axes.x[0])
     changed = jnp.expand_dims(changed, [i for i in range(out.ndim) if i != batch])
-    return jnp.where(changed, (out + sum(made[1:], made[0])).astype(out.dtype), out)
+    return jnp.where(changed, out, untouched)
 
 
 _run_rows_sharing_traces = jax.jit(_run_rows, static_argnums=(0, 1, 2))
