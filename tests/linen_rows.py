@@ -66,10 +66,10 @@ def moved(model, seed=0):
     model.variables = {**frozen, "randlora": jax.tree.unflatten(tree, leaves)}
 
 
-def adapted(net=None, configs=CONFIGS, **rules):
+def adapted(net=None, configs=CONFIGS, inputs=IDS, **rules):
     """A wrapped model with the adapters of `configs`, and the bound module under it."""
     net = net or Net()
-    variables = net.init(jax.random.key(0), IDS)
+    variables = net.init(jax.random.key(0), inputs)
     noise = jax.random.normal(jax.random.key(1), (12,))
 
     def filled(x):  # biases that are zero would hide what is done to them

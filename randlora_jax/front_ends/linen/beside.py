@@ -45,12 +45,12 @@ class Told:
     Args:
       leaves: the names of the layers, and where the kernel of each is from here.
       token: of the call.
-      whole: where leaves are that rows have of their own, and the shape of each in the model.
+      whole: where leaves are that rows have of their own, the name and shape of each in the model.
     """
 
     leaves: tuple[tuple[str, Path], ...]
     token: CallToken
-    whole: tuple[tuple[Path, tuple[int, ...]], ...] = ()
+    whole: tuple[tuple[Path, str, tuple[int, ...]], ...] = ()
 
 
 class TokenOfCalls:
@@ -174,8 +174,8 @@ def _lay_whole(
             slots = [*stacked] if path[0] in scanned else stacked
             by_stack = entry.setdefault(WHOLE, {}).setdefault(slashed(leaf), {})
             if not by_stack:
-                told = entry[TOLD]
-                entry[TOLD] = replace(told, whole=(*told.whole, (leaf, base[path].shape)))
+                told, mine = entry[TOLD], (leaf, slashed(path), base[path].shape)
+                entry[TOLD] = replace(told, whole=(*told.whole, mine))
             by_stack[name] = slots
 
 

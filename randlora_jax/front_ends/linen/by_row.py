@@ -42,15 +42,14 @@ def trained_whole(params: Params, chosen: Mapping[str, Chosen]) -> dict[Path, ja
     if WHOLE not in beside:
         return found
     held = flat({key: value for key, value in params.items() if key != BESIDE})
-    for path, shape in beside[TOLD].whole:
+    for path, name_there, shape in beside[TOLD].whole:
         leaf = unboxed(held[path])
         for name, slots in beside[WHOLE][slashed(path)].items():
             foretold = isinstance(slots, list)
             if not foretold and unboxed(held[path]).shape != shape:
                 raise ConfigError(
-                    f"{dotted(path)!r} of shape {shape} is trained whole, and a scan or vmap over "
-                    "its module takes it apart: adapters that train it cannot run by row. "
-                    f"{BY_VMAP}"
+                    f"{name_there!r} of shape {shape} is trained whole, and a scan or vmap takes "
+                    f"it apart: adapters that train it cannot run by row. {BY_VMAP}"
                 )
             leaf = chosen[name].leaves(jnp.stack(slots) if foretold else slots, leaf)
         found[path] = leaf
@@ -60,7 +59,7 @@ def trained_whole(params: Params, chosen: Mapping[str, Chosen]) -> dict[Path, ja
 def trained_whole_at(params: Params) -> set[Path]:
     """The leaves of a module, by path in its `params`, of which rows have their own."""
     beside = params.get(BESIDE)
-    return {path for path, _ in beside[TOLD].whole} if beside else set()
+    return {path for path, _, _ in beside[TOLD].whole} if beside else set()
 
 
 def has_trained_whole(params: Params, *, deep: bool) -> bool:
