@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from many_nets import CONFIGS, IDS, NAMES, Net, adapted, alone, move, same_rows
+from many_nets import CONFIGS, IDS, NAMES, Net, adapted, alone, by_row, move, same_rows
 
 from randlora_jax import ConfigError, RandLoraConfig, get_peft_model
 
@@ -159,12 +159,12 @@ def test_copies_of_a_model_are_told_apart(each, saved):
     model = stacked()
     shared = nnx.merge(*nnx.split(model))  # of the same Variables
     shared.load_adapter(saved / "a", "new")
-    same_rows(model(IDS, adapter_names=["new"] * 4), each, ["a"] * 4)
+    same_rows(by_row(model, IDS, model.rows(["new"] * 4)), each, ["a"] * 4)
     graph, state = nnx.split(model)
     copy = nnx.merge(graph, jax.tree.map(jnp.copy, state))
     copy.hotswap_adapter(saved / "b", "new")
-    same_rows(copy(IDS, adapter_names=["new"] * 4), each, ["b"] * 4)
-    same_rows(model(IDS, adapter_names=["a"] * 4), each, ["a"] * 4)
+    same_rows(by_row(copy, IDS, copy.rows(["new"] * 4)), each, ["b"] * 4)
+    same_rows(by_row(model, IDS, model.rows(["a"] * 4)), each, ["a"] * 4)
     for act in (
         lambda: model(IDS, adapter_names=["new"] * 4),
         lambda: model.set_rows(["new"] * 4),
@@ -219,31 +219,32 @@ def test_a_combination_is_the_weighted_sum_of_deltas():
                 _, i, layer = path.split(".")
                 kernel = getattr(plain.blocks[int(i)], layer).kernel
                 kernel[...] += weight * delta.T
-        return plain(IDS)
+        return nnx.jit(lambda net: net(IDS))(plain)
 
     model.add_weighted_adapter(list(weights), list(weights.values()), "sum")
     each = {"sum": expected(weights), "a": expected({"a": 1}), "__base__": expected({})}
     names = ["a", "sum", "__base__", "sum"]
-    same_rows(model(IDS, adapter_names=names), each, names, 3e-6)
+    same_rows(by_row(model, IDS, model.rows(names)), each, names, 3e-6)
     model.set_adapter("sum")
-    same_rows(model(IDS), each, ["sum"] * 4, 3e-6)
+    same_rows(by_row(model, IDS), each, ["sum"] * 4, 3e-6)
     assert model.active_adapters == ["sum"]
     model.scale_layer(0.5)
     half = {"sum": expected({name: weight / 2 for name, weight in weights.items()})}
-    same_rows(model(IDS), half, ["sum"] * 4, 3e-6)
+    same_rows(by_row(model, IDS), half, ["sum"] * 4, 3e-6)
     model.set_scale("sum", 1.0)
     model.set_scale("a", 3.0)  # of a part
-    same_rows(model(IDS), {"sum": expected(weights | {"a": 1.5})}, ["sum"] * 4, 3e-6)
+    same_rows(by_row(model, IDS), {"sum": expected(weights | {"a": 1.5})}, ["sum"] * 4, 3e-6)
     model.set_scale("a", 1.0)
     model.stack_adapters(5, parts=3)
-    same_rows(model(IDS), each, ["sum"] * 4, 3e-6)
+    same_rows(by_row(model, IDS), each, ["sum"] * 4, 3e-6)
     with pytest.raises(ConfigError, match="delete it first"):
         model.delete_adapter("a")
     with pytest.warns(UserWarning, match="'sum' was active; now 'a' is"):
         model.delete_adapter("sum")
-    same_rows(model(IDS), each, ["a"] * 4, 3e-6)
+    same_rows(by_row(model, IDS), each, ["a"] * 4, 3e-6)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("in_stacks", [False, True])
 def test_scale_is_what_pefts_layers_make_of_it(in_stacks):
     """PEFT's LoRA layer (RandLoRA's has neither): set_scale is on top of alpha / r, scale_layer
@@ -290,10 +291,10 @@ def test_scale_is_what_pefts_layers_make_of_it(in_stacks):
         same()
     model.set_adapter("a")
     rows = model.rows(["a", "b", "__base__", "a"], scale=[1.0, 5.0, 5.0, -0.5])
-    found = np.asarray(model(IDS, adapter_names=rows))
+    found = np.asarray(by_row(model, IDS, rows))
     for strength, row in ((1.0, 0), (0.0, 1), (0.0, 2), (-0.5, 3)):
         model.set_scale("a", 2.0 * strength)
-        expected = np.asarray(model(IDS))
+        expected = np.asarray(by_row(model, IDS))
         assert np.abs(found[row] - expected[row]).max() <= 1e-6 * np.abs(expected).max()
 
 
@@ -381,15 +382,13 @@ def test_what_is_no_row_is_refused(in_stacks, each):
         refused(lambda wrong=wrong: model(IDS, adapter_names=wrong), match)
     for wrong in ([1, 2], ["x"] * 4, 5.0, object(), [np.nan] * 4, [1e300] * 4):
         refused(lambda wrong=wrong: model.rows(NAMES, wrong), "scale: expected 4 finite numbers")
-    assert model(IDS[:0], adapter_names=[]).shape == (0, 5, 3)
+    assert by_row(model, IDS[:0], model.rows([])).shape == (0, 5, 3)
     model.disable_adapter_layers()
     refused(lambda: model(IDS, adapter_names=NAMES), "enable_adapter_layers")
     model.enable_adapter_layers()
-    same_rows(model(IDS, adapter_names=tuple(NAMES)), each, NAMES)
+    same_rows(by_row(model, IDS, model.rows(tuple(NAMES))), each, NAMES)
     if in_stacks:
-        unknown = nnx.jit(lambda model, ids, rows: model(ids, adapter_names=rows))(
-            model, IDS, jnp.array([slots, 0, -1, 2**31 - 1])
-        )
+        unknown = by_row(model, IDS, jnp.array([slots, 0, -1, 2**31 - 1]))
         assert np.isnan(unknown[np.array([0, 2, 3])]).all() and np.isfinite(unknown[1]).all()
     else:
         refused(lambda: model(IDS, adapter_names=jnp.int32(1)), r"needs stack_adapters\(\)")
@@ -404,11 +403,15 @@ def test_dropout_in_training_is_refused_by_row_and_left_behind_by_stacks(each):
     move(model, "default")
     refused(lambda: model(IDS, adapter_names=["default"] * 4), r"training mode.*model\.eval\(\)")
     model.eval()
-    expected = model(IDS)
-    same_rows(model(IDS, adapter_names=["default"] * 4), {"default": expected}, ["default"] * 4)
+    expected = by_row(model, IDS)
+    same_rows(
+        by_row(model, IDS, model.rows(["default"] * 4)), {"default": expected}, ["default"] * 4
+    )
     model.train()
     model.stack_adapters()
-    same_rows(model(IDS, adapter_names=["default"] * 4), {"default": expected}, ["default"] * 4)
+    same_rows(
+        by_row(model, IDS, model.rows(["default"] * 4)), {"default": expected}, ["default"] * 4
+    )
     assert model.peft_config["default"].randlora_dropout == 0.5
 
 
@@ -504,7 +507,7 @@ def test_what_does_not_fit_a_stack_is_refused_and_changes_nothing(each, saved, t
         np.testing.assert_array_equal(x, now)
     assert repr(model) == said
     refused(fresh(), "all 4 slots of the bases jax-0-dense-r3 are taken")
-    same_rows(model(IDS, adapter_names=NAMES), each, NAMES)
+    same_rows(by_row(model, IDS, model.rows(NAMES)), each, NAMES)
 
 
 def test_what_must_be_in_stacks_says_so(each):
