@@ -1,5 +1,7 @@
 """nnx models with several adapters, and what each gives alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +96,12 @@ def alone(model, x):
         others = [found[other] for other in found if other != name]
         assert all(np.abs(out - other).max() > 1e-2 * np.abs(out).max() for other in others)
     return found
+
+
+@functools.cache
+def each_alone():
+    """What the adapters of `CONFIGS` give."""
+    return alone(adapted(), IDS)
 
 
 def same_rows(found, each, names, tolerance=1e-6):

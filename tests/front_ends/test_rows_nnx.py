@@ -15,6 +15,7 @@ from many_nets import (
     adapted,
     alone,
     by_row,
+    each_alone,
     rotated,
     same_bits,
     same_rows,
@@ -29,10 +30,9 @@ CAPACITIES = [None, 5]  # of stacks; None where adapters are kept one by one
 
 def ready(capacity):
     model = adapted()
-    each = alone(model, IDS)
     if capacity:
         model.stack_adapters(capacity, parts=2)
-    return model, each
+    return model, each_alone()
 
 
 @pytest.mark.parametrize("capacity", CAPACITIES)
