@@ -14,6 +14,8 @@ from many_nets import (
     X,
     adapted,
     alone,
+    by_row,
+    each_alone,
     rotated,
     same_bits,
     same_rows,
@@ -26,15 +28,11 @@ from randlora_jax import ConfigError, RandLoraConfig
 CAPACITIES = [None, 5]  # of stacks; None where adapters are kept one by one
 
 
-by_row = nnx.jit(lambda model, x, rows: model(x, adapter_names=rows))
-
-
 def ready(capacity):
     model = adapted()
-    each = alone(model, IDS)
     if capacity:
         model.stack_adapters(capacity, parts=2)
-    return model, each
+    return model, each_alone()
 
 
 @pytest.mark.parametrize("capacity", CAPACITIES)
@@ -69,41 +67,40 @@ def test_all_rows_alike_in_a_stack():
 
 
 @pytest.mark.parametrize(
-    ("kind", "capacity"),
-    [
-        *((kind, 5) for kind in STRUCTURES),
-        ("remat in a scan along 1", None),
-        ("unknown call", None),
-    ],
+    ("kind", "capacity"), [(kind, None if kind == "scan" else 5) for kind in STRUCTURES]
 )
 def test_in_models_of_any_structure(kind, capacity):
+    names = ["b", "__base__", "a", "b"]
     model = structured(kind)
     each = alone(model, X)
     if capacity:
         model.stack_adapters(capacity)
-    out, base = (by_row(model, X, model.rows(names)) for names in (NAMES, ["__base__"] * 4))
-    same_rows(out, each, NAMES)
-    same_bits(out, base, NAMES)
+    out, base = (by_row(model, X, model.rows(chosen)) for chosen in (names, ["__base__"] * 4))
+    same_rows(out, each, names)
+    same_bits(out, base, names)
     same_rows(base, each, ["__base__"] * 4)
 
 
-@pytest.mark.parametrize("capacity", CAPACITIES)
-def test_split_rematerialised_and_mapped(capacity):
-    model, each = ready(capacity)
+def test_split_rematerialised_and_mapped():
+    model, each = ready(5)
     rows = model.rows(NAMES)
     graph, state = nnx.split(model)
     pure = lambda state, ids, rows: nnx.merge(graph, state)(ids, adapter_names=rows)  # noqa: E731
     same_rows(jax.jit(jax.checkpoint(pure))(state, IDS, rows), each, NAMES)
     again = nnx.jit(nnx.remat(lambda model, ids, rows: model(ids, adapter_names=rows)))
     same_rows(again(model, IDS, rows), each, NAMES)
+    one = lambda ids, slot: model(ids[None], adapter_names=slot)[0]  # noqa: E731
+    same_rows(jax.jit(jax.vmap(one))(IDS, rows), each, NAMES)
+    model.set_rows(NAMES)
+    same_rows(jax.jit(pure)(nnx.state(model), IDS, None), each, NAMES)
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+def test_mapped_over_rows_of_batches_of_one(capacity):
+    model, each = ready(capacity)
     one = lambda model, ids, slot: model(ids[None], adapter_names=slot[None])[0]  # noqa: E731
     mapped = nnx.jit(nnx.vmap(one, in_axes=(None, 0, 0)))
-    same_rows(mapped(model, IDS, rows), each, NAMES)
-    if capacity:
-        one = lambda ids, slot: model(ids[None], adapter_names=slot)[0]  # noqa: E731
-        same_rows(jax.jit(jax.vmap(one))(IDS, rows), each, NAMES)
-        model.set_rows(NAMES)
-        same_rows(jax.jit(pure)(nnx.state(model), IDS, None), each, NAMES)
+    same_rows(mapped(model, IDS, model.rows(NAMES)), each, NAMES)
 
 
 @pytest.mark.parametrize("kind", ["a kernel that is read", "three kernels", "methods"])

@@ -17,6 +17,7 @@ PAGE = (ROOT / "docs/trainers.md").read_text()
         ("Preferences", "examples/with_tunix_dpo.py"),
         ("Reinforcement learning", "examples/with_tunix_grpo.py"),
         ("Sampling", "tests/trainers/test_sampler.py"),
+        ("Sampling, an adapter for each prompt", "tests/trainers/test_sampler_rows.py"),
     ],
 )
 def test_it_quotes_what_is_run(heading, source):

@@ -1,5 +1,7 @@
 """google-tunix's sampler, each prompt of a batch with an adapter of its own."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -78,6 +80,12 @@ def test_each_prompt_is_answered_by_its_own_adapter_and_a_swap_compiles_nothing(
     answers(["__base__"] * 4)
     model.set_scale("c", 0.0)
     assert compiled(sampler) == programs
+    graph, state = nnx.split(model)
+    sampler = Sampler(nnx.merge(graph, jax.tree.map(jnp.copy, state)), TOKENIZER, cache)
+    model.set_scale("c", 1.0)
+    model.set_rows(NAMES)
+    sampler.transformer_state = nnx.variables(model)  # it had arrays of its own
+    answers(NAMES, {"a": "c"})
     model.set_adapter("b")  # all rows alike: another program, once
     for name in ("b", "a"):
         model.set_adapter(name)
