@@ -14,6 +14,7 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ class Server:
             message = f"adapter {asked.adapter!r} is refused: {error}"
             raise web.HTTPUnprocessableEntity(text=message) from error
         end = None if asked.ignore_eos else self.words.end
-        done = lambda: self.shelf.give_back(asked.adapter)  # noqa: E731
+        done = partial(self.shelf.give_back, asked.adapter)
         answer = Answer(prompt, slot, asked.max_tokens, end, done)
         try:
             self.engine.ask(answer)

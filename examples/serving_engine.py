@@ -105,15 +105,19 @@ class Engine:
                 self._seat()
                 self._step()
         except Exception as error:
-            self._broken = True
-            answers = [answer for answer in self.rows if answer]
-            while not self._arriving.empty():
-                if answer := self._arriving.get_nowait():
-                    answers.append(answer)
-            for answer in answers:
-                self._tell(answer.said.put_nowait, error)
-                self._tell(answer.ended)
+            self._tell(self._give_up, error)
             raise
+
+    def _give_up(self, error: Exception) -> None:
+        """In the event loop, where `ask` is called, so that no answer comes in between."""
+        self._broken = True
+        answers = [answer for answer in self.rows if answer]
+        while not self._arriving.empty():
+            if answer := self._arriving.get_nowait():
+                answers.append(answer)
+        for answer in answers:
+            answer.said.put_nowait(error)
+            answer.ended()
 
     def _seat(self) -> None:
         """Reads prompts that wait into free rows, as many as one program takes."""

@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 import sys
+import threading
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -258,5 +259,61 @@ def test_slow_and_gone_clients_hold_nobody_up(server, alone):
             assert status["busy"] == status["waiting"] == 0
             async with client.get("/adapters") as response:
                 assert set((await response.json())["loaded"].values()) == {0}
+
+    asyncio.run(run())
+
+
+def test_loading_holds_nobody_up(server, alone):
+    """An adapter is loaded for as long as it takes to answer with another one."""
+    gate = threading.Event()
+
+    async def run():
+        async with client_of(server[0]) as client:
+            await said(client, "hello", "a", 1)
+            shelf = server[0].shelf
+            changed = shelf._changed
+            shelf._changed = lambda model: gate.wait() and changed(model)
+            waits = asyncio.create_task(said(client, "hello", "b", 4))
+            while "b" not in shelf.here():
+                await asyncio.sleep(0.01)
+            assert await said(client, "hello", "a", 20) == text(alone("a", "hello", 20))
+            assert not waits.done()
+            gate.set()
+            assert await waits == text(alone("b", "hello", 4))
+
+    asyncio.run(run())
+
+
+def test_more_than_may_wait_are_told_so(server, alone, monkeypatch):
+    monkeypatch.setattr("serve.WAITING", 1)
+
+    async def run():
+        async with client_of(server[0]) as client:
+            await said(client, "x", "a", 1)
+            tries = [client.post("/generate", json=asking("x", "a", 30)) for _ in range(12)]
+            answers = await asyncio.gather(*tries)
+            assert {response.status for response in answers} == {200, 503}
+            for response in answers:
+                body = await response.json()
+                if response.status == 200:
+                    assert body["tokens"] == alone("a", "x", 30)
+                else:
+                    assert body["error"] == "1 answers wait for a row already"
+
+    asyncio.run(run())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_an_engine_that_broke_down(server, monkeypatch):
+    def broken(*_):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(server[0].steps, "step", broken)
+
+    async def run():
+        async with client_of(server[0]) as client:
+            for _ in range(2):  # one that is being written, one that comes later
+                async with client.post("/generate", json=asking("x", "a", 5)) as response:
+                    assert response.status == 500
 
     asyncio.run(run())
