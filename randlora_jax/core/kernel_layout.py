@@ -83,8 +83,7 @@ class KernelLayout:
     def along_stack(self, stacked: jax.Array) -> jax.Array:
         """(*stack, a, b) with its stack axes where a kernel has them, for scans to take.
 
-        Axes of extent 1 fill up, so that they are there counted from the end, too. Likewise
-        (*stack, slots, a, b).
+        Axes of extent 1 fill up, so that they are there counted from the end, too.
         """
         stacks = [i for i, axis in enumerate(self.axes) if axis == "s"]
         if not stacks:
@@ -92,13 +91,13 @@ class KernelLayout:
         spare = (1,) * (len(self.axes) - stacked.ndim)
         return jnp.moveaxis(stacked.reshape(*stacked.shape, *spare), range(len(stacks)), stacks)
 
-    def stack_first(self, array: jax.Array, inner: int = 2) -> jax.Array:
-        """The inverse of `along_stack`, of what scans left: with `inner` axes after the stack's."""
+    def stack_first(self, array: jax.Array) -> jax.Array:
+        """The inverse of `along_stack`, of what scans left."""
         stacks = [i for i, axis in enumerate(self.axes) if axis == "s"]
-        if stacks == list(range(len(stacks))) and array.ndim == len(stacks) + inner:
+        if stacks == list(range(len(stacks))) and array.ndim == len(stacks) + 2:
             return array  # as nearly all lie: nothing to trace
         moved = jnp.moveaxis(array, stacks, range(len(stacks)))
-        return moved.reshape(moved.shape[: len(stacks) + inner])
+        return moved.reshape(moved.shape[: len(stacks) + 2])
 
     def splits(self, whole: "KernelLayout") -> bool:
         """Whether this is `whole`, but for out axes of it that are taken for a stack of layers."""

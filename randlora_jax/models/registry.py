@@ -239,6 +239,10 @@ class AdapterRegistry:
         found = stacked(self._pairs_by_adapter, capacity)
         return tuple(replace(stack, members=()) for stack in found)
 
+    def slots_held(self, name: str) -> int | None:
+        """How many slots a stack has that is kept under a name; None of an adapter's."""
+        return next((stack.capacity for stack in self.stacks if stack.name == name), None)
+
     @staticmethod
     def spec_of_stack(stack: Stack) -> AdapterSpec:
         """By which a store takes a stack as it does an adapter."""

@@ -255,6 +255,18 @@ class RowChoice:
         return {name: self.of_batch(name, size, layer) for name in self.chosen}
 
 
+def slots_in_rows(stacked: jax.Array) -> jax.Array:
+    """(*stack axes, slots, a, b) as (*stack axes, slots * a, b), which scans take as one's own."""
+    *outer, slots, a, b = stacked.shape
+    return stacked.reshape(*outer, slots * a, b)
+
+
+def slots_apart(laid: jax.Array, slots: int) -> jax.Array:
+    """(*stack axes, slots, a, b) of what is laid as (*stack axes, slots * a, b)."""
+    *outer, rows, b = laid.shape
+    return laid.reshape(*outer, slots, rows // slots, b)
+
+
 def as_rows(rows: Any, slots: int, *, alike: bool) -> jax.Array | AdapterRows:
     """What a user gave in place of names: slots, or `AdapterRows`.
 

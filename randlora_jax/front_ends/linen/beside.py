@@ -19,7 +19,7 @@ from randlora_jax.models import adapter_arrays, stacking
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.registry import AdapterRegistry, AdapterState
-from randlora_jax.models.slots import RowChoice, Stack
+from randlora_jax.models.slots import RowChoice, Stack, slots_in_rows
 
 BESIDE = "randlora"  # its name among the params of a module
 
@@ -110,7 +110,7 @@ def laid_beside(
             layer = layers[name]
             place = place_beside(params, layer.kernel_path, len(layer.owner))
             leaves[name] = layer.kernel_path[len(place) :]
-            held = map(_slots_in_rows, arrays) if rows else arrays
+            held = map(slots_in_rows, arrays) if rows else arrays
             lam, gamma = map(layer.layout.along_stack, held)
             laid.setdefault(place, {}).setdefault(name, {})[adapter_name] = (lam, gamma)
     entries = {}
@@ -177,18 +177,6 @@ def _lay_whole(
                 told, mine = entry[TOLD], (leaf, slashed(path), base[path].shape)
                 entry[TOLD] = replace(told, whole=(*told.whole, mine))
             by_stack[name] = slots
-
-
-def _slots_in_rows(stacked: jax.Array) -> jax.Array:
-    """(*stack axes, slots, a, b) as (*stack axes, slots * a, b), which scans take as one's own."""
-    *outer, slots, a, b = stacked.shape
-    return stacked.reshape(*outer, slots * a, b)
-
-
-def slots_apart(laid: jax.Array, slots: int) -> jax.Array:
-    """(*stack axes, slots, a, b) of what is laid as (*stack axes, slots * a, b)."""
-    *outer, rows, b = laid.shape
-    return laid.reshape(*outer, slots, rows // slots, b)
 
 
 def layers_in(params: Mapping[str, Any], *, deep: bool) -> Iterator[tuple[str, Path]]:

@@ -31,7 +31,6 @@ from randlora_jax.front_ends.linen.beside import (
     Shares,
     joined,
     layers_in,
-    slots_apart,
 )
 from randlora_jax.front_ends.linen.by_row import (
     has_trained_whole,
@@ -63,7 +62,7 @@ from randlora_jax.models.layer_types import LayerTypes
 from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.quantised import quantises, refuse_rounding
 from randlora_jax.models.registry import AdapterRegistry
-from randlora_jax.models.slots import RowChoice
+from randlora_jax.models.slots import RowChoice, slots_apart
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,25 @@
 """A wrapped nnx module in a call whose rows have adapters of their own."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from randlora_jax.core.applying import Contribution, adapted
 from randlora_jax.core.applying_rows import BY_VMAP, adapted_rows
 from randlora_jax.core.hoisting import Hoisted
 from randlora_jax.core.layer_call import RunningLayer
 from randlora_jax.core.mesh import splits_rows
-from randlora_jax.front_ends.call_input import Arguments, input_of, multiplies_in
+from randlora_jax.front_ends.call_input import (
+    Arguments,
+    CallInput,
+    input_of,
+    multiplies_in,
+    with_input,
+)
 from randlora_jax.front_ends.nnx.call import CallContext, reached
 from randlora_jax.front_ends.nnx.running import (
     as_function,
@@ -21,8 +28,9 @@ from randlora_jax.front_ends.nnx.running import (
     with_jax_arrays,
 )
 from randlora_jax.interop.errors import ConfigError, listed
+from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, dotted, slashed
-from randlora_jax.models.slots import RowChoice
+from randlora_jax.models.slots import Chosen, RowChoice, Stack
 
 if TYPE_CHECKING:
     from randlora_jax.front_ends.nnx.layer import RandLoraLayer
@@ -62,6 +70,8 @@ def run_by_row(
     own = _leaves_of_rows(wrapper, rows, size, state)
     if own and splits_rows(taken.x):
         raise _refusal(wrapper, _SPLIT)
+    if layer.leaf in own:
+        return _row_after_row(wrapper, layer, stacks, state, own, taken, context)
     state |= {path: state[path].replace(x) for path, x in own.items()}
     run, read = as_function(graph, state, layer.leaf, taken, wrapper.settings.quantiser)
     ids = set(map(id, own.values()))
@@ -78,6 +88,54 @@ def run_by_row(
     ]
     token_axes = wrapper.settings.options.token_axes
     return adapted_rows(running, taken.x, updates, [id(x) in ids for x in read], token_axes)
+
+
+def _row_after_row(
+    wrapper: "RandLoraLayer",
+    layer: Layer,
+    stacks: Sequence[Stack],
+    state: Mapping[Path, Any],
+    own: Mapping[Path, jax.Array],
+    taken: CallInput,
+    context: CallContext,
+) -> jax.Array:
+    """A layer whose kernel one adapter trained whole and another one adapts: each row by itself.
+
+    Args:
+      own: leaves that adapters trained whole, (rows, ...), by path.
+    """
+    assert context.rows is not None
+    graph, size = nnx.graphdef(wrapper.base_layer), taken.x.shape[0]
+    chosen = {stack: context.rows.of_batch(stack.name, size, layer.name) for stack in stacks}
+    held = {stack: wrapper.stacked(stack, layer, layer.layout) for stack in stacks}
+
+    def row(x: jax.Array, own: Mapping[Path, jax.Array], chosen: Sequence[Chosen]) -> jax.Array:
+        mine = {**state, **{path: state[path].replace(leaf) for path, leaf in own.items()}}
+        kernel, call = wrapper.running_kernel(layer, mine)
+        run, read = as_function(graph, mine, layer.leaf, taken, wrapper.settings.quantiser)
+        dtype = multiplies_in(wrapper.base_layer, kernel.promoted(x))
+        running = RunningLayer(layer.name, run, read, kernel, call, dtype)
+        shares = [
+            Contribution(update)
+            for stack, one in zip(stacks, chosen, strict=True)
+            for update in one.updates(*held[stack], context.pairs[stack.name], layer.matrix)
+        ]
+        return adapted(running, x[None], shares, wrapper.settings.options)[0]
+
+    args, kwargs = with_input(taken.rest, taken.place, taken.x)
+    every = (taken.x, dict(own), list(chosen.values()))
+    made = jax.lax.map(lambda arrays: row(*arrays), every)
+    return cast(jax.Array, _where(chosen.values(), made, wrapper.base_layer(*args, **kwargs)))
+
+
+def _where(chosen: Iterable[Chosen], own: Any, base: Any) -> Any:
+    """Rows of `own` where a row has an adapter at all, else of `base`: that keeps its very bits."""
+    present = jnp.stack([each.present.any(-1) for each in chosen]).any(0)
+
+    def either(own: jax.Array, base: jax.Array) -> jax.Array:
+        return jnp.where(jnp.expand_dims(present, range(1, own.ndim)), own, base)
+
+    return jax.tree.map(either, own, base)
 
 
 def _leaves_of_rows(
@@ -123,9 +181,13 @@ def _run_trained_whole(
         return jax.tree.map(lambda y: y[0], out)
 
     # matrices one after another: those of all rows at once would be as large as so many models
-    if any(leaf.ndim > 2 for leaf in own.values()):
-        return jax.lax.map(row, (x, own))
-    return jax.vmap(row)((x, own))
+    matrices = any(leaf.ndim > 2 for leaf in own.values())
+    made = jax.lax.map(row, (x, own)) if matrices else jax.vmap(row)((x, own))
+    chosen = [
+        rows.of_batch(stack.name, x.shape[0], type(wrapper.base_layer).__name__)
+        for stack in wrapper.settings.stacks
+    ]
+    return _where(chosen, made, getattr(wrapper.base_layer, method)(*arguments[0], **arguments[1]))
 
 
 def _refusal(wrapper: "RandLoraLayer", why: str) -> ConfigError:

@@ -34,7 +34,7 @@ from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec
-from randlora_jax.models.slots import Stack
+from randlora_jax.models.slots import Stack, slots_apart
 
 Leaves = dict[str, nnx.Variable[jax.Array]]
 
@@ -136,9 +136,9 @@ class RandLoraLayer(nnx.Module):
             arrays = {name: leaf.get_raw_value() for name, leaf in leaves.items()}
             for array in arrays.values():
                 refuse_abstract(f"adapters of {layer.name}", array)
-            if not stack.members:
-                return layout.stack_first(arrays[stack.name], 3)
             first = {name: layout.stack_first(array) for name, array in arrays.items()}
+            if not stack.members:
+                return slots_apart(first[stack.name], stack.capacity)
             like = next(iter(first.values()))
             every = [first.get(name, jnp.zeros_like(like)) for name in stack.members]
             return jnp.stack(every, like.ndim - 2)

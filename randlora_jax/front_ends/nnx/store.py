@@ -30,7 +30,7 @@ from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.quantised import dequantised, quantiser_around, unquantised_class
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
-from randlora_jax.models.slots import SlotTable
+from randlora_jax.models.slots import SlotTable, slots_apart, slots_in_rows
 from randlora_jax.models.store import ArrayStore
 
 
@@ -162,7 +162,8 @@ class NnxStore(ArrayStore):
         for layer in layers:
             wrapper, key = wrappers[layer.owner], slashed(layer.leaf)
             for held, value in zip(wrapper.held()[:2], state.layers[layer.name], strict=True):
-                along = moved(layer.layout.along_stack, value)
+                one = moved(slots_in_rows, value) if registry.slots_held(spec.name) else value
+                along = moved(layer.layout.along_stack, one)
                 _put(held.setdefault(spec.name, {}), key, along)
             if spec.dropout:
                 wrapper.randlora_dropout[spec.name] = nnx.Dropout(spec.dropout, rngs=rngs)
@@ -214,14 +215,17 @@ class NnxStore(ArrayStore):
     def state(self, adapter_name: str) -> AdapterState:
         """From every wrapper."""
         state = AdapterState({})
-        inner = 3 if any(adapter_name == s.name for s in self.root._registry.stacks) else 2
+        slots = self.root._registry.slots_held(adapter_name)
         for path, wrapper in self._wrappers().items():
             lams, gammas = (held.get(adapter_name, {}) for held in wrapper.held()[:2])
             for layer in wrapper.settings.layers:
                 if (key := slashed(layer.leaf)) in lams:
                     both = lams[key].get_raw_value(), gammas[key].get_raw_value()
-                    first = partial(layer.layout.stack_first, inner=inner)
-                    lam, gamma = (moved(first, x) for x in both)
+                    lam, gamma = (moved(layer.layout.stack_first, x) for x in both)
+                    if slots:
+                        lam, gamma = (
+                            moved(partial(slots_apart, slots=slots), x) for x in (lam, gamma)
+                        )
                     state.layers[layer.name] = lam, gamma
             whole = wrapper.trained_leaves.get(adapter_name, {})
             for leaf, value in whole.items():
