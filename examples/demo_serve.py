@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -197,6 +198,7 @@ def ratio(found: dict[int, dict[str, float]]) -> float:
 async def misuse(client: Client) -> dict[str, tuple[int, str]]:
     """Bad requests, and what they are told; a damaged adapter among them, while others go on."""
     damaged = ADAPTERS / "damaged"
+    shutil.rmtree(damaged, ignore_errors=True)
     serving_tasks.copy(ADAPTERS / "pirate", damaged, seed=0)
     weights = damaged / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
@@ -214,6 +216,7 @@ async def misuse(client: Client) -> dict[str, tuple[int, str]]:
     other = asyncio.create_task(client.streamed(QUESTIONS[0], "pirate", max_tokens=8))
     told = {what: await client.refused(body) for what, body in bad.items()}
     assert (await other).text, "others do not go on"
+    shutil.rmtree(damaged)
     table = Table("request", "status", "error")
     for what, (status, error) in told.items():
         table.add_row(what, str(status), error if len(error) < 200 else f"{error[:200]}...")
