@@ -180,13 +180,17 @@ class Tanh(nnx.Linear):
 
 
 class Convolved(nnx.Module):
-    """A layer of unknown call among convolutions, which take no adapters; containers."""
+    """Layers among convolutions, which take no adapters; containers.
 
-    def __init__(self):
+    Args:
+      first: the class of the first layer.
+    """
+
+    def __init__(self, first=nnx.Linear):
         rngs = nnx.Rngs(0)
         self.conv = nnx.Conv(8, 8, (3,), rngs=rngs)
         self.named = nnx.data(
-            {"first": Tanh(8, 8, rngs=rngs), "second": nnx.Linear(8, 8, rngs=rngs)}
+            {"first": first(8, 8, rngs=rngs), "second": nnx.Linear(8, 8, rngs=rngs)}
         )
 
     def __call__(self, x):
@@ -211,9 +215,10 @@ STRUCTURES = {
         lambda: Scanned(1, remat=True),
         {"views": {"layers/(up|down)": "i s o"}},
     ),
+    "scan along -1": (lambda: Scanned(-1), {"views": {"layers/(up|down)": "i o s"}}),
     "vmap": (Experts, {"views": {"experts/(up|down)": "s i o"}}),
     "attention, einsum": (Attention, {}),
-    "unknown call": (Convolved, {}),
+    "convolutions": (Convolved, {}),
     "tied": (Tied, {}),
 }
 

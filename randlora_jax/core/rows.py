@@ -156,8 +156,9 @@ def _widened(mixed: jax.Array, a: jax.Array, gamma: jax.Array) -> jax.Array:
     else:
         every = _by_row(mixed, gamma.astype(a.dtype)) * a
     # rows and tokens in one axis: XLA's CPU compiler takes twenty times as long to sum over two
-    summed = every.reshape(-1, *every.shape[2:]).sum(1)
-    return summed.reshape(*mixed.shape[:2], -1)
+    rows, tokens, *matrix = every.shape
+    summed = every.reshape(rows * tokens, *matrix).sum(1)
+    return summed.reshape(rows, tokens, matrix[-1])
 
 
 def _by_row(x: jax.Array, matrices: jax.Array) -> jax.Array:

@@ -103,15 +103,15 @@ CASES = {
     "attention": (Attention(), (["query", "out"], None), ["value"], {"sample_inputs": (X,)}),
     "a bridge trained whole": (Bridge(), (["dense"], "bridge"), ["dense"], {}),
     "a leaf around a layer": (Around(), (["last"], "scaled"), ["scaled.dense", "last"], {}),
-    "no sum": (Stated(), (["tanh"], "dense"), ["dense", "tanh"], {"views": {"tanh": "i o"}}),
     "a norm with state": (Normed(), (["dense"], "norm"), ["dense"], {}),
     "experts": (Experts(), (["experts"], None), ["experts"], {"views": {"experts": "s i o"}}),
 }  # fmt: skip
 
 REFUSED = {
-    "a part of an nnx module": (Bridge(), (["linear"], None), "part of an nnx module"),
-    "tokens of all rows": (Flattened(), (["dense"], None), "with 24 rows"),
-    "leaves that a scan takes apart": (ScannedNorms(), (["dense"], "norm"), "takes it apart"),
+    "a part of an nnx module": (Bridge(), (["linear"], None), "part of an nnx module", {}),
+    "tokens of all rows": (Flattened(), (["dense"], None), "with 24 rows", {}),
+    "leaves that a scan takes apart": (ScannedNorms(), (["dense"], "norm"), "takes it apart", {}),
+    "no sum": (Stated(), (["tanh"], "dense"), "nothing is known", {"views": {"tanh": "i o"}}),
 }
 
 
@@ -134,8 +134,8 @@ def test_it_runs_by_row(case):
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_it_is_refused_and_runs_under_vmap(case):
-    net, first, message = REFUSED[case]
-    model, bound = wrapped(net, first, first[0])
+    net, first, message, rules = REFUSED[case]
+    model, bound = wrapped(net, first, first[0], **rules)
     with pytest.raises(ConfigError, match=message + r".*jax\.vmap"):
         model(X, adapter_names=NAMES)
     each = alone(model, bound, X)

@@ -11,6 +11,8 @@ from many_nets import (
     IDS,
     NAMES,
     STRUCTURES,
+    Convolved,
+    Tanh,
     X,
     adapted,
     alone,
@@ -152,3 +154,30 @@ def test_a_tied_head_that_is_trained_whole_follows_the_row(capacity):
         same_rows(by_row(model, IDS, jnp.int32(2)), each, ["b"] * 4)
     with pytest.raises(ConfigError, match="'embedding' of a Embed was read by itself"):
         model(IDS, adapter_names=names)
+
+
+def test_a_layer_of_which_nothing_is_known_is_refused():
+    """Its rows might be anything: experts see the tokens that a router sends them."""
+    configs = {name: RandLoraConfig(r=2, target_modules="all-linear") for name in ("a", "b")}
+    model = adapted(Convolved(Tanh), configs)
+    with pytest.raises(ConfigError, match=r"'named.first'.*nothing is known.*jax.vmap over rows"):
+        model(X, adapter_names=["a", "b", "__base__", "a"][: len(X)])
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+def test_a_kernel_that_one_trained_whole_and_another_adapts(capacity):
+    configs = {
+        "a": RandLoraConfig(r=3, randlora_alpha=6, target_modules=["up"], modules_to_save=["head"]),
+        "b": RandLoraConfig(r=3, randlora_alpha=6, target_modules=["up", "head"]),
+    }
+    model = adapted(configs=configs)
+    each = alone(model, IDS)
+    if capacity:
+        model.stack_adapters(capacity)
+    names = ["b", "__base__", "a", "b"]
+    with model.disable_adapter():
+        base = model(IDS)
+    found = model(IDS, adapter_names=names)
+    same_rows(found, each, names)
+    same_bits(found, base, names)
+    same_rows(by_row(model, IDS, model.rows(names)), each, names)
