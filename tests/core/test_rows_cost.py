@@ -77,7 +77,7 @@ def test_explain_says_what_rows_form():
         beside = [line for line in lines if f": 16 rows of {each} form {formed}. " in line]
         assert [line.split()[0] for line in beside] == ["down", "up"], lines
         (own,) = set(lines) - {*beside}
-        assert "form W + delta, one row after another" in own
+        assert f"not 16 rows of {each}: the layer is not known to be a sum" in own
     # lambda and gamma of a row's own cost 2 r n min; the bases' two products twice the layer itself
     r, n, low, high = 8, 8, 64, 256
     added = 2 * r * n * (low + high) + n * low
