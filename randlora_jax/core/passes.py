@@ -30,9 +30,10 @@ def each_pass_its_way(forward: Function, inputs: Function, trained: Function) ->
     cotangents: what is formed of them forward is not kept, and what is formed of them backwards is
     not before a layer's turn. (The scales too: XLA's TPU compiler made one fusion of both readings
     where they had the scales in common.) Around activations, a barrier would keep each of them
-    beside what it was made of. Bases are the same for all layers, and so are the copies of their
-    corners; behind barriers each layer had copies of its own, made when the step began. Where
-    `inputs` and `trained` are the same way, they share what they can.
+    beside what it was made of. B is the same for all layers, and so are the copies of its corners;
+    behind barriers each layer had copies of its own, made when the step began. A, which is small,
+    does come out of the barrier: else XLA kept delta's gradients to take lambda's and gamma's of
+    them later. Where `inputs` and `trained` are the same way, they share what they can.
     """
 
     @jax.custom_jvp
@@ -73,9 +74,7 @@ def each_pass_its_way(forward: Function, inputs: Function, trained: Function) ->
         def rebuilt(formed: Leaves, others: Leaves, steps: Leaves) -> jax.Array:
             return tangent(formed | others, steps)
 
-        is_pair = lambda x: isinstance(x, BasisPair)  # noqa: E731
-        parts = jax.tree.leaves(primals, is_leaf=is_pair)
-        shared = [is_pair(part) for part in parts for _ in jax.tree.leaves(part)]
+        shared = which_are_large_bases(primals)
         quantised = any(not holds_sums(x.dtype) for x in leaves[:first])
         # an integer's step says nothing
         moving = {i for i in steps if holds_sums(leaves[i].dtype)}
@@ -89,3 +88,10 @@ def each_pass_its_way(forward: Function, inputs: Function, trained: Function) ->
 
     function.defjvp(rule, symbolic_zeros=True)
     return function
+
+
+def which_are_large_bases(tree: Tree) -> list[bool]:
+    """Of each leaf of a tree, whether it is the B of a pair."""
+    is_pair = lambda x: isinstance(x, BasisPair)  # noqa: E731
+    mark = lambda x: BasisPair(A=False, B=True) if is_pair(x) else False  # noqa: E731
+    return jax.tree.leaves(jax.tree.map(mark, tree, is_leaf=is_pair))

@@ -40,10 +40,10 @@ def test_nothing_as_large_as_activations_or_bases_is_copied_to_float32(apply):
 
 @pytest.mark.parametrize("apply", ["auto", "merged", "factored"])
 def test_what_waits_for_a_layers_turn_backwards(apply):
-    """Lambda and gamma, for the cotangent: on a TPU, deltas were formed when the step began.
+    """Lambda, gamma and A, for the cotangent: on a TPU, deltas were formed when the step began.
 
-    With a layer's input behind the barrier, it was kept beside what it was made of, and with the
-    bases, each layer had copies of their corners.
+    With a layer's input behind the barrier, it was kept beside what it was made of, with B, each
+    layer had copies of its corners; without A, gradients as large as delta waited for the end.
     """
     width, r, n = 256, 24, 11
     lowered = step(2, apply, "tpu", width, r)
@@ -53,7 +53,7 @@ def test_what_waits_for_a_layers_turn_backwards(apply):
         if operation.name == "stablehlo.optimization_barrier"
     ]
     cotangent = (TOKENS_PER_WIDTH * width, width)
-    assert [sorted(shapes) for shapes in held] == 2 * [[(n, width), (r, n), cotangent]]
+    assert [sorted(shapes) for shapes in held] == 2 * [[(n, width), (r, n), (r, width), cotangent]]
 
 
 def pair(dtype, update, apply="auto", seed=0):
