@@ -78,7 +78,8 @@ def each_pass_its_way(forward: Function, inputs: Function, trained: Function) ->
         quantised = any(not holds_sums(x.dtype) for x in leaves[:first])
         # an integer's step says nothing
         moving = {i for i in steps if holds_sums(leaves[i].dtype)}
-        formed, others = {}, {}
+        formed: Leaves = {}
+        others: Leaves = {}
         for i, leaf in enumerate(leaves):
             again = not shared[i] if i >= first else quantised and i not in moving
             (formed if again else others)[i] = leaf
@@ -93,5 +94,5 @@ def each_pass_its_way(forward: Function, inputs: Function, trained: Function) ->
 def which_are_large_bases(tree: Tree) -> list[bool]:
     """Of each leaf of a tree, whether it is the B of a pair."""
     is_pair = lambda x: isinstance(x, BasisPair)  # noqa: E731
-    mark = lambda x: BasisPair(A=False, B=True) if is_pair(x) else False  # noqa: E731
-    return jax.tree.leaves(jax.tree.map(mark, tree, is_leaf=is_pair))
+    parts = jax.tree.leaves(tree, is_leaf=is_pair)
+    return [here for part in parts for here in ((False, True) if is_pair(part) else (False,))]
