@@ -158,7 +158,10 @@ def test_layout(name, apply, axis_type, arrays, alone):
     print(f"{name}, {apply}, {axis_type.name}: {share:.4f} of one device's FLOPs; {sorted(kinds)}")
     assert kinds <= EXPECTED[name], sent
     if apply == "auto" and name != "data parallel" and name != "data and tensor":
-        assert abs(share * 8 - 1) <= 0.03
+        # Lowered, the second layer's delta is formed once for each pass. The CPU's compiler notices
+        # where one device does it, and does it once; on a mesh only in some of the layouts.
+        twice = 2 * WIDTH**3 / flops
+        assert -0.03 <= share * 8 - 1 <= 0.03 + twice
     if name == "data parallel":
         # the trained in T are shared, those in width cubed are not: each device forms delta itself
         cubed = 6 * WIDTH / (6 * TOKENS + 6 * WIDTH) if apply == "auto" else 0

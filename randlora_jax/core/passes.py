@@ -12,10 +12,12 @@ from typing import Any
 import jax
 from jax.custom_derivatives import SymbolicZero
 
+from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.update import holds_sums
 
 Tree = Any
 Function = Callable[[Tree, Tree], jax.Array]  # (arguments, what is trained) -> the result
+Leaves = dict[int, Any]  # of a tree, by their places
 
 
 def each_pass_its_way(forward: Function, inputs: Function, trained: Function) -> Function:
@@ -24,10 +26,14 @@ def each_pass_its_way(forward: Function, inputs: Function, trained: Function) ->
     ... by `inputs` and `trained` where it is differentiated with respect to its first and second
     argument. A rule for tangents, not for cotangents, so that forward mode and higher derivatives
     work; its tangents are rebuilt (``jax.checkpoint``) from the arguments and from what is trained.
-    A barrier makes another value to XLA of the latter, and of what a quantised kernel is read from:
-    what is formed of them forward is not kept for that. (Of its scales too: XLA's TPU compiler made
-    one fusion of both readings where they had the scales in common.) Where `inputs` and `trained`
-    are the same way, they share what they can.
+    The latter, and what a quantised kernel is read from, come out of a barrier together with the
+    cotangents: what is formed of them forward is not kept, and what is formed of them backwards is
+    not before a layer's turn. (The scales too: XLA's TPU compiler made one fusion of both readings
+    where they had the scales in common.) Around activations, a barrier would keep each of them
+    beside what it was made of. B is the same for all layers, and so are the copies of its corners;
+    behind barriers each layer had copies of its own, made when the step began. A, which is small,
+    does come out of the barrier: else XLA kept delta's gradients to take lambda's and gamma's of
+    them later. Where `inputs` and `trained` are the same way, they share what they can.
     """
 
     @jax.custom_jvp
@@ -44,13 +50,13 @@ def each_pass_its_way(forward: Function, inputs: Function, trained: Function) ->
             if not is_zero(step)
         }
 
-        def tangent(leaves: list[jax.Array], steps: dict[int, jax.Array]) -> jax.Array:
+        def tangent(now: Leaves, steps: Leaves) -> jax.Array:
             def along(way: Function, moving: Sequence[int]) -> jax.Array:
-                def moved(values: list[jax.Array]) -> jax.Array:
-                    now = {**dict(enumerate(leaves)), **dict(zip(moving, values, strict=True))}
-                    return way(*jax.tree.unflatten(tree, [now[i] for i in range(len(leaves))]))
+                def moved(values: Leaves) -> jax.Array:
+                    whole = now | values
+                    return way(*jax.tree.unflatten(tree, [whole[i] for i in range(len(whole))]))
 
-                here, there = [leaves[i] for i in moving], [steps[i] for i in moving]
+                here, there = ({i: of[i] for i in moving} for of in (now, steps))
                 return jax.jvp(moved, (here,), (there,))[1]
 
             if inputs is trained:
@@ -65,18 +71,28 @@ def each_pass_its_way(forward: Function, inputs: Function, trained: Function) ->
             ]
             return shares[0] if len(shares) == 1 else shares[0] + shares[1]
 
-        def rebuilt(leaves: list[jax.Array], steps: dict[int, jax.Array]) -> jax.Array:
-            quantised = any(not holds_sums(x.dtype) for x in leaves[:first])
-            # an integer's step says nothing
-            moving = {i for i in steps if holds_sums(leaves[i].dtype)}
-            formed = [
-                i for i in range(len(leaves)) if i >= first or (quantised and i not in moving)
-            ]
-            others = jax.lax.optimization_barrier([leaves[i] for i in formed])
-            now = {**dict(enumerate(leaves)), **dict(zip(formed, others, strict=True))}
-            return tangent([now[i] for i in range(len(leaves))], steps)
+        def rebuilt(formed: Leaves, others: Leaves, steps: Leaves) -> jax.Array:
+            return tangent(formed | others, steps)
 
-        return function(*primals), jax.checkpoint(rebuilt, prevent_cse=False)(leaves, steps)
+        shared = which_are_large_bases(primals)
+        quantised = any(not holds_sums(x.dtype) for x in leaves[:first])
+        # an integer's step says nothing
+        moving = {i for i in steps if holds_sums(leaves[i].dtype)}
+        formed: Leaves = {}
+        others: Leaves = {}
+        for i, leaf in enumerate(leaves):
+            again = not shared[i] if i >= first else quantised and i not in moving
+            (formed if again else others)[i] = leaf
+        # With the cotangents that are to come, `formed` goes through one barrier.
+        along_steps = jax.checkpoint(rebuilt, prevent_cse=(True, False, False))
+        return function(*primals), along_steps(formed, others, steps)
 
     function.defjvp(rule, symbolic_zeros=True)
     return function
+
+
+def which_are_large_bases(tree: Tree) -> list[bool]:
+    """Of each leaf of a tree, whether it is the B of a pair."""
+    is_pair = lambda x: isinstance(x, BasisPair)  # noqa: E731
+    parts = jax.tree.leaves(tree, is_leaf=is_pair)
+    return [here for part in parts for here in ((False, True) if is_pair(part) else (False,))]

@@ -39,16 +39,21 @@ def test_nothing_as_large_as_activations_or_bases_is_copied_to_float32(apply):
 
 
 @pytest.mark.parametrize("apply", ["auto", "merged", "factored"])
-def test_what_is_kept_of_activations_is_left_to_xla(apply):
-    """A barrier around them would keep each layer's input beside what it was made of."""
-    lowered = step(2, apply, "tpu")
+def test_what_waits_for_a_layers_turn_backwards(apply):
+    """Lambda, gamma and A, for the cotangent: on a TPU, deltas were formed when the step began.
+
+    With a layer's input behind the barrier, it was kept beside what it was made of, with B, each
+    layer had copies of its corners; without A, gradients as large as delta waited for the end.
+    """
+    width, r, n = 256, 24, 11
+    lowered = step(2, apply, "tpu", width, r)
     held = [
-        tuple(ir.RankedTensorType(one.type).shape)
+        [tuple(ir.RankedTensorType(one.type).shape) for one in operation.operands]
         for operation in operations(lowered.compiler_ir())
         if operation.name == "stablehlo.optimization_barrier"
-        for one in operation.operands
     ]
-    assert held and max(map(np.prod, held)) <= 256**2, "lambda, gamma and the bases are no larger"
+    cotangent = (TOKENS_PER_WIDTH * width, width)
+    assert [sorted(shapes) for shapes in held] == 2 * [[(n, width), (r, n), (r, width), cotangent]]
 
 
 def pair(dtype, update, apply="auto", seed=0):
