@@ -117,17 +117,20 @@ class Steps:
         said, self._cache = self._read(self._arrays, self._cache, which, tokens, counts, where)
         return np.asarray(said).tolist()[: len(prompts)]
 
-    def step(self, tokens: Sequence[int], counts: Sequence[int], slots: Sequence[int]) -> list[int]:
+    def step(
+        self, tokens: Sequence[int], counts: Sequence[int], slots: Sequence[int] | None
+    ) -> list[int]:
         """The next token of each of the first rows.
 
         Args:
           tokens: each row's newest.
           counts: how many a row has before it.
-          slots: of their adapters.
+          slots: of their adapters; None for the model's active one in all.
         """
         width = _least(self.sizes.widths, len(tokens))
-        asked = [_padded(values, width, 0) for values in (slots, tokens, counts)]
-        said, self._cache = self._step(self._arrays, self._cache, *asked)
+        which = None if slots is None else _padded(slots, width, 0)
+        asked = [_padded(values, width, 0) for values in (tokens, counts)]
+        said, self._cache = self._step(self._arrays, self._cache, which, *asked)
         return np.asarray(said).tolist()[: len(tokens)]
 
     def programs(self) -> Iterator[Callable[[], object]]:
