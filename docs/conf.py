@@ -4,9 +4,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+import messages  # noqa: E402
 
 from randlora_jax import __version__  # noqa: E402
+
+(ROOT / "build").mkdir(exist_ok=True)
+(ROOT / "build" / "errors.md").write_text(messages.page())
 
 project = "randlora-jax"
 author = "The randlora-jax authors"

@@ -42,3 +42,19 @@ def test_it_is_built_without_a_warning(tmp_path):
     build = [sys.executable, "-m", "sphinx", "-b", "html", "-E", "-W", "--keep-going", "-q"]
     subprocess.run([*build, str(DOCS), str(tmp_path)], check=True, cwd=ROOT)
     assert "stack_adapters" in (tmp_path / "api.html").read_text()
+
+
+def test_messages_are_read_as_the_source_builds_them(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    import messages
+
+    source = (
+        '"""About."""\n\n\ndef check(x):\n    if x:\n        raise ConfigError(f"x={x!r}: expected "\n'
+        '            "none, found " + str(x))\n    return TargetError("other")\n'
+    )
+    (tmp_path / "source.py").write_text(source)
+    first, second = messages.messages(tmp_path / "source.py")
+    assert first == ("ConfigError", "x={x}: expected none, found {str(x)}", "check")
+    assert second == ("TargetError", "other", "check")
+    page = messages.page()
+    assert page.count("**ConfigError**") > 100 and "merge_and_unload(dequantize=True)" in page
