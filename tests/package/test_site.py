@@ -57,4 +57,4 @@ def test_messages_are_read_as_the_source_builds_them(tmp_path, monkeypatch):
     assert first == ("ConfigError", "x={x}: expected none, found {str(x)}", "check")
     assert second == ("TargetError", "other", "check")
     page = messages.page()
-    assert page.count("**ConfigError**") > 100 and "merge_and_unload(dequantize=True)" in page
+    assert page.count("**ConfigError**") > 100 and "call unmerge_adapter()" in page
