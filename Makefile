@@ -1,7 +1,7 @@
 # From a fresh clone, with Python 3.11 and nothing installed:
 #   make demo    fine-tunes a real model on real text and opens the adapter in PyTorch PEFT
 #   make demo-llm  tunes a language model in tunix's trainer, and PyTorch PEFT says the same words
-#   make demo-serve  a server of many adapters of that model, driven by a client; six minutes
+#   make demo-serve  a server of many adapters of that model, driven by a client
 #   make test    linter, type checker, tests, one of the matrix
 #   make test-long  all tests, those too that are slow and seldom find anything
 #   make matrix  every Python we declare, with old and new releases, on what needs no torch
@@ -14,6 +14,7 @@
 #   make low-precision  how a bfloat16 model learns, by the ways to apply an adapter; loss curves
 #   make tpu     what XLA's TPU compiler makes of a bfloat16 step; no TPU needed
 #   make scale   a step of Llama 8B on 8 chips and of 70B on 64: operations, bytes, what is sent
+#   make docs    the site, into build/site; `make docs-open` serves it
 #   make fuzz    damages adapters in 100,000 ways (FUZZ_ARGS='--cases 5000 --seed 1')
 #   make dist    the source distribution and the wheel, checked, into dist/
 #   make compat  older releases of PEFT open what we write; tunix on transformers 5
@@ -31,8 +32,8 @@ PYTEST_ARGS ?=
 # Nothing is downloaded once the environment stands.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo demo-llm demo-serve test test-long matrix examples bench bench-gpu profile compare fit low-precision \
-	tpu scale lint types dist fuzz compat clean
+.PHONY: demo demo-llm demo-serve test test-long matrix examples bench bench-gpu profile compare fit \
+	low-precision tpu scale lint types dist fuzz compat docs docs-open clean
 
 # The C allocator would hand every large buffer back and ask for it again: a third of the time.
 # One arena, since the others, which XLA's threads take, map large buffers whatever they are told.
@@ -89,7 +90,7 @@ test: lint types
 	$(QUICKLY) $(RUN) -m pytest -n 2 $(or $(PYTEST_ARGS),-m "not long")
 	$(if $(PYTEST_ARGS),,$(RUN) tests/matrix.py 3.12-newest $(SHORT))
 
-test-long: lint types
+test-long: lint types $(VENV)/.docs
 	$(RUN) -m pytest -n 2 $(PYTEST_ARGS)
 
 matrix: $(VENV)/.installed
@@ -135,6 +136,18 @@ dist: $(VENV)/.installed .venv-dist/.installed
 EXAMPLES := nnx linen hf_flax haiku equinox tunix tunix_dpo tunix_grpo tunix_quantised
 examples: $(VENV)/.installed
 	set -e; for name in $(EXAMPLES); do $(RUN) -W ignore examples/with_$$name.py; done
+
+SITE := build/site
+docs: $(VENV)/.docs
+	$(RUN) -W ignore -m sphinx -b html -E -W --keep-going -q docs $(SITE)
+	@echo $(SITE)/index.html
+
+docs-open: docs
+	$(RUN) -m http.server --directory $(SITE) --bind localhost
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) install --constraint constraints.txt -q sphinx myst-nb sphinx-book-theme ipykernel
+	@touch $@
 
 FUZZ_ARGS ?= --cases 100000 --seed 0
 fuzz: $(VENV)/.installed

@@ -39,7 +39,7 @@ class MergingModel(AdaptedModel):
     def disable_adapter_layers(self) -> None:
         """From here on the model is its base model, until `enable_adapter_layers`.
 
-        As `disable_adapter`, but for good: a second model of the same arrays becomes a reference,
+        As `disable_adapter`, but for good: a second model of the same arrays becomes a reference::
 
             reference = nnx.merge(*nnx.split(model))
             reference.disable_adapter_layers()
