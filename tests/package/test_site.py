@@ -48,10 +48,12 @@ def test_messages_are_read_as_the_source_builds_them(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(DOCS)
     import messages
 
-    source = (
-        '"""About."""\n\n\ndef check(x):\n    if x:\n        raise ConfigError(f"x={x!r}: expected "\n'
-        '            "none, found " + str(x))\n    return TargetError("other")\n'
-    )
+    source = """
+def check(x):
+    if x:
+        raise ConfigError(f"x={x!r}: expected " "none, found " + str(x))
+    return TargetError("other")
+"""
     (tmp_path / "source.py").write_text(source)
     first, second = messages.messages(tmp_path / "source.py")
     assert first == ("ConfigError", "x={x}: expected none, found {str(x)}", "check")

@@ -125,7 +125,7 @@ def test_bases_are_ignored_where_the_config_says_so(tmp_path):
         RandLoraModel.from_pretrained(torch_mlp_in_nnx(), tmp_path)
 
 
-def test_rows_of_a_batch_all_run_the_active_adapter():
+def test_rows_of_a_batch_all_run_the_active_adapter(tmp_path):
     theirs = peft.get_peft_model(torch_mlp(), peft.RandLoraConfig(**settings()))
     theirs.add_adapter("b", peft.RandLoraConfig(**settings()))
     randomised(theirs)
@@ -134,9 +134,16 @@ def test_rows_of_a_batch_all_run_the_active_adapter():
         mixed = theirs(torch.tensor(X), adapter_names=rows).numpy()
     np.testing.assert_array_equal(mixed, run(theirs))
 
-    ours = get_peft_model(NnxMLP(), RandLoraConfig(**settings()))
-    with pytest.raises(TypeError, match="adapter_names"):
-        ours(jnp.asarray(X), adapter_names=rows)
+    theirs.save_pretrained(tmp_path)
+    ours = RandLoraModel.from_pretrained(torch_mlp_in_nnx(), tmp_path)
+    ours.load_adapter(tmp_path / "b", "b")
+    each = {"default": run(theirs)}
+    theirs.set_adapter("b")
+    each["b"] = run(theirs)
+    assert apart(each["b"], each["default"])
+    expected = np.stack([each[name][i] for i, name in enumerate(rows)])
+    found = ours(jnp.asarray(X), adapter_names=rows)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_unmerging_keeps_the_rounding():
