@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from math import prod
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -169,4 +170,34 @@ def test_biases_of_rows_that_are_split(axis_type):
                 model(x, adapter_names=NAMES)
             return
         found = model(x, adapter_names=NAMES)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+def linen_adapted(bound):
+    model = get_peft_model(bound, replace(CONFIG, target_modules="all-linear"), adapter_name="a")
+    for name in "bc":
+        model.add_adapter(name, replace(CONFIG, target_modules="all-linear"))
+    for seed, name in enumerate("abc"):
+        model.set_adapter(name)
+        draw = np.random.default_rng(seed)
+        trained, frozen = model.split()
+        moved = jax.tree.map(lambda x, draw=draw: x + draw.normal(0, 0.1, x.shape), trained)
+        model.variables = {**frozen, "randlora": jax.tree.map(jnp.float32, moved)}
+    model.stack_adapters(4)
+    return model
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_rows_of_a_linen_model(axis_type):
+    net = nn.Sequential([nn.Dense(INNER, use_bias=False), nn.gelu, nn.Dense(WIDTH, use_bias=False)])
+    x = inputs(RowOrder.TOKENS)
+    variables = net.init(jax.random.key(0), x)
+    expected = linen_adapted(net.bind(variables))(x, adapter_names=NAMES)
+    mesh = jax.make_mesh((8,), ("data",), (axis_type,))
+    with jax.set_mesh(mesh) if axis_type == AxisType.Explicit else nullcontext():
+        model = linen_adapted(net.bind(jax.device_put(variables, NamedSharding(mesh, P()))))
+        x = jax.device_put(x, NamedSharding(mesh, P("data")))
+        apply = jax.jit(lambda variables, x, rows: model.apply(variables, x, adapter_names=rows))
+        found = apply(model.variables, x, model.rows(NAMES))
+        assert found.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), found.ndim)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())

@@ -18,6 +18,11 @@ BY_VMAP = (
     "Any model can run row by row: jax.vmap over rows of a batch of one, each with its own slot"
 )
 
+SPLIT = (
+    "modules trained whole and biases run one row at a time, which explicit mesh axes that split "
+    "the batch do not allow (automatic ones, with token_axes=, do)"
+)
+
 
 def adapted_rows(
     layer: RunningLayer,

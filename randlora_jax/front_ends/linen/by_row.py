@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from randlora_jax.core.applying_rows import BY_VMAP
+from randlora_jax.core.applying_rows import BY_VMAP, SPLIT
 from randlora_jax.core.hoisting import Hoisted
+from randlora_jax.core.mesh import splits_rows
 from randlora_jax.front_ends.call_input import Arguments
 from randlora_jax.front_ends.linen.alone import rngs_of
 from randlora_jax.front_ends.linen.beside import BESIDE, SHARES, TOLD, WHOLE
@@ -114,6 +115,8 @@ def run_trained_whole(
     if len(arrays) != 1 or not arrays[0].ndim:
         raise refusal(module, f"it is called with {len(arrays)} arrays, expected its input alone")
     x = jnp.asarray(arrays[0])
+    if splits_rows(x):
+        raise refusal(module, SPLIT)
     params = module.variables["params"]
     laid = list(_laid(params))
     chosen = choice.of_batches(x.shape[0], _place(module))

@@ -17,11 +17,12 @@ import flax.linen as nn
 import jax
 
 from randlora_jax.core.applying import Contribution, adapted, dropout
-from randlora_jax.core.applying_rows import adapted_rows
+from randlora_jax.core.applying_rows import SPLIT, adapted_rows
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.contraction import Contraction
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.layer_call import RunningLayer, comparable
+from randlora_jax.core.mesh import splits_rows
 from randlora_jax.core.ways import Way, possible_ways, require_a_way
 from randlora_jax.front_ends.call_input import Arguments, CallInput, input_of, multiplies_in
 from randlora_jax.front_ends.linen.alone import alone, around
@@ -275,13 +276,15 @@ class LinenRunner:
         beside, size = met.own[BESIDE], taken.x.shape[0] if taken.x.ndim > 1 else 1
         chosen = self._by_row.of_batches(size, name) if self._by_row else {}
         own = trained_whole(met.own, chosen)
+        if self._by_row and own and splits_rows(taken.x):
+            raise refusal(module, SPLIT)
         run, read = alone(module, with_leaves(params, own), path, taken)
         dtype = multiplies_in(module, kernel.promoted(taken.x))
         self.seen[name] = LayerRun(call, dtype)
         running = RunningLayer(name, comparable(run), read, kernel, call, dtype)
         if self._by_row:
             updates = [
-                chosen[stack].row_updates(*arrays, self.pairs[stack], layer.matrix)
+                chosen[stack].along(taken.x).row_updates(*arrays, self.pairs[stack], layer.matrix)
                 for stack, arrays in self._stacked(module, kernel, beside[SHARES][name])
             ]
             ids = set(map(id, own.values()))

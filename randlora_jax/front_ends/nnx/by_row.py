@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from randlora_jax.core.applying import Contribution, adapted
-from randlora_jax.core.applying_rows import BY_VMAP, adapted_rows
+from randlora_jax.core.applying_rows import BY_VMAP, SPLIT, adapted_rows
 from randlora_jax.core.hoisting import Hoisted
 from randlora_jax.core.layer_call import RunningLayer
 from randlora_jax.core.mesh import splits_rows
@@ -34,12 +34,6 @@ from randlora_jax.models.slots import Chosen, RowChoice, Stack
 
 if TYPE_CHECKING:
     from randlora_jax.front_ends.nnx.layer import RandLoraLayer
-
-
-_SPLIT = (
-    "modules trained whole and biases run one row at a time, which explicit mesh axes that split "
-    "the batch do not allow (automatic ones, with token_axes=, do)"
-)
 
 
 def run_by_row(
@@ -69,7 +63,7 @@ def run_by_row(
     size = taken.x.shape[0] if taken.x.ndim > 1 else 1
     own = _leaves_of_rows(wrapper, rows, size, state)
     if own and splits_rows(taken.x):
-        raise _refusal(wrapper, _SPLIT)
+        raise _refusal(wrapper, SPLIT)
     if layer.leaf in own:
         return _row_after_row(wrapper, layer, stacks, state, own, taken, context)
     state |= {path: state[path].replace(x) for path, x in own.items()}
@@ -167,7 +161,7 @@ def _run_trained_whole(
     x = jnp.asarray(arrays[0])
     own = _leaves_of_rows(wrapper, rows, x.shape[0], state)
     if splits_rows(x):
-        raise _refusal(wrapper, _SPLIT)
+        raise _refusal(wrapper, SPLIT)
 
     def row(leaves: tuple[jax.Array, dict[Path, jax.Array]]) -> Any:
         x, mine = leaves
