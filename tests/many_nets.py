@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -232,3 +233,22 @@ def structured(kind):
         "b": RandLoraConfig(r=2, randlora_alpha=8, target_modules="all-linear", bias=bias),
     }
     return adapted(make(), configs, **rules)
+
+
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(8, name="down")(nn.relu(nn.Dense(12, name="up")(x)))
+
+
+class Bridged(nnx.Module):
+    """A linen module inside, between two layers of nnx."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.before = nnx.Linear(8, 8, rngs=rngs)
+        self.inner = nnx.bridge.ToNNX(Plain(), rngs=rngs).lazy_init(X)
+        self.after = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.after(self.inner(self.before(x)))

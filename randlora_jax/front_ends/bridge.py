@@ -7,11 +7,19 @@ from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
+import jax
 from flax import nnx
 
+from randlora_jax.core.applying_rows import BY_VMAP
 from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.front_ends.collections import GAMMA, LAMBDA, TRAINED
-from randlora_jax.front_ends.linen.beside import TokenOfCalls, cleared, laid_beside
+from randlora_jax.front_ends.linen.beside import (
+    CallToken,
+    Rows,
+    TokenOfCalls,
+    cleared,
+    laid_beside,
+)
 from randlora_jax.front_ends.linen.modules import taken_for
 from randlora_jax.front_ends.linen.running import LinenRunner
 from randlora_jax.front_ends.linen.types import TYPES, unquantised
@@ -25,6 +33,7 @@ from randlora_jax.models.layer import Layer
 from randlora_jax.models.layer_types import LayerTypes
 from randlora_jax.models.names import Names, Path, slashed
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, BaseModelInfo
+from randlora_jax.models.slots import Stack
 
 _MODULE = "to_nnx__module"  # where ToNNX keeps its linen module
 
@@ -34,18 +43,18 @@ class RandLoraToNNX(RandLoraLayer):
 
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         context = open_for(self.settings.model, self.by_row())
-        if self.kept_in_stacks or (context and context.rows and context.rows.rows is not None):
-            names = listed([layer.name for layer, _ in self.by_row()], 3)
+        choice = context.rows if context else None
+        if choice and choice.rows is not None and self.whole_by_row():
             raise ConfigError(
-                f"{names}: layers of a linen module inside an nnx model cannot run with adapters "
-                "by row, nor with adapters in stacks"
+                f"{listed(sorted(self.whole_by_row()))}: adapters trained leaves of a linen module "
+                f"inside an nnx model whole, which cannot follow the rows there. {BY_VMAP}"
             )
         base = self._effective(context)
         call = getattr(base, method)
-        if not self.applied():
+        applied = self.by_row() if choice else self.applied()
+        if not applied:
             return call(*args, **kwargs)
-        context = reached(self.settings.model, self.applied())
-        with self._joining(base, context):
+        with self._joining(base, reached(self.settings.model, applied)):
             return call(*args, **kwargs)
 
     @contextmanager
@@ -53,9 +62,17 @@ class RandLoraToNNX(RandLoraLayer):
         """Within, the linen module that `base` applies is one that joins the adapters in."""
         held = vars(base)  # past nnx's checks: it is put back before anything sees it
         module = held[_MODULE]
-        layers = tuple(layer for layer, _ in self.applied())
-        registry, calls = _by_itself(layers, self.settings.specs, self.settings.options)
-        held[_MODULE] = _Joined(module, registry, calls, self._trees(), context)
+        settings, by_row = self.settings, self.by_row()
+        if context.rows:
+            layers = tuple(layer for layer, _ in by_row)
+            stacks = tuple(replace(stack, members=()) for stack in settings.stacks)
+            registry, calls = _by_itself(layers, (), stacks, settings.options)
+            trees = self._trees_of_stacks()
+        else:
+            layers = tuple(layer for layer, _ in self.applied())
+            registry, calls = _by_itself(layers, settings.specs, (), settings.options)
+            trees = self._trees()
+        held[_MODULE] = _Joined(module, registry, calls, trees, context)
         try:
             yield
         finally:
@@ -66,13 +83,26 @@ class RandLoraToNNX(RandLoraLayer):
         trees: dict[str, dict[str, Any]] = {}
         for layer, specs in self.applied():
             for spec in specs:
-                node = trees.setdefault(spec.name, {})
-                for part in _inside(layer).path:
-                    node = node.setdefault(part, {})
-                for leaf, held in zip((LAMBDA, GAMMA), self.held()[:2], strict=False):
-                    value = held[spec.name][slashed(layer.leaf)][...]
-                    node[leaf] = layer.layout.stack_first(value)
+                both = [held[spec.name][slashed(layer.leaf)][...] for held in self.held()[:2]]
+                lam, gamma = map(layer.layout.stack_first, both)
+                _put(trees.setdefault(spec.name, {}), layer, lam, gamma)
         return trees
+
+    def _trees_of_stacks(self) -> dict[str, dict[str, Any]]:
+        """The same of stacks, by their names."""
+        trees: dict[str, dict[str, Any]] = {}
+        for layer, stacks in self.by_row():
+            for stack in stacks:
+                both = self.stacked(stack, layer, layer.layout)
+                _put(trees.setdefault(stack.name, {}), layer, *both)
+        return trees
+
+
+def _put(tree: dict[str, Any], layer: Layer, lam: jax.Array, gamma: jax.Array) -> None:
+    """Adds a layer's lambda and gamma to the tree of what holds them."""
+    for part in _inside(layer).path:
+        tree = tree.setdefault(part, {})
+    tree[LAMBDA], tree[GAMMA] = lam, gamma
 
 
 class _Joined:
@@ -91,11 +121,12 @@ class _Joined:
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the module's own."""
-        token = self.calls.of(self.registry, self.context.pairs)
-        whole = laid_beside(
-            {**variables, TRAINED: self.trees}, self.registry.layers, token, applied=True
-        )
-        runner = LinenRunner(self.registry, LayerTypes((TYPES,)), self.context.pairs, {})
+        registry, pairs, choice = self.registry, self.context.pairs, self.context.rows
+        token = CallToken() if choice else self.calls.of(registry, pairs)
+        rows = Rows(registry.stacks, choice) if choice else None
+        held = {**variables, TRAINED: self.trees}
+        whole = laid_beside(held, registry.layers, token, applied=True, rows=rows)
+        runner = LinenRunner(registry, LayerTypes((TYPES,)), pairs, {}, choice=choice)
         with runner.running():
             result = self.module.apply(whole, *args, **kwargs)
         return cleared(result, kwargs.get("mutable", False))
@@ -103,14 +134,18 @@ class _Joined:
 
 @functools.lru_cache
 def _by_itself(
-    layers: tuple[Layer, ...], specs: tuple[AdapterSpec, ...], options: ExecutionOptions
+    layers: tuple[Layer, ...],
+    specs: tuple[AdapterSpec, ...],
+    stacks: tuple[Stack, ...],
+    options: ExecutionOptions,
 ) -> tuple[AdapterRegistry, TokenOfCalls]:
     """What a linen module knows by itself; equal modules share it, and what they compiled."""
     inside = map(_inside, layers)
     found = FoundLayers({layer.name: layer for layer in inside}, ())
     registry = AdapterRegistry.of(found, BaseModelInfo(), Names({}), options)
     by_name = {spec.name: spec for spec in specs}
-    return replace(registry, specs=by_name, active=tuple(by_name)), TokenOfCalls()
+    held = replace(registry, specs=by_name, active=tuple(by_name), stacks=stacks)
+    return held, TokenOfCalls()
 
 
 def _inside(layer: Layer) -> Layer:

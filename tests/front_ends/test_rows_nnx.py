@@ -1,5 +1,6 @@
 """Rows of one batch with adapters of their own, in nnx: what each adapter gives alone."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -11,6 +12,7 @@ from many_nets import (
     IDS,
     NAMES,
     STRUCTURES,
+    Bridged,
     Convolved,
     Tanh,
     X,
@@ -181,3 +183,28 @@ def test_a_kernel_that_one_trained_whole_and_another_adapts(capacity):
     same_rows(found, each, names)
     same_bits(found, base, names)
     same_rows(by_row(model, IDS, model.rows(names)), each, names)
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+def test_linen_inside_nnx(capacity):
+    one = RandLoraConfig(r=3, randlora_alpha=3, target_modules="all-linear")
+    model = adapted(Bridged(), {"a": one, "b": replace(one, target_modules=["up", "after"])})
+    each = alone(model, X)
+    if capacity:
+        model.stack_adapters(capacity)
+        for name, out in alone(model, X).items():
+            np.testing.assert_allclose(out, each[name], rtol=0, atol=1e-6 * np.abs(out).max())
+    names = ["b", "__base__", "a", "b"]
+    with model.disable_adapter():
+        base = model(X)
+    found = model(X, adapter_names=names)
+    same_rows(found, each, names)
+    same_bits(found, base, names)
+    same_rows(by_row(model, X, model.rows(names)), each, names)
+
+
+def test_what_a_bridge_trained_whole_cannot_follow_rows():
+    config = RandLoraConfig(r=3, target_modules=["up"], bias="all")
+    model = adapted(Bridged(), {"a": config, "b": config})
+    with pytest.raises(ConfigError, match=r"bias.*linen module inside an nnx model.*jax\.vmap"):
+        model(X, adapter_names=["a", "b", "a", "b"])
