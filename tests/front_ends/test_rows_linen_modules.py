@@ -123,7 +123,12 @@ def wrapped(net, first, second, **rules):
     return adapted(net, {"a": one, "b": two}, inputs=X, **rules)
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("attention", "a bridge trained whole")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.long) if case in SLOW else case for case in CASES]
+)
 def test_it_runs_by_row(case):
     net, first, second, rules = CASES[case]
     model, bound = wrapped(net, first, second, **rules)

@@ -76,5 +76,7 @@ def test_an_index_can_show_the_description(metadata, clone):
         if "](" not in line:
             assert line in shown
     assert "(https://arxiv.org/abs/2502.00987)" in shown
-    for document in (clone / "docs").glob("*.md"):
-        assert f"(`docs/{document.name}`)" in shown
+    documents = set(re.findall(r"\]\((docs/[\w-]+\.md)", readme))
+    assert "docs/index.md" in documents
+    for document in documents:
+        assert f"(`{document}`)" in shown

@@ -140,6 +140,7 @@ def test_generated_rows_are_pefts_in_one_program(case):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", ["llama"], indirect=True)
 def test_every_beam_of_a_row_has_its_adapter(case):
     _, pair, folders, _ = case
