@@ -5,7 +5,7 @@ number: 0 is the base model, and each stack has a range of its own. What a slot 
 by a table of numbers, so that loading, unloading, scaling and combining compiles nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -253,6 +253,21 @@ class RowChoice:
           ConfigError: these are not the batch's.
         """
         return {name: self.of_batch(name, size, layer) for name in self.chosen}
+
+
+def adapted_or_base(chosen: Iterable[Chosen], own: Any, base: Any) -> Any:
+    """Rows of `own` where a row has an adapter at all, else of `base`: that keeps its very bits.
+
+    Args:
+      chosen: of each stack that counts.
+      own, base: trees of (rows, ...).
+    """
+    present = jnp.stack([each.present.any(-1) for each in chosen]).any(0)
+
+    def either(own: jax.Array, base: jax.Array) -> jax.Array:
+        return jnp.where(jnp.expand_dims(present, range(1, own.ndim)), own, base)
+
+    return jax.tree.map(either, own, base)
 
 
 def slots_in_rows(stacked: jax.Array) -> jax.Array:

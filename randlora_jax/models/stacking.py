@@ -211,15 +211,14 @@ def free_slot(registry: AdapterRegistry, stack: Stack) -> int:
     Raises:
       ConfigError: it is full.
     """
-    taken = _taken(registry)
-    for number in stack.slots:
-        if number not in taken:
-            return number
+    for number in _free(registry, stack):
+        return number
     raise ConfigError(f"all {stack.capacity} slots of the bases {stack.name} are taken: {_MORE}")
 
 
-def _taken(registry: AdapterRegistry) -> set[int]:
-    return {slot.number for slot in registry.slots.values()}
+def _free(registry: AdapterRegistry, stack: Stack) -> list[int]:
+    taken = {slot.number for slot in registry.slots.values()}
+    return [number for number in stack.slots if number not in taken]
 
 
 def table(registry: AdapterRegistry) -> SlotTable:
@@ -304,7 +303,7 @@ def with_combination(registry: AdapterRegistry, name: str, slot: Slot) -> Adapte
     whole = [part for part, _ in slot.parts if registry.slots[part].saved]
     if whole:
         raise ConfigError(f"adapters {listed(whole)}: {_WHOLE}")
-    free = [n for s in registry.stacks for n in s.slots if n not in _taken(registry)]
+    free = [number for stack in registry.stacks for number in _free(registry, stack)]
     if not free:
         raise ConfigError(f"all slots are taken, and {name!r} needs one: {_MORE}")
     mine = replace(slot, number=free[0], stamp=new_stamp())

@@ -24,7 +24,7 @@ from randlora_jax.front_ends.linen.beside import BESIDE, SHARES, TOLD, WHOLE
 from randlora_jax.front_ends.params import flat, unboxed, with_leaves
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.names import Path, dotted, slashed
-from randlora_jax.models.slots import Chosen, RowChoice
+from randlora_jax.models.slots import Chosen, RowChoice, adapted_or_base
 
 Params = Mapping[str, Any]
 
@@ -143,12 +143,7 @@ def run_trained_whole(
     every = (x, chosen)
     own = jax.lax.map(row, every) if matrices else jax.vmap(row)(every)
     names = dict.fromkeys(name for name, _ in laid)
-    present = jnp.stack([chosen[name].present.any(-1) for name in names]).any(0)
-
-    def either(own: jax.Array, base: jax.Array) -> jax.Array:
-        return jnp.where(jnp.expand_dims(present, range(1, own.ndim)), own, base)
-
-    return jax.tree.map(either, own, run(x, None))
+    return adapted_or_base([chosen[name] for name in names], own, run(x, None))
 
 
 def _laid(params: Params) -> Iterator[tuple[str, int]]:

@@ -1,6 +1,6 @@
 """A wrapped nnx module in a call whose rows have adapters of their own."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
@@ -30,7 +30,7 @@ from randlora_jax.front_ends.nnx.running import (
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, dotted, slashed
-from randlora_jax.models.slots import Chosen, RowChoice, Stack
+from randlora_jax.models.slots import Chosen, RowChoice, Stack, adapted_or_base
 
 if TYPE_CHECKING:
     from randlora_jax.front_ends.nnx.layer import RandLoraLayer
@@ -119,17 +119,8 @@ def _row_after_row(
     args, kwargs = with_input(taken.rest, taken.place, taken.x)
     every = (taken.x, dict(own), list(chosen.values()))
     made = jax.lax.map(lambda arrays: row(*arrays), every)
-    return cast(jax.Array, _where(chosen.values(), made, wrapper.base_layer(*args, **kwargs)))
-
-
-def _where(chosen: Iterable[Chosen], own: Any, base: Any) -> Any:
-    """Rows of `own` where a row has an adapter at all, else of `base`: that keeps its very bits."""
-    present = jnp.stack([each.present.any(-1) for each in chosen]).any(0)
-
-    def either(own: jax.Array, base: jax.Array) -> jax.Array:
-        return jnp.where(jnp.expand_dims(present, range(1, own.ndim)), own, base)
-
-    return jax.tree.map(either, own, base)
+    base = wrapper.base_layer(*args, **kwargs)
+    return cast(jax.Array, adapted_or_base(chosen.values(), made, base))
 
 
 def _leaves_of_rows(
@@ -151,10 +142,10 @@ def _run_trained_whole(
     wrapper: "RandLoraLayer", method: str, arguments: Arguments, rows: RowChoice
 ) -> Any:
     """A method of a module of which adapters trained leaves whole and no more."""
-    graph, split = nnx.split(wrapper.base_layer)
-    state = with_jax_arrays(dict(nnx.to_flat_state(split)))
     if not wrapper.whole_by_row():
         return getattr(wrapper.base_layer, method)(*arguments[0], **arguments[1])
+    graph, split = nnx.split(wrapper.base_layer)
+    state = with_jax_arrays(dict(nnx.to_flat_state(split)))
     rest, arrays = Hoisted.of(arguments, (jax.Array, np.ndarray))
     if len(arrays) != 1 or not arrays[0].ndim:
         raise _refusal(wrapper, "modules trained whole take one array in such a call")
@@ -181,7 +172,8 @@ def _run_trained_whole(
         rows.of_batch(stack.name, x.shape[0], type(wrapper.base_layer).__name__)
         for stack in wrapper.settings.stacks
     ]
-    return _where(chosen, made, getattr(wrapper.base_layer, method)(*arguments[0], **arguments[1]))
+    base = getattr(wrapper.base_layer, method)(*arguments[0], **arguments[1])
+    return adapted_or_base(chosen, made, base)
 
 
 def _refusal(wrapper: "RandLoraLayer", why: str) -> ConfigError:
