@@ -12,10 +12,19 @@ from typing import NoReturn
 
 from randlora_jax import __version__
 from randlora_jax.commands.interrupts import INTERRUPTED, leaving_soon
-from randlora_jax.commands.main import COMMANDS
 from randlora_jax.commands.report import Misuse, Report
 from randlora_jax.commands.terminal import NotPrinted, put, tell, wants_json
 from randlora_jax.interop.errors import RandLoraError
+
+# Modules of randlora_jax.commands, in the order in which --help lists their commands.
+COMMANDS = (
+    "inspect_adapter",
+    "compact",
+    "merge",
+    "to_lora",
+    "verify",
+    "convert",
+)
 
 GOOD, FAILS, MISUSE = 0, 1, 2
 STATUS: dict[type[BaseException], int] = {

@@ -14,16 +14,6 @@ TYPE_CHECKING = False  # as in typing, which takes a while to import
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# Modules of randlora_jax.commands, in the order in which --help lists their commands.
-COMMANDS = (
-    "inspect_adapter",
-    "compact",
-    "merge",
-    "to_lora",
-    "verify",
-    "convert",
-)
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""

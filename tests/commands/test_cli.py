@@ -18,8 +18,9 @@ from randlora_jax.interop.peft_dir import write_adapter
 from randlora_jax.interop.torch_rng import Generation, generation_of
 
 from randlora_jax import __version__
+from randlora_jax.commands.command_line import COMMANDS
 from randlora_jax.commands.compact import compact
-from randlora_jax.commands.main import COMMANDS, main
+from randlora_jax.commands.main import main
 from randlora_jax.commands.report import progress, size
 
 pytestmark = pytest.mark.torch
