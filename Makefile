@@ -14,6 +14,7 @@
 #   make low-precision  how a bfloat16 model learns, by the ways to apply an adapter; loss curves
 #   make tpu     what XLA's TPU compiler makes of a bfloat16 step; no TPU needed
 #   make scale   a step of Llama 8B on 8 chips and of 70B on 64: operations, bytes, what is sent
+#   make figures  draws the pictures of docs/ again, of numbers kept in docs/figures/
 #   make docs    the site, into build/site; `make docs-open` serves it
 #   make fuzz    damages adapters in 100,000 ways (FUZZ_ARGS='--cases 5000 --seed 1')
 #   make dist    the source distribution and the wheel, checked, into dist/
@@ -33,7 +34,7 @@ PYTEST_ARGS ?=
 export HF_HUB_OFFLINE := 1
 
 .PHONY: demo demo-llm demo-serve test test-long matrix examples bench bench-gpu profile compare fit \
-	low-precision tpu scale lint types dist fuzz compat docs docs-open clean
+	low-precision figures tpu scale lint types dist fuzz compat docs docs-open clean
 
 # The C allocator would hand every large buffer back and ask for it again: a third of the time.
 # One arena, since the others, which XLA's threads take, map large buffers whatever they are told.
@@ -70,6 +71,9 @@ fit: $(VENV)/.installed
 
 low-precision: $(VENV)/.installed
 	$(PINNED) $(RUN) -W ignore benchmarks/low_precision.py
+
+figures: $(VENV)/.installed
+	$(RUN) benchmarks/figures.py
 
 # Beside the environment, where JAX would look for a TPU whenever it starts.
 LIBTPU := build/libtpu

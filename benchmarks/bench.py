@@ -25,8 +25,10 @@ from types import SimpleNamespace
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-import matplotlib
+import drawings
+import measured
 import peft
 import torch
 import transformers
@@ -40,9 +42,6 @@ from shapes import Shape, llama, minilm, opt
 
 from randlora_jax import RandLoraConfig, RandLoraModel, get_peft_model
 from randlora_jax.core.bases import BasisIdentity, Extents, draw
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 OUT = Path("out/bench")
 RUNS, REPEATS, FEW = 3, 9, 3
@@ -80,7 +79,8 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     show(console, report)
-    picture(report, OUT / "bench.png")
+    measured.keep(OUT / "bench.json", "make bench", numbers(report))
+    measured.draw(drawings.bench, OUT / "bench.json", OUT / "bench.png")
     console.print(f"{OUT}/report.json and {OUT}/bench.png, {report['seconds'] / 60:.0f} minutes")
 
 
@@ -272,22 +272,18 @@ def show(console: Console, report: Report) -> None:
     console.print(aims)
 
 
-def picture(report: Report, path: Path) -> None:
-    """Seconds a step for each model, and along the sweep."""
-    figure, axes = plt.subplots(1, 4, figsize=(17, 4.2), layout="constrained")
-    for axis, name in zip(axes, ("MiniLM-L6", "OPT-125m", "Llama-3.2-1B"), strict=False):
-        part = report[name]
-        seconds = [statistics.median(row["seconds"]) for row in part.values()]
-        colours = ["C0" if n.startswith("ours") else "0.7" for n in part]
-        axis.barh(list(part), seconds, color=colours)
-        axis.invert_yaxis()
-        axis.set(title=name, xlabel="seconds a step")
-    for name in next(iter(report["sweep"].values())):
-        points = {t: part[name]["seconds"][0] for t, part in report["sweep"].items()}
-        axes[3].loglog(list(points), list(points.values()), marker="o", label=name)
-    axes[3].set(title="MiniLM-L6", xlabel="tokens a step", ylabel="seconds a step")
-    axes[3].legend()
-    figure.savefig(path, dpi=120)
+def numbers(report: Report) -> Report:
+    """What is drawn of it."""
+    models = {
+        model: {name: round(statistics.median(row["seconds"]), 4) for name, row in part.items()}
+        for model, part in report.items()
+        if model in ("MiniLM-L6", "OPT-125m", "Llama-3.2-1B")
+    }
+    sweep: Report = {}
+    for tokens, part in report["sweep"].items():
+        for name, row in part.items():
+            sweep.setdefault(name, {})[tokens] = round(row["seconds"][0], 4)
+    return {"models": models, "sweep": sweep}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -33,13 +32,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import compare_llm
 import compare_news
+import drawings
 import jax
-import matplotlib
+import measured
 import transformers
 from trials import Result, Trial, climb
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 OUT = Path("out/compare")
 KEPT = Path(__file__).parent / "compared"
@@ -68,7 +65,10 @@ class Kept:
         if key not in self.found:
             began = time.process_time()  # whatever else runs beside it
             result = self.task.run(self.method, trial)
-            cost = {"minutes": round((time.process_time() - began) / 60, 1), "commit": commit()}
+            cost = {
+                "minutes": round((time.process_time() - began) / 60, 1),
+                "commit": measured.commit(),
+            }
             self.found[key] = {**asdict(result), **cost}
             self.path.write_text(json.dumps(self.found, indent=1) + "\n")
             print(f"{': '.join(self.job)}, {key}: {result.accuracy:.4f}", flush=True)
@@ -101,12 +101,6 @@ def outcome(job: Job) -> dict[str, Any]:
         "losses": tested[0].losses,
         "minutes": kept.minutes,
     }
-
-
-def commit() -> str:
-    """The commit that runs."""
-    told = ["git", "-C", str(KEPT.parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(told, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def search(job: Job) -> str:
@@ -149,7 +143,8 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|")
         for method in task.methods:
             print(line(method, rows[name, method]))
-    picture(chosen, rows)
+    measured.keep(OUT / "compare.json", "make compare", numbers(chosen, rows))
+    measured.draw(drawings.compare, OUT / "compare.json", OUT / "compare.png")
 
 
 def line(method: str, row: dict[str, Any]) -> str:
@@ -162,18 +157,13 @@ def line(method: str, row: dict[str, Any]) -> str:
     )
 
 
-def picture(tasks: dict[str, Any], rows: dict[Job, dict[str, Any]]) -> None:
-    """Accuracy over trained numbers."""
-    size = (5 * len(tasks), 4.5)
-    figure, axes = plt.subplots(1, len(tasks), figsize=size, layout="constrained", squeeze=False)
-    for axis, (name, task) in zip(axes[0], tasks.items(), strict=True):
-        for method in task.methods:
-            row = rows[name, method]
-            axis.errorbar(row["trained"], row["mean"], row["spread"], marker="o", label=method)
-        axis.set(xscale="log", xlabel="trained numbers", ylabel="test accuracy")
-        axis.set_title(task.title)
-        axis.legend(fontsize="x-small")
-    figure.savefig(OUT / "compare.png", dpi=120)
+def numbers(tasks: dict[str, Any], rows: dict[Job, dict[str, Any]]) -> dict[str, Any]:
+    """What is drawn of them."""
+    drawn = ("trained", "mean", "spread")
+    return {
+        task.title: {m: {key: rows[name, m][key] for key in drawn} for m in task.methods}
+        for name, task in tasks.items()
+    }
 
 
 if __name__ == "__main__":

@@ -11,20 +11,20 @@ rate that might favour one; several starts, the best is kept.
 
 from __future__ import annotations
 
-import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import drawings
+import measured
 import numpy as np
 from rich.progress import track
 
 from randlora_jax.core.bases import BasisIdentity, draw, used_extents
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 OUT = Path("out/fit")
 SIZE, SWEEPS, STARTS = 64, 30, 2
@@ -138,12 +138,6 @@ def main() -> None:
         for job in track(jobs, "fitting")
         if (fit := METHODS[job[1]](wanted[job[0]], job[2])) is not None
     }
-    report = [
-        {"target": t, "method": m, "lora_rank": rank, "numbers": fit[1],
-         "missed": missed(fit[0], wanted[t])}
-        for (t, m, rank), fit in fits.items()
-    ]  # fmt: skip
-    (OUT / "fit.json").write_text(json.dumps(report, indent=1) + "\n")
     print("share of the energy missed, at about the numbers of LoRA of a rank\n")
     print("| matrix | method |", *(f"{rank} |" for rank in RANKS))
     print("|---" * (len(RANKS) + 2) + "|")
@@ -154,31 +148,29 @@ def main() -> None:
                 for k in RANKS
             ]
             print(f"| {t} | {m} |", *(f"{share} |" for share in shares))
-    picture(wanted, fits)
+    measured.keep(OUT / "fit.json", "make fit", numbers(wanted, fits))
+    measured.draw(drawings.fit, OUT / "fit.json", OUT / "fit.png")
 
 
-def picture(wanted: dict[str, Array], fits: dict[Any, Fit]) -> None:
-    """What is missed over trained numbers, and the spectra of fits of one size."""
-    figure, axes = plt.subplots(2, len(wanted), figsize=(18, 7), layout="constrained", sharey="row")
-    for (above, below), (t, target) in zip(axes.T, wanted.items(), strict=True):
+def numbers(wanted: dict[str, Array], fits: dict[Any, Fit]) -> dict[str, Any]:
+    """What is drawn of them."""
+    found: dict[str, Any] = {}
+    for t, target in wanted.items():
+        methods = {}
         for m in METHODS:
-            found = [fits[t, m, rank] for rank in RANKS if (t, m, rank) in fits]
-            above.plot(
-                [numbers / SIZE**2 for _, numbers in found],
-                [missed(fit, target) for fit, _ in found],
-                marker="o",
-                label=m,
-            )
-            if (t, m, SPECTRUM_AT) in fits:
-                fit = fits[t, m, SPECTRUM_AT][0]
-                below.plot(np.linalg.svd(fit, compute_uv=False), label=m)
-        below.plot(np.linalg.svd(target, compute_uv=False), "k--", label="the matrix")
-        above.set(xscale="log", title=t, xlabel="trained numbers by entries")
-        below.set(xlabel="index", yscale="log", ylim=(1e-3, 1))
-    axes[0, 0].set_ylabel("share of the energy missed")
-    axes[1, 0].set_ylabel("singular values")
-    axes[1, 0].legend()
-    figure.savefig(OUT / "fit.png", dpi=110)
+            made = [fits[t, m, rank] for rank in RANKS if (t, m, rank) in fits]
+            methods[m] = {
+                "numbers": [count for _, count in made],
+                "missed": measured.rounded([missed(fit, target) for fit, _ in made]),
+                "spectrum": spectrum(fits[t, m, SPECTRUM_AT][0]),
+            }
+        found[t] = {"entries": target.size, "spectrum": spectrum(target), "methods": methods}
+    return found
+
+
+def spectrum(matrix: Array) -> list[float]:
+    """The singular values."""
+    return measured.rounded(np.linalg.svd(matrix, compute_uv=False))
 
 
 if __name__ == "__main__":

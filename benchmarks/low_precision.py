@@ -10,7 +10,6 @@ a step changes is then below the rounding of the weights.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -23,9 +22,10 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import drawings
 import jax
 import jax.numpy as jnp
-import matplotlib
+import measured
 import numpy as np
 import optax
 import peft
@@ -36,9 +36,6 @@ from reuters import Documents, load
 from training import track
 
 from randlora_jax import RandLoraConfig, RandLoraModel, get_peft_model
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 OUT = Path("out/low_precision")
 STEPS, BATCH, LENGTH, RATE = 40, 16, 16, 2e-4
@@ -136,19 +133,10 @@ def main() -> None:
             seconds[title] = time.perf_counter() - began
             print(f"{title}: {seconds[title]:.0f} s", flush=True)
     OUT.mkdir(parents=True, exist_ok=True)
-    report = {"losses": curves, "seconds": seconds}
-    (OUT / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    kept = OUT / "low-precision.json"
+    measured.keep(kept, "make low-precision", curves)
+    measured.draw(drawings.low_precision, kept, OUT / "low-precision.png")
     exact = np.array(curves["float32"])
-    for title, losses in curves.items():
-        style = "--" if "PEFT" in title else "-"
-        left.plot(losses, style, label=title)
-        if title != "float32":
-            right.semilogy(np.abs(np.array(losses) - exact), style, label=title)
-    left.set(xlabel="step", ylabel="loss")
-    right.set(xlabel="step", ylabel="distance from the float32 run")
-    left.legend()
-    figure.savefig(OUT / "curves.png", dpi=120)
     print(
         "| run | loss, last ten steps | distance from float32, mean | seconds |\n|---|---|---|---|"
     )

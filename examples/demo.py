@@ -19,10 +19,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import bert
 import jax
+import measured
 import numpy as np
 import plots
 import report
 import reuters
+import style
 from directories import saved_bytes, weight_bytes
 from rich.console import Console
 from training import Settings, accuracy, fit, predict_all, run_all
@@ -142,16 +144,23 @@ def main() -> None:
     }
     (OUT / "report.json").write_text(json.dumps(results, indent=2) + "\n")
     runs = {
-        "RandLoRA": (curve, results["test_accuracy"]),
-        "head alone, its best rate": (
-            best_head_curve,
-            results["head_only_accuracy_at_its_best_rate"],
-        ),
-        "head alone, same rates": (head_curve, results["head_only_accuracy"]),
+        name: {
+            "losses": measured.rounded(run.losses),
+            "checked_at": run.checked_at,
+            "accuracies": measured.rounded(run.accuracies),
+            "test_accuracy": results[accuracy_of],
+        }
+        for name, run, accuracy_of in (
+            ("RandLoRA", curve, "test_accuracy"),
+            ("head alone, its best rate", best_head_curve, "head_only_accuracy_at_its_best_rate"),
+            ("head alone, same rates", head_curve, "head_only_accuracy"),
+        )
     }
-    plots.curves(runs, OUT / "curves.png")
-    plots.changes(model.delta_weights(), bert.KINDS, OUT / "changes.png")
-    for name in ("curves.png", "changes.png", "report.json", "adapter/"):
+    kept = OUT / "demo-curves.json"
+    measured.keep(kept, "make demo", runs)
+    measured.draw(plots.curves, kept, OUT / "curves.png")
+    style.picture(plots.changes, OUT / "changes.png", model.delta_weights(), bert.KINDS)
+    for name in ("curves.png", "changes.png", "report.json", kept.name, "adapter/"):
         print(OUT / name)
 
     console.rule("8. In short")

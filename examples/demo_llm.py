@@ -24,6 +24,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
+import measured
 import news
 import numpy as np
 import pictures
@@ -31,6 +32,7 @@ import report_llm
 import reuters
 import smollm
 import speaking
+import style
 import tuning
 from directories import saved_bytes, weight_bytes
 from reuters import Documents
@@ -196,11 +198,16 @@ def beside_lora(task: Task, randlora: Any, curve: tuning.Curve, accuracy: float)
         f"RandLoRA: {accuracy:.3f} of the test documents": curve,
         f"LoRA: {found:.3f}": lora_curve,
     }
-    pictures.curves(runs, OUT / "curves.png")
-    changed, lora_changed = run_all(
+    style.picture(pictures.curves, OUT / "curves.png", runs)
+    deltas, lora_deltas = run_all(
         "changes", randlora.delta_weights, lambda: tuning.lora_deltas(lora)
     )
-    above = pictures.changes(changed, lora_changed, OUT / "changes.png")
+    changed = pictures.changed(deltas, lora_deltas)
+    measured.keep(OUT / "demo-llm.json", "make demo-llm", changed)
+    measured.draw(pictures.changes, OUT / "demo-llm.json", OUT / "changes.png")
+    above = {
+        name: sum(value >= 0.01 for value in values) for name, values in changed["spectra"].items()
+    }
     return {
         "lora_trainable_parameters": tuning.trained_numbers(lora),
         "lora_test_accuracy": found,

@@ -1,0 +1,65 @@
+"""Every picture of docs/ says where it comes from, and is what its kept numbers draw."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import figures
+import measured
+import style
+from matplotlib.image import imread
+
+# their commands take minutes, and no run has left its numbers yet
+NOT_KEPT = {"demo-curves.png", "demo-llm.png"}
+
+
+def kept(name):
+    return DOCS / "figures" / Path(figures.FIGURES[name].numbers).name
+
+
+def test_every_picture_has_its_command():
+    pictures = {path.name for path in DOCS.iterdir() if path.suffix in (".png", ".svg", ".jpg")}
+    assert pictures == set(figures.FIGURES) | figures.BY_HAND
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {source.make for source in figures.FIGURES.values()} <= set(targets)
+
+
+def test_the_numbers_of_every_other_picture_are_kept():
+    assert {path.name for path in (DOCS / "figures").iterdir()} == {
+        kept(name).name for name in set(figures.FIGURES) - NOT_KEPT
+    }
+
+
+@pytest.mark.parametrize("name", sorted(set(figures.FIGURES) - NOT_KEPT))
+def test_a_picture_shows_what_is_kept(name, tmp_path):
+    """Within what another release of matplotlib or another processor may draw otherwise."""
+    measured.draw(figures.FIGURES[name].drawing, kept(name), tmp_path / name)
+    drawn, shown = imread(tmp_path / name), imread(DOCS / name)
+    assert drawn.shape == shown.shape and abs(drawn - shown).mean() < 0.002
+    found = json.loads(kept(name).read_text())
+    assert found["command"].startswith(f"make {figures.FIGURES[name].make}")
+    assert re.fullmatch("[0-9a-f]{7,}", found["commit"])
+
+
+def test_what_is_kept_is_read_as_it_was(tmp_path):
+    numbers = {"a, [b]": {"x": [1, 0.5], "y": [[1], [2.0, 3]]}}
+    measured.keep(tmp_path / "kept.json", "make this", numbers)
+    found = json.loads((tmp_path / "kept.json").read_text())
+    assert found["measured"] == numbers and found["command"] == "make this"
+
+
+def test_a_method_looks_alike_whoever_runs_it():
+    ours, theirs = style.look("ours, auto"), style.look("PEFT RandLoRA")
+    assert ours["color"] == theirs["color"] == style.look("RandLoRA, r 16")["color"]
+    assert theirs["markerfacecolor"] == "white" and "markerfacecolor" not in ours
+    assert style.look("rsLoRA, rank 8") == style.look("LoRA") != style.look("VeRA")
+    with pytest.raises(ValueError, match="'DoRA': expected a name with one of"):
+        style.look("DoRA")
