@@ -70,15 +70,14 @@ def fit(found: Numbers) -> Figure:
         for method, fitted in told["methods"].items():
             look = style.look(method)
             numbers = np.array(fitted["numbers"]) / told["entries"]
-            left.plot(numbers, fitted["missed"], label=method, **look)
+            left.plot(numbers, fitted["missed"], **look)
             draw_spectrum(right, fitted["spectrum"], look, method)
         draw_spectrum(right, told["spectrum"], style.look("the matrix"), "the matrix")
         left.set(title=matrix, xscale="log", ylabel="energy missed")
         right.set(yscale="log", ylim=(1e-3, 1), ylabel="singular value")
     axes[-1, 0].set(xlabel="trained numbers by entries")
     axes[-1, 1].set(xlabel="index")
-    axes[0, 0].legend()
-    axes[0, 1].legend()
+    legend_above(figure, axes[0, 1])
     return figure
 
 
@@ -103,5 +102,10 @@ def low_precision(losses: dict[str, list[float]]) -> Figure:
             right.semilogy(np.abs(np.array(found) - exact), **look)
     left.set(xlabel="step", title="Loss")
     right.set(xlabel="step", title="Distance from the float32 run")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    legend_above(figure, left)
     return figure
+
+
+def legend_above(figure: Figure, axis: Any) -> None:
+    """One legend for all axes."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4)
