@@ -100,7 +100,7 @@ def in_peft(base: Path, adapter: Path, documents: Documents) -> list[float]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, **ADAMW)
     losses = []
-    for batch in track(batches(documents), "PEFT, bfloat16", STEPS):
+    for batch in track(batches(documents), "PEFT RandLoRA, bfloat16", STEPS):
         fields = {k: torch.tensor(np.asarray(v)) for k, v in batch.fields.items()}
         scores = model(**fields).logits.float()
         loss = torch.nn.functional.cross_entropy(scores, torch.tensor(batch.labels).long())
@@ -123,7 +123,7 @@ def main() -> None:
         make_base(base, classes, seed=0)
         flax = transformers.FlaxBertForSequenceClassification.from_pretrained(base, from_pt=True)
         get_peft_model(flax, CONFIG).save_pretrained(adapter)
-        runs["PEFT, bfloat16"] = lambda: in_peft(base, adapter, documents)
+        runs["PEFT RandLoRA, bfloat16"] = lambda: in_peft(base, adapter, documents)
         for title in WAYS:
             runs[title] = lambda title=title: in_jax(base, adapter, documents, title)
         curves, seconds = {}, {}
