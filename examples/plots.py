@@ -34,7 +34,7 @@ def look(name: str) -> dict[str, str]:
 
 
 def draw_losses(
-    axes: Axes, losses: Sequence[float], look: Mapping[str, str], width: int = 15
+    axes: Axes, losses: Sequence[float], look: Mapping[str, Any], width: int = 15
 ) -> None:
     """The loss of every step, faint, and their mean over a window of `width`."""
     steps = np.arange(1, len(losses) + 1)

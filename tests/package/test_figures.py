@@ -39,10 +39,11 @@ def test_the_numbers_of_every_other_picture_are_kept():
 
 @pytest.mark.parametrize("name", sorted(set(figures.FIGURES) - NOT_KEPT))
 def test_a_picture_shows_what_is_kept(name, tmp_path):
-    """Within what another release of matplotlib or another processor may draw otherwise."""
+    """To a few pixels, which another processor may draw otherwise; a bar or a point has more."""
     measured.draw(figures.FIGURES[name].drawing, kept(name), tmp_path / name)
     drawn, shown = imread(tmp_path / name), imread(DOCS / name)
-    assert drawn.shape == shown.shape and abs(drawn - shown).mean() < 0.002
+    assert drawn.shape == shown.shape, "make figures"
+    assert (abs(drawn - shown).max(-1) > 0.2).mean() < 1e-4, "make figures"
     found = json.loads(kept(name).read_text())
     assert found["command"].startswith(f"make {figures.FIGURES[name].make}")
     assert re.fullmatch("[0-9a-f]{7,}", found["commit"])
