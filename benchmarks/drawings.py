@@ -77,7 +77,7 @@ def fit(found: Numbers) -> Figure:
         right.set(yscale="log", ylim=(1e-3, 1), ylabel="singular value")
     axes[-1, 0].set(xlabel="trained numbers by entries")
     axes[-1, 1].set(xlabel="index")
-    legend_above(figure, axes[0, 1], columns=4)
+    style.legend_above(figure, axes[0, 1], columns=4)
     return figure
 
 
@@ -102,10 +102,5 @@ def low_precision(losses: dict[str, list[float]]) -> Figure:
             right.semilogy(np.abs(np.array(found) - exact), **look)
     left.set(xlabel="step", title="Loss")
     right.set(xlabel="step", title="Distance from the float32 run")
-    legend_above(figure, left, columns=3)
+    style.legend_above(figure, left, columns=3)
     return figure
-
-
-def legend_above(figure: Figure, axis: Any, columns: int) -> None:
-    """One legend for all axes."""
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=columns)

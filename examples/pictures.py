@@ -32,7 +32,7 @@ def curves(runs: Mapping[str, Curve]) -> Figure:
         held.plot(list(run.held_losses), list(run.held_losses.values()), label=name, **look)
     losses.set(xlabel="step", ylabel="cross-entropy", title="Training loss")
     held.set(xlabel="step", ylabel="cross-entropy", title="Held-back documents")
-    held.legend(loc="upper right")
+    style.legend_above(figure, held, columns=2)
     return figure
 
 

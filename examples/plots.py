@@ -16,15 +16,15 @@ def curves(runs: Mapping[str, Mapping[str, Any]]) -> Figure:
       runs: name -> "losses" of each step, "accuracies" after the steps of "checked_at", and
         "test_accuracy".
     """
-    figure = Figure()
+    figure = Figure(figsize=(7, 3.6))
     losses, accuracies = figure.subplots(1, 2)
     for name, run in runs.items():
         draw_losses(losses, run["losses"], look(name))
-        label = f"{name}: {run['test_accuracy']:.3f} on the test split"
+        label = f"{name}: {run['test_accuracy']:.3f}"
         accuracies.plot(run["checked_at"], run["accuracies"], label=label, **look(name))
     losses.set(xlabel="step", ylabel="cross-entropy", title="Training loss", ylim=(0, None))
     accuracies.set(xlabel="step", ylabel="accuracy", title="Held-back documents", ylim=(0, 1))
-    accuracies.legend(loc="lower right")
+    style.legend_above(figure, accuracies, columns=3, title="accuracy on the test split")
     return figure
 
 

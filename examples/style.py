@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 STYLE = Path(__file__).parents[1] / "docs" / "matplotlibrc"
@@ -48,6 +49,12 @@ def bar(name: str) -> dict[str, str]:
     """The look of a bar for what is called `name`."""
     colour = look(name)["color"]
     return {"color": "white" if in_torch(name) else colour, "edgecolor": colour}
+
+
+def legend_above(figure: Figure, axes: Axes, columns: int, title: str | None = None) -> None:
+    """One legend for all axes of a figure: what `axes` has labels of."""
+    lines, labels = axes.get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside upper center", ncols=columns, title=title)
 
 
 def picture(drawing: Callable[..., Figure], path: Path, *measured: Any, below: str = "") -> None:
