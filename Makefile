@@ -118,7 +118,7 @@ types: $(VENV)/.installed $(LAID_OUT)
 		--cache-dir ../../.mypy_cache randlora_jax examples/[!w]*.py
 
 # Both are made, and looked at as an index would; from the first all tests can be collected and some
-# are run; the second goes into an empty environment, where the README's first usage is run.
+# are run; the second goes into an empty environment, where the first guide's usage is run.
 UNPACKED := build/dist
 dist: $(VENV)/.installed .venv-dist/.installed
 	rm -rf dist $(UNPACKED) && mkdir -p $(UNPACKED)
@@ -129,7 +129,7 @@ dist: $(VENV)/.installed .venv-dist/.installed
 	cd $(UNPACKED) && ../../$(RUN) -m pytest -q -n 2 tests/front_ends tests/interop/test_targets.py
 	$(BASE_PYTHON) -m venv $(UNPACKED)/empty
 	$(UNPACKED)/empty/bin/python -m pip --disable-pip-version-check install -q dist/*.whl
-	$(RUN) tests/readme.py nnx > $(UNPACKED)/empty/usage.py
+	$(RUN) tests/usages.py nnx > $(UNPACKED)/empty/usage.py
 	cd $(UNPACKED)/empty && bin/python usage.py
 
 .venv-dist/.installed:

@@ -134,7 +134,7 @@ def _hub(why: str) -> Any:
         import huggingface_hub.errors
     except ImportError as error:
         raise AdapterFileError(
-            f"{why}: the hub needs huggingface_hub, which is not installed: pip install "
-            "'randlora-jax[hub]'"
+            f"{why}: the hub needs huggingface_hub, which is not installed: "
+            "pip install '.[hub]' in a clone of randlora-jax"
         ) from error
     return huggingface_hub

@@ -28,7 +28,7 @@ TWINS = 1e-3  # base models that differ by more are not the same model
 DESCRIPTION = f"""\
 Open the adapter in DIR with PyTorch PEFT and with this library, and compare what they make of it:
 delta_W of every layer; every tensor that was trained whole; and, where Hugging Face has a Flax
-class for the model, logits. Needs PyTorch:  pip install "randlora-jax[torch,hf]"
+class for the model, logits. Needs PyTorch (pip install '.[torch,hf]' in a clone of randlora-jax).
 
   randlora-jax verify my-adapter --base my-model
 
@@ -121,7 +121,7 @@ def _import_pytorch() -> None:
         except ImportError as error:
             raise Misuse(
                 f"verify compares with PyTorch PEFT, and {name} cannot be imported ({error}): "
-                'pip install "randlora-jax[torch,hf]"'
+                "pip install '.[torch,hf]' in a clone of randlora-jax"
             ) from error
 
 

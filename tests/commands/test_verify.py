@@ -187,4 +187,4 @@ def test_nan_is_not_agreement():
 def test_without_pytorch_it_says_what_to_install(pair, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
     assert main(["verify", str(pair / "adapter"), "--base", str(pair / "base")]) == 2
-    assert 'pip install "randlora-jax[torch,hf]"' in capsys.readouterr().err
+    assert "pip install '.[torch,hf]' in a clone" in capsys.readouterr().err

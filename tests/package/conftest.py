@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from installed import Environment, build_wheel, copy_of_the_sources
+from small_models import save_my_bert, save_my_qwen3
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +26,15 @@ def installed(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environm
     environment = Environment(tmp_path_factory.mktemp("installed"))
     environment.install(wheel, cwd=environment.folder)
     return environment
+
+
+@pytest.fixture
+def my_bert(tmp_path: Path) -> None:
+    """A small model of this name."""
+    save_my_bert(tmp_path)
+
+
+@pytest.fixture
+def my_qwen3(tmp_path: Path) -> None:
+    """A small model of this name."""
+    save_my_qwen3(tmp_path)

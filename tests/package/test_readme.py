@@ -1,83 +1,79 @@
-"""README.md's usages run as they are pasted."""
+"""README.md's usages run, with what they say is the reader's own put before them."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from installed import Environment, run
-from readme import USAGES
+from small_models import SMALL_QWEN3
+from usages import USAGES, fences
+
+README = Path(__file__).parents[2] / "README.md"
+TUNIX, OPENED, NNX, LINEN, HUGGING_FACE = fences(README)
 
 
-def pasted(name: str, installed: Environment, folder: Path, before: str = "") -> list[str]:
-    """The lines that a usage prints, run after what is set `before`."""
-    (folder / "pasted.py").write_text(before + USAGES[name])
-    return run(installed.python, "pasted.py", cwd=folder).splitlines()
+def grown(model) -> float:
+    """The largest lambda, which is zero before training."""
+    from flax import nnx
+
+    from randlora_jax import AdapterParam
+
+    flat = nnx.to_flat_state(nnx.state(model, AdapterParam))
+    return max(float(abs(leaf[...]).max()) for path, leaf in flat if "randlora_lambda" in path)
 
 
-@pytest.mark.parametrize("name", ["nnx", "linen"])
-def test_it_trains_and_saves(name, installed, tmp_path):
-    losses = [float(line) for line in pasted(name, installed, tmp_path)]
-    assert len(losses) == 20 and losses[-1] < 0.9 * losses[0]
-    assert sorted(file.name for file in (tmp_path / "adapter").iterdir()) == [
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
+@pytest.mark.torch
+@pytest.mark.usefixtures("my_qwen3")
+def test_the_language_model(tmp_path, monkeypatch):
+    pytest.importorskip("tunix", reason="google-tunix is not here", exc_type=ImportError)
+    monkeypatch.chdir(tmp_path)
+    guide = USAGES["tunix"]  # which has `inputs` and `batches`
+    yours = guide[guide.index("def inputs") : guide.index("trainer = ")]
+    imports = guide[: guide.index("base = ")]
+    scope = {}
+    exec(SMALL_QWEN3 + imports + yours + TUNIX, scope)
+    assert grown(scope["model"]) > 0
+    exec(OPENED, scope)
+    moved = [p for name, p in scope["tuned"].named_parameters() if "randlora_lambda" in name]
+    assert len(moved) == 14 and all(p.abs().max() > 0 for p in moved)
 
 
-@pytest.fixture
-def my_bert(tmp_path):
-    """A small model of PyTorch and its tokenizer, by the name that the usage has for them."""
-    import transformers
+def test_the_frameworks(tmp_path, monkeypatch):
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.BertConfig(vocab_size=8, intermediate_size=64, **sizes)
-    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "my-bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "good", "bad", "day"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    transformers.BertTokenizer(tmp_path / "vocab.txt").save_pretrained(tmp_path / "my-bert")
+    monkeypatch.chdir(tmp_path)
+    x = jnp.ones((2, 8))
+    net = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
+    scope = {"net": net, "loss": lambda model: (model(x) ** 2).mean()}
+    exec(NNX, scope)
+    assert grown(scope["model"]) > 0
+    scope["model"].save_pretrained("nnx")
+
+    module = nn.Sequential([nn.Dense(8), nn.Dense(2)])
+    scope |= {"module": module, "variables": module.init(jax.random.key(0), x), "x": x}
+    exec(LINEN, scope)
+    np.testing.assert_array_equal(scope["y"], module.apply(scope["variables"], x))
+    scope["model"].save_pretrained("linen")
+    for name in ("nnx", "linen"):
+        assert (tmp_path / name / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.torch
 @pytest.mark.usefixtures("my_bert")
-def test_hugging_face_trains_and_saves_what_pytorch_opens(installed, tmp_path):
-    import peft
-    import transformers
+def test_hugging_face(tmp_path, monkeypatch):
+    from transformers import BertTokenizer, FlaxBertForSequenceClassification
 
-    (said,) = pasted("hugging_face", installed, tmp_path)
-    assert said.startswith("trainable params: ")
-    base = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "my-bert")
-    opened = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
-    moved = [p.abs().max() for name, p in opened.named_parameters() if "randlora_lambda" in name]
-    assert len(moved) == 13 and all(value > 0 for value in moved)
-
-
-# The usage's model has 600 million numbers; here it is called by the same name.
-SMALL = """
-import functools
-from tunix.models.qwen3 import model as qwen3
-
-qwen3.ModelConfig.qwen3_0p6b = functools.partial(
-    qwen3.ModelConfig, num_layers=2, vocab_size=128, embed_dim=96, hidden_dim=192, num_heads=4,
-    head_dim=24, num_kv_heads=2, norm_eps=1e-6, rope_theta=1_000_000, use_tied_embedding=True,
-)
-"""
-
-
-@pytest.mark.torch
-def test_a_language_model_trains_and_saves_what_pytorch_opens(installed, tmp_path, monkeypatch):
-    import torch
-    from peft import AutoPeftModelForCausalLM
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from randlora_jax import RandLoraConfig, get_peft_model
 
     monkeypatch.chdir(tmp_path)
-    sizes = {"vocab_size": 128, "hidden_size": 96, "intermediate_size": 192, "head_dim": 24}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    base = Qwen3ForCausalLM(Qwen3Config(**sizes, tie_word_embeddings=True))
-    base.save_pretrained("my-qwen3")
-    pasted("tunix", installed, tmp_path, SMALL)
-
-    tokens = torch.arange(8 * 64).reshape(8, 64) % 100
-    tuned = AutoPeftModelForCausalLM.from_pretrained("adapter", dtype=torch.float32)
-    with torch.no_grad():
-        costs = [float(model(tokens, labels=tokens).loss) for model in (base, tuned)]
-    assert costs[1] < 0.9 * costs[0]
+    inputs = dict(BertTokenizer.from_pretrained("my-bert")(["a good day"], return_tensors="np"))
+    scope = {
+        "FlaxBertForSequenceClassification": FlaxBertForSequenceClassification,
+        "get_peft_model": get_peft_model,
+        "config": RandLoraConfig(r=8, randlora_alpha=16, target_modules="all-linear"),
+        "inputs": inputs,
+    }
+    exec(HUGGING_FACE, scope)
+    assert scope["logits"].shape == (1, 2)

@@ -1,11 +1,11 @@
-"""Type checkers know what `get_peft_model` returns, and accept README.md's usages."""
+"""Type checkers know what `get_peft_model` returns, and accept the guides' first usages."""
 
 import re
 import subprocess
 import sys
 
 import pytest
-from readme import USAGES
+from usages import USAGES
 
 pytestmark = pytest.mark.torch
 
