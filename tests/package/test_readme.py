@@ -2,10 +2,16 @@
 
 from pathlib import Path
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from small_models import SMALL_QWEN3
 from usages import USAGES, fences
+
+from randlora_jax import AdapterParam, RandLoraConfig, get_peft_model
 
 README = Path(__file__).parents[2] / "README.md"
 TUNIX, OPENED, NNX, LINEN, HUGGING_FACE = fences(README)
@@ -13,10 +19,6 @@ TUNIX, OPENED, NNX, LINEN, HUGGING_FACE = fences(README)
 
 def grown(model) -> float:
     """The largest lambda, which is zero before training."""
-    from flax import nnx
-
-    from randlora_jax import AdapterParam
-
     flat = nnx.to_flat_state(nnx.state(model, AdapterParam))
     return max(float(abs(leaf[...]).max()) for path, leaf in flat if "randlora_lambda" in path)
 
@@ -32,17 +34,14 @@ def test_the_language_model(tmp_path, monkeypatch):
     scope = {}
     exec(SMALL_QWEN3 + imports + yours + TUNIX, scope)
     assert grown(scope["model"]) > 0
-    exec(OPENED, scope)
+    from transformers import Qwen3ForCausalLM
+
+    exec(OPENED, scope := {"my_qwen3": Qwen3ForCausalLM.from_pretrained("my-qwen3")})
     moved = [p for name, p in scope["tuned"].named_parameters() if "randlora_lambda" in name]
     assert len(moved) == 14 and all(p.abs().max() > 0 for p in moved)
 
 
 def test_the_frameworks(tmp_path, monkeypatch):
-    import flax.linen as nn
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-
     monkeypatch.chdir(tmp_path)
     x = jnp.ones((2, 8))
     net = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
@@ -64,8 +63,6 @@ def test_the_frameworks(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("my_bert")
 def test_hugging_face(tmp_path, monkeypatch):
     from transformers import BertTokenizer, FlaxBertForSequenceClassification
-
-    from randlora_jax import RandLoraConfig, get_peft_model
 
     monkeypatch.chdir(tmp_path)
     inputs = dict(BertTokenizer.from_pretrained("my-bert")(["a good day"], return_tensors="np"))
