@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from installed import Environment, build_wheel, copy_of_the_sources
-from small_models import save_my_bert, save_my_qwen3
+from named_models import save_my_bert, save_my_qwen3
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_models import SMALL_QWEN3
+from named_models import SMALL_QWEN3
 from usages import USAGES, fences
 
 from randlora_jax import AdapterParam, RandLoraConfig, get_peft_model

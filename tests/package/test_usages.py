@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from installed import Environment, run
-from small_models import SMALL_QWEN3
+from named_models import SMALL_QWEN3
 from usages import USAGES
 
 
