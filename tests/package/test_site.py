@@ -58,7 +58,7 @@ def test_no_message_tells_to_install_what_no_index_has():
     assert randlora_jax.__version__.endswith("dev0"), "a release: messages may name it"
     folders = ("randlora_jax", "interop", "docs", "examples", "benchmarks")
     files = [p for f in folders for end in ("py", "md") for p in (ROOT / f).rglob(f"*.{end}")]
-    telling = re.compile(r"pip3? install[^#\n]*randlora[-_]jax(?!/)")
+    telling = re.compile(r"pip3? install[^#\n]*(?<![/\w])randlora[-_]jax")
     clone = re.compile(r"pip install '[.][^']*' in a clone of randlora-jax")
     for file in [*files, *ROOT.glob("*.md")]:
         said = clone.sub("", file.read_text())
