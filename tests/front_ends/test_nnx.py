@@ -12,13 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from randlora_jax import (
-    AdapterParam,
-    ConfigError,
-    RandLoraConfig,
-    RandLoraModel,
-    get_peft_model,
-)
+from randlora_jax import AdapterParam, ConfigError, RandLoraConfig, get_peft_model
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
 from randlora_jax.front_ends.nnx.variables import SharedBasis
 
@@ -329,32 +323,6 @@ def test_numpy_arguments_stay_what_they_are_under_jit():
     kernel = Picked(nnx.Rngs(0)).up.kernel[...] + model.delta_weights()["up"].T
     y = X @ kernel
     np.testing.assert_allclose(found, y[:, [3, 1]] + y[:, [0, 2]], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("in_stacks", [False, True])
-def test_numpy_arrays_in_its_variables_serve_as_jax_s(in_stacks, tmp_path):
-    """As `nnx.update` puts them there from a checkpoint."""
-    model, x = wrapped(), X
-    right = model(x)
-    if in_stacks:
-        model.stack_adapters()
-    on_host = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
-    state = nnx.state(model)
-    nnx.replace_by_pure_dict(state, on_host)
-    nnx.update(model, state)
-
-    def close(found):
-        np.testing.assert_allclose(found, right, atol=1e-5)
-
-    close(model(x))
-    close(model(x, adapter_names=["default"] * 5))
-    model.save_pretrained(tmp_path)
-    close(RandLoraModel.from_pretrained(Net(nnx.Rngs(0)), tmp_path)(x))
-    if not in_stacks:
-        model.merge_adapter()
-        close(model(x))
-        model.unmerge_adapter()
-    close(model.merge_and_unload()(x))
 
 
 def test_it_says_what_it_is_without_its_arrays():
