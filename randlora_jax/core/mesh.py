@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
@@ -212,14 +213,14 @@ def picked(x: jax.Array, index: jax.Array, axis: int, **how: Any) -> jax.Array:
     """`x` at `index` along an axis, the result split as the index is where that is in its type.
 
     Args:
-      x: whole on every device.
+      x: whole on every device; or NumPy's, as a checkpoint leaves it.
       how: for what is out of bounds, as ``x.at[index].get`` takes it.
     """
     sharding = jax.typeof(index).sharding
     if _explicit(sharding.mesh):
         spec = P(*[None] * axis, *_entries(sharding.spec, index.ndim))
         how["out_sharding"] = NamedSharding(sharding.mesh, spec)
-    return x.at[(*[slice(None)] * axis, index)].get(**how)
+    return jnp.asarray(x).at[(*[slice(None)] * axis, index)].get(**how)
 
 
 def on_mesh(x: Any) -> NamedSharding | None:

@@ -97,18 +97,26 @@ def possible_ways(
         against.setdefault(way, f"apply={options.apply!r} was asked for")
     inputs = tuple(way for way in Way if way not in against)
     beside = tuple(way for way in inputs if way is not Way.IN_KERNEL)
+    may_drown = beside and beside != inputs and options.apply == "auto"
+    coarsest = min(dtype, kernel.array.dtype, key=_bits) if may_drown else dtype
+    # The gradient of the input has no small part to lose, but W + delta must be as fine as that is.
+    if may_drown and _bits(coarsest) < min(_bits(dtype), 32):
+        inputs = beside
     # The gradient of delta is the same through W + delta and beside. Beside, it can be summed over
     # devices when it is small (`mesh`), and rows are merged first (`applying`).
     trained = beside if Way.FORMED in beside else inputs
-    # The gradient of the input has no small part to lose.
-    may_drown = beside and beside != inputs and options.apply == "auto"
-    drowns = may_drown and jnp.finfo(dtype).bits < 32
+    drowns = may_drown and _bits(coarsest) < 32
     if drowns:
         against[Way.IN_KERNEL] = (
             "in the output, a small delta_W would drown in the rounding of W to "
-            f"{jnp.dtype(dtype).name}"
+            f"{jnp.dtype(coarsest).name}"
         )
     return PossibleWays(beside if drowns else inputs, inputs, trained, against)
+
+
+def _bits(dtype: DTypeLike) -> int:
+    """Of a floating number."""
+    return int(jnp.finfo(dtype).bits)
 
 
 def require_a_way(name: str, possible: PossibleWays) -> None:

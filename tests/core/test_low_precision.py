@@ -101,6 +101,24 @@ def test_a_small_update_arrives(dtype, apply, update):
     assert slope == pytest.approx(1, abs=0.01) and noise < max(0.01, 3e-7 / update)
 
 
+@pytest.mark.parametrize("held", LOW)
+def test_a_small_update_arrives_where_a_float32_layer_holds_its_kernel_in_16_bits(held):
+    """Output and the gradient of the input, by float32 sums with the kernel as it is held."""
+    model, layer, x = pair(jnp.float32, 1e-3)
+    layer.kernel.set_raw_value(layer.kernel[...].astype(held))
+    with model.disable_adapter():
+        frozen, backwards = jax.vjp(model, x)
+    found, adapted = jax.vjp(model, x)
+    dy = jnp.asarray(np.random.default_rng(1).normal(size=(TOKENS, OUT)), jnp.float32)
+    (delta,) = model.delta_weights().values()
+    for change, wanted in (
+        (found - frozen, exact(model, layer, x)),
+        (adapted(dy)[0] - backwards(dy)[0], np.asarray(dy, np.float64) @ delta),
+    ):
+        slope, noise = arrived(np.asarray(change, np.float64), wanted)
+        assert slope == pytest.approx(1, abs=0.01) and noise < 0.01
+
+
 def test_rounded_into_the_kernel_it_would_not():
     model, layer, x = pair(jnp.bfloat16, 1e-3, "merged")
     with model.disable_adapter():

@@ -30,7 +30,10 @@ def ways(*, kernel=jnp.float32, call=LAST_AXES, dtype=jnp.float32, apply="auto",
         ({"apply": "factored"}, (FACTORED,), "apply='factored'"),
         ({"drops": True}, (FORMED, FACTORED), "adapter dropout"),
         ({"dtype": jnp.bfloat16}, (FORMED, FACTORED), "rounding of W to bfloat16"),
+        ({"kernel": jnp.bfloat16}, (FORMED, FACTORED), "rounding of W to bfloat16"),
+        ({"kernel": jnp.float16, "drops": True}, (FORMED, FACTORED), "adapter dropout"),
         ({"dtype": jnp.bfloat16, "apply": "merged"}, (IN_KERNEL, FORMED), "apply='merged'"),
+        ({"kernel": jnp.bfloat16, "apply": "merged"}, (IN_KERNEL, FORMED), "apply='merged'"),
         ({"call": None}, (IN_KERNEL,), "not known to be a sum"),
         ({"call": None, "dtype": jnp.bfloat16}, (IN_KERNEL,), "not known to be a sum"),
         ({"kernel": jnp.int8}, (FORMED, FACTORED), "int8 numbers"),
@@ -70,6 +73,9 @@ def test_the_gradient_of_the_input_has_no_small_part_to_lose():
     assert ways(dtype=jnp.bfloat16).inputs == (IN_KERNEL, FORMED, FACTORED)
     assert ways(dtype=jnp.bfloat16, drops=True).inputs == (FORMED, FACTORED)
     assert ways(dtype=jnp.bfloat16, apply="factored").inputs == (FACTORED,)
+    assert ways(kernel=jnp.bfloat16, dtype=jnp.bfloat16).inputs == (IN_KERNEL, FORMED, FACTORED)
+    # but a layer that holds fewer bits than it multiplies with would have a rounded one
+    assert ways(kernel=jnp.bfloat16).inputs == (FORMED, FACTORED)
 
 
 def test_a_kernel_that_refuses_takes_nothing():

@@ -137,6 +137,37 @@ def test_it_runs_by_row(case):
     assert_rows(model(X, adapter_names=NAMES), NAMES, each)
 
 
+class Derived(nn.Dense):
+    """With the very call of a layer that is known."""
+
+
+class Counted(nn.Module):
+    """Which writes into a collection, as caches do, beside layers that do not."""
+
+    layer: type
+
+    @nn.compact
+    def __call__(self, x):
+        calls = self.variable("cache", "calls", lambda: jnp.zeros(()))
+        if self.is_mutable_collection("cache"):
+            calls.value += 1
+        return self.layer(8, name="dense")(x)
+
+
+@pytest.mark.parametrize("kind", ["of flax", "derived", "of GPT-2"])
+def test_known_layers_run_by_row_where_others_change_collections(kind):
+    layer = {"of flax": nn.Dense, "derived": Derived}.get(kind)
+    if layer is None:  # known by its name
+        layer = pytest.importorskip("transformers.models.gpt2.modeling_flax_gpt2").FlaxConv1D
+    config = {"r": 3, "randlora_alpha": 3, "target_modules": ["dense"]}
+    configs = {"a": config, "b": config}
+    model, bound = adapted(Counted(layer), configs, inputs=X, sample_inputs=(X,))
+    each = alone(model, bound, X)
+    found, changed = model(X, adapter_names=NAMES, mutable=["cache"])
+    assert_rows(found, NAMES, each)
+    assert changed["cache"]["calls"] == bound.variables["cache"]["calls"] + 1
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_it_is_refused_and_runs_under_vmap(case):
     net, first, message, rules = REFUSED[case]

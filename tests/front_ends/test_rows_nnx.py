@@ -14,6 +14,7 @@ from many_nets import (
     STRUCTURES,
     Bridged,
     Convolved,
+    Net,
     Tanh,
     X,
     adapted,
@@ -97,6 +98,40 @@ def test_split_rematerialised_and_mapped():
     same_rows(jax.jit(jax.vmap(one))(IDS, rows), each, NAMES)
     model.set_rows(NAMES)
     same_rows(jax.jit(pure)(nnx.state(model), IDS, None), each, NAMES)
+
+
+class Said(nnx.Module):
+    """Called by methods and parts, as encoders and decoders are."""
+
+    def __init__(self):
+        self.net = Net(nnx.Rngs(0))
+
+    def say(self, ids):
+        return self.net(ids)
+
+    def words(self, ids):
+        yield self.net(ids)
+
+    def named(self, ids, adapter_names):
+        return self.net(ids), adapter_names
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+def test_methods_and_parts_take_adapter_names(capacity):
+    model, each = adapted(Said()), each_alone()
+    if capacity:
+        model.stack_adapters(capacity)
+    rows = model.rows(NAMES)
+    for call in (model.say, model.net, lambda ids, **names: next(model.words(ids, **names))):
+        same_rows(call(IDS, adapter_names=NAMES), each, NAMES)
+        same_rows(call(IDS, adapter_names=rows), each, NAMES)
+        same_rows(call(IDS), each, ["a"] * 4)
+    found, names = model.named(IDS, adapter_names=NAMES)  # which asks for them itself
+    same_rows(found, each, ["a"] * 4)
+    assert names is NAMES
+    for call in (model.say, model.net):
+        with pytest.raises(ConfigError, match="no adapter named 'x'"):
+            call(IDS, adapter_names=["x"] * 4)
 
 
 @pytest.mark.parametrize("capacity", CAPACITIES)

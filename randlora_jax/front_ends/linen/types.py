@@ -73,10 +73,17 @@ def changes_state(module: nn.Module) -> bool:
     """Whether a layer may change its collections in this call."""
     if is_filter_empty(module.scope.mutable):
         return False
-    if type(module) not in TYPES:
+    if not any(
+        type(module).__call__ is kind.__call__ for kind in filter(_known, type(module).__mro__)
+    ):
         return True
     held = [name for name, collection in module.variables.items() if collection]
     return any(module.is_mutable_collection(name) for name in held if name != "params")
+
+
+def _known(kind: type) -> bool:
+    """Whether a class is in the table, itself or by its name."""
+    return kind in TYPES or f"{kind.__module__}.{kind.__qualname__}" in TYPES
 
 
 def unquantised(module: nn.Module) -> nn.Module:

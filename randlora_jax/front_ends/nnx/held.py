@@ -54,6 +54,11 @@ def arrays_of(held: Any) -> dict[Path, Any]:
     return {path: raw(array) for path, array in arrays_in(raw(held)).items()}
 
 
+def in_jax(array: Any) -> Any:
+    """An array of JAX's in place of one of NumPy's, which `nnx.update` puts into Variables."""
+    return jnp.asarray(array) if isinstance(array, np.ndarray) else array
+
+
 def of_numpy(variable: nnx.Variable[Any]) -> bool:
     """Whether a Variable holds an array of NumPy's."""
     return any(isinstance(array, np.ndarray) for array in arrays_of(variable).values())
@@ -61,9 +66,7 @@ def of_numpy(variable: nnx.Variable[Any]) -> bool:
 
 def of_jax(variable: nnx.Variable[Any]) -> Any:
     """The value of a Variable with JAX's arrays for NumPy's."""
-    return jax.tree.map(
-        lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, variable.get_raw_value()
-    )
+    return jax.tree.map(in_jax, variable.get_raw_value())
 
 
 def quantised_in(holder: Any) -> dict[Path, Any]:

@@ -12,8 +12,9 @@ from flax import nnx
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
 from randlora_jax.front_ends.shown_signature import shows_call_of
 from randlora_jax.interop.errors import ConfigError
+from randlora_jax.models.model import RandLoraModel
 
-Opened = Callable[[], AbstractContextManager[None]]
+Opened = Callable[..., AbstractContextManager[None]]  # of adapter_names, where a call has them
 
 
 class Part:
@@ -29,9 +30,9 @@ class Part:
 
     @shows_call_of(lambda self: self._part[0])
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the module."""
+        """Calls the module; as the whole model with ``adapter_names``."""
         module, opened = self._part
-        with opened():
+        with _with_rows(module, opened, kwargs)():
             return module(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -107,11 +108,26 @@ def reached_through(found: Any, opened: Opened) -> Any:
 
     @functools.wraps(found)
     def method(*args: Any, **kwargs: Any) -> Any:
-        with opened():
+        mine = _with_rows(found, opened, kwargs)
+        with mine():
             result = found(*args, **kwargs)
-        return reached_through(result, opened)
+        return reached_through(result, mine if inspect.isgenerator(result) else opened)
 
     return method
+
+
+def _with_rows(called: Any, opened: Opened, kwargs: dict[str, Any]) -> Opened:
+    """`opened` for the ``adapter_names`` in `kwargs`, which are taken out of there.
+
+    Not where they are for what is called: another wrapped model, or a method that asks for them.
+    """
+    if "adapter_names" not in kwargs or isinstance(
+        getattr(called, "__self__", called), RandLoraModel
+    ):
+        return opened
+    if "adapter_names" in inspect.signature(called).parameters:
+        return opened
+    return functools.partial(opened, kwargs.pop("adapter_names"))
 
 
 def _resumed(generator: Iterator[Any], opened: Opened) -> Generator[Any, None, None]:

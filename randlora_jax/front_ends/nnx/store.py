@@ -14,7 +14,15 @@ from randlora_jax.core.abstract import moved
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.front_ends.nnx.bridges import bridge_of
 from randlora_jax.front_ends.nnx.call import ModelToken
-from randlora_jax.front_ends.nnx.held import arrays_of, is_container, plain, quantised_in
+from randlora_jax.front_ends.nnx.held import (
+    arrays_of,
+    in_jax,
+    is_container,
+    of_jax,
+    of_numpy,
+    plain,
+    quantised_in,
+)
 from randlora_jax.front_ends.nnx.layer import Leaves, RandLoraLayer, Settings
 from randlora_jax.front_ends.nnx.nested import wrappers_of_wrapped
 from randlora_jax.front_ends.nnx.variables import (
@@ -109,7 +117,7 @@ class NnxStore(ArrayStore):
     def base_leaves(self) -> Mapping[Path, jax.Array]:
         """Every ``nnx.Param`` of the base model, and kernels of other types."""
         return {
-            (*path, *inner): array
+            (*path, *inner): in_jax(array)
             for path, leaf in self._params.items()
             for inner, array in arrays_of(leaf).items()
         }
@@ -117,7 +125,11 @@ class NnxStore(ArrayStore):
     def set_base_leaves(self, leaves: Mapping[Path, jax.Array]) -> None:
         """In place."""
         for path, value in leaves.items():
-            self._params[path][...] = value
+            variable = self._params[path]
+            if of_numpy(variable):  # perhaps read-only
+                variable.set_raw_value(value)
+            else:
+                variable[...] = value
 
     @cached_property
     def _quantised(self) -> dict[Path, Any]:
@@ -241,7 +253,7 @@ class NnxStore(ArrayStore):
     def pairs(self) -> Mapping[str, BasisPair]:
         """Of the root."""
         return {
-            identity: BasisPair(held["A"].get_raw_value(), held["B"].get_raw_value())
+            identity: BasisPair(of_jax(held["A"]), of_jax(held["B"]))
             for identity, held in self.root.randlora_bases.items()
         }
 
