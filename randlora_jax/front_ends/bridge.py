@@ -24,7 +24,7 @@ from randlora_jax.front_ends.linen.modules import taken_for
 from randlora_jax.front_ends.linen.running import LinenRunner
 from randlora_jax.front_ends.linen.types import TYPES, unquantised
 from randlora_jax.front_ends.nnx.bridges import Bridge, register_bridge
-from randlora_jax.front_ends.nnx.call import CallContext, open_for, reached
+from randlora_jax.front_ends.nnx.call import CallContext, reached
 from randlora_jax.front_ends.nnx.held import arrays_of
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
 from randlora_jax.interop.errors import ConfigError, listed
@@ -42,16 +42,15 @@ class RandLoraToNNX(RandLoraLayer):
     """Stands in the place of a ToNNX and runs its linen module with the adapters joined in."""
 
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        context = open_for(self.settings.model, self.by_row())
-        choice = context.rows if context else None
-        if choice and choice.rows is not None and self.whole_by_row():
+        by_row = self._call_by_row()
+        if by_row and self.whole_by_row():
             raise ConfigError(
                 f"{listed(sorted(self.whole_by_row()))}: adapters trained leaves of a linen module "
                 f"inside an nnx model whole, which cannot follow the rows there. {BY_VMAP}"
             )
-        base = self._effective(context)
+        base = self._effective()
         call = getattr(base, method)
-        applied = self.by_row() if choice else self.applied()
+        applied = self.by_row() if by_row else self.applied()
         if not applied:
             return call(*args, **kwargs)
         with self._joining(base, reached(self.settings.model, applied)):

@@ -120,7 +120,7 @@ def laid_beside(
     if rows is None:
         trained = adapter_arrays.trained_whole(states)
         saved = {path: x.astype(base[path].dtype) for path, x in trained.items()}
-    elif rows.choice.rows is None:
+    elif rows.choice.alike:
         saved = _whole_for_all(states, rows.choice, base)
     else:
         saved = {}
