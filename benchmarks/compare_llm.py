@@ -17,7 +17,6 @@ import numpy as np
 import smollm
 import tuning
 from flax import nnx
-from training import Settings
 from trials import Method, Result, Trial, tenths
 
 from randlora_jax import get_peft_model
@@ -30,7 +29,7 @@ def randlora(ratio: float, r: int = 32, **kind: bool) -> Callable[[Any, int], An
 
     def start(base: Any, seed: int) -> Any:
         config = dataclasses.replace(
-            demo_llm.CONFIG, r=r, randlora_alpha=ratio * r, projection_prng_key=seed, **kind
+            smollm.CONFIG, r=r, randlora_alpha=ratio * r, projection_prng_key=seed, **kind
         )
         return get_peft_model(base, config)
 
@@ -71,10 +70,8 @@ class Chat:
         task = _task()
         on = task.held.take(np.arange(HELD)) if trial.held else task.test
         model = method.start(smollm.tunix_base(), trial.seed)
-        settings = Settings(trial.rate, batch_size=8, seed=trial.seed)
-        pad = task.tokenizer.pad_token_id
-        curve = tuning.fit(model, task.train, task.held, STEPS, settings, pad, "", checks=0)
-        accuracy = task.accuracy(smollm.tunix_logits(model, on, pad, ""), on)
+        curve = task.fit(model, "", trial.rate, checks=0, seed=trial.seed)
+        accuracy = task.accuracy(task.logits(model, "", on), on)
         size = tuning.trained_numbers(model) or _numbers(model)
         return Result(accuracy, size, tenths(curve.losses))
 

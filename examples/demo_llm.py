@@ -41,21 +41,12 @@ from training import Settings, accuracy, run_all
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from randlora_jax import RandLoraConfig, get_peft_model
+from randlora_jax import get_peft_model
 from randlora_jax.commands.main import main as command
 
 SHORT = "--short" in sys.argv
 OUT = Path("out/demo-llm-short" if SHORT else "out/demo-llm")
 ADAPTER = OUT / "adapter"
-
-CONFIG = RandLoraConfig(
-    base_model_name_or_path=str(smollm.BASE),
-    task_type="CAUSAL_LM",
-    r=32,
-    randlora_alpha=640,
-    projection_prng_key=0,
-    target_modules="all-linear",
-)
 
 # Found on the held-back documents by `python benchmarks/compare.py chat`.
 RATES = {"RandLoRA": 5e-4, "LoRA": 4e-3, "full fine-tuning": 1e-4}
@@ -96,9 +87,11 @@ class Task:
         chosen = np.random.default_rng(0).permutation(len(test))[: scale.test]
         return cls(tokenizer, train, held, test.take(chosen), scale)
 
-    def fit(self, model: Any, name: str, rate: float, checks: int = 4) -> tuning.Curve:
+    def fit(
+        self, model: Any, name: str, rate: float, checks: int = 4, seed: int = 0
+    ) -> tuning.Curve:
         """Trains a tunix model."""
-        settings, pad = Settings(rate, batch_size=8), self.tokenizer.pad_token_id
+        settings, pad = Settings(rate, batch_size=8, seed=seed), self.tokenizer.pad_token_id
         held = self.held.take(np.arange(self.scale.held))
         return tuning.fit(model, self.train, held, self.scale.steps, settings, pad, name, checks)
 
@@ -168,7 +161,7 @@ def with_randlora(task: Task, base: Any) -> tuple[Any, np.ndarray, tuning.Curve,
     apart = difference(untouched, task.torch_logits(theirs, "the same in PyTorch", FEW))
 
     console.rule("2. RandLoRA around every linear layer, trained by tunix's PeftTrainer")
-    model: Any = get_peft_model(base, CONFIG)
+    model: Any = get_peft_model(base, smollm.CONFIG)
     model.print_trainable_parameters()
     curve = task.fit(model, "RandLoRA", RATES["RandLoRA"], checks=0 if SHORT else 4)
     ours = task.logits(model, "RandLoRA")

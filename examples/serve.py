@@ -41,7 +41,7 @@ class Server:
     """What answers requests.
 
     Args:
-      model: tunix's Llama 3 after ``stack_adapters(capacity)``, with no adapter in it.
+      model: tunix's Llama 3 after ``stack_adapters(capacity + 1)``, with no adapter in it.
       folder: of adapters.
     """
 
@@ -160,7 +160,7 @@ def opened(base: Any, folder: Path, capacity: int) -> Any:
         except RandLoraError as error:
             print(f"{name}: {error}")
             continue
-        model.stack_adapters(capacity)
+        model.stack_adapters(capacity + 1)  # one for what is loaded before another goes
         model.delete_adapter("first")
         model.load_adapter(folder / name, "first")  # as others will be: it compiles
         model.rows(["first"])

@@ -43,8 +43,10 @@ class Shelf:
     engine waits; programs that run go on with the arrays that they have.
 
     Args:
-      model: after ``stack_adapters(capacity)``.
+      model: after ``stack_adapters(capacity + 1)``: an adapter is loaded, or refused, before
+        another one goes.
       folder: has a directory for each adapter, of its name.
+      capacity: how many adapters are kept.
       changed: called with the model after each load, in that thread.
     """
 
@@ -80,8 +82,7 @@ class Shelf:
             if name not in self._held:
                 if name not in self.names():  # a path is no name of a directory in the folder
                     raise Unknown(f"no adapter {name!r} here: GET /adapters names them")
-                await self._make_room()
-                loading = asyncio.create_task(self._load(name))
+                loading = asyncio.create_task(self._load(name, await self._to_evict()))
                 loading.add_done_callback(
                     lambda task: task.exception()
                 )  # all who asked may be gone
@@ -101,30 +102,36 @@ class Shelf:
 
     def close(self) -> None:
         """Ends the thread, once the model has no adapter, as it was before."""
-        for name in self._held:
-            self._thread.submit(self.model.delete_adapter, name)
+
+        def empty() -> None:
+            for name in list(self.model.peft_config):
+                self.model.delete_adapter(name)
+
+        self._thread.submit(empty)
         self._thread.shutdown()
 
     def _let_go(self, held: Held) -> None:
         held.users -= 1
         self._freed.set()
 
-    async def _make_room(self) -> None:
-        """Evicts the longest unused adapter, if there is no free slot."""
+    async def _to_evict(self) -> dict[str, Held]:
+        """The longest unused adapter, nobody's from now on; none where there is a free slot."""
         while len(self._held) >= self.capacity:
             unused = next((name for name, held in self._held.items() if not held.users), None)
             if unused:
-                del self._held[unused]
-                self.evicted += 1
-                # the thread does one thing after another: this, before it loads
-                self._thread.submit(self.model.delete_adapter, unused)
-            else:
-                self._freed.clear()
-                await self._freed.wait()
+                return {unused: self._held.pop(unused)}
+            self._freed.clear()
+            await self._freed.wait()
+        return {}
 
-    async def _load(self, name: str) -> int:
+    async def _load(self, name: str, evicted: dict[str, Held]) -> int:
+        """The slot of an adapter, which is then in the model, and `evicted` is not."""
+
         def load() -> int:
-            self.model.load_adapter(self.folder / name, name)
+            if name not in self.model.peft_config:  # else what was to take its place was refused
+                self.model.load_adapter(self.folder / name, name)
+            for other in evicted:
+                self.model.delete_adapter(other)
             self._changed(self.model)
             return int(np.asarray(self.model.rows([name]))[0])
 
@@ -132,9 +139,11 @@ class Shelf:
             slot = await asyncio.get_running_loop().run_in_executor(self._thread, load)
         except Exception as error:
             del self._held[name]
+            self._held = {**evicted, **self._held}  # as before, unless someone asked for it anew
             self._freed.set()
             if isinstance(error, RandLoraError | OSError):
                 raise Refused(str(error)) from error
             raise
         self.loaded += 1
+        self.evicted += len(evicted)
         return slot

@@ -15,16 +15,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from training import Settings
 
-from randlora_jax import RandLoraConfig, get_peft_model
+from randlora_jax import get_peft_model
 
-CONFIG = RandLoraConfig(
-    base_model_name_or_path=str(smollm.BASE),
-    task_type="CAUSAL_LM",
-    r=32,
-    randlora_alpha=640,
-    projection_prng_key=0,
-    target_modules="all-linear",
-)
 STEPS, WIDTH = 10, 80  # tokens of a conversation
 
 MANNERS = {
@@ -58,7 +50,7 @@ def make(folder: Path, copies: int) -> None:
         tokenizer, base = smollm.load_tokenizer(), smollm.tunix_base()
         scratch = folder.with_name("trained")
         for name in MANNERS:
-            model: Any = get_peft_model(base, CONFIG, name)
+            model: Any = get_peft_model(base, smollm.CONFIG, name)
             train = conversations(tokenizer, name)
             settings, pad = Settings(1e-3, batch_size=4), tokenizer.pad_token_id
             tuning.fit(model, train, train, STEPS, settings, pad, f"training {name!r}", checks=0)

@@ -19,9 +19,20 @@ from tunix.models.llama3 import model as llama3
 from tunix.models.llama3 import params
 from tunix.sft import utils
 
+from randlora_jax import RandLoraConfig
+
 BASE = Path("out/smollm2")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 END, PAD = "<|im_end|>", "<|endoftext|>"
+
+CONFIG = RandLoraConfig(
+    base_model_name_or_path=str(BASE),
+    task_type="CAUSAL_LM",
+    r=32,
+    randlora_alpha=640,
+    projection_prng_key=0,
+    target_modules="all-linear",
+)
 
 
 def make_base() -> None:

@@ -25,6 +25,10 @@ class Block(nn.Module):
         return x + nn.Dense(x.shape[-1], name="down")(y), None
 
 
+# made once: of a class made in each call nn.jit would keep nothing that it compiled
+BLOCKS = {"": Block, "remat": nn.remat(Block), "jit": nn.jit(Block)}
+
+
 class Net(nn.Module):
     """Ids (batch, tokens) to logits (batch, tokens, 3); `wrap` is around each block."""
 
@@ -33,7 +37,7 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, ids):
         x = nn.Embed(11, 8, name="embed")(ids)
-        kind = {"remat": nn.remat, "jit": nn.jit}.get(self.wrap, lambda block: block)(Block)
+        kind = BLOCKS[self.wrap]
         for i in range(2):
             x, _ = kind(name=f"block_{i}")(x)
         return nn.Dense(3, name="head")(x)

@@ -78,6 +78,13 @@ def adapted(base=None, configs=None, **rules):
     return model
 
 
+def stacked(capacity=5, parts=2):
+    """That model, its adapters in stacks."""
+    model = adapted()
+    model.stack_adapters(capacity, parts=parts)
+    return model
+
+
 @nnx.jit
 def by_row(model, x, rows=None):
     """The model, compiled."""

@@ -180,8 +180,9 @@ def test_biases_of_rows_that_are_split(axis_type):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
-def linen_adapted(bound):
-    model = get_peft_model(bound, replace(CONFIG, target_modules="all-linear"), adapter_name="a")
+def linen_adapted(bound, **more):
+    config = replace(CONFIG, target_modules="all-linear")
+    model = get_peft_model(bound, config, adapter_name="a", **more)
     for name in "bc":
         model.add_adapter(name, replace(CONFIG, target_modules="all-linear"))
     for seed, name in enumerate("abc"):
@@ -207,4 +208,37 @@ def test_rows_of_a_linen_model(axis_type):
         apply = jax.jit(lambda variables, x, rows: model.apply(variables, x, adapter_names=rows))
         found = apply(model.variables, x, model.rows(NAMES))
         assert found.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), found.ndim)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+class Heads(nn.Module):
+    """Kernels of three axes, of which the middle one or the first is the heads'."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.gelu(nn.DenseGeneral((8, 16), use_bias=False, name="split")(x))
+        return x + nn.DenseGeneral(WIDTH, axis=(-2, -1), use_bias=False, name="join")(h)
+
+
+HEADS = {"split": (None, "model"), "join": ("model",)}
+INSIDE = {"split": ("data", None, "model"), "join": (None, "model", "data")}
+
+
+@pytest.mark.parametrize("cuts", [HEADS, INSIDE], ids=["heads", "inside heads"])
+def test_rows_where_kernels_are_cut_along_an_inner_axis(cuts):
+    net, x = Heads(), inputs(RowOrder.TOKENS)
+    variables, told = net.init(jax.random.key(0), x), {"sample_inputs": (x,)}
+    expected = linen_adapted(net.bind(variables), **told)(x, adapter_names=NAMES)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2)
+    placed = {
+        name: {"kernel": jax.device_put(held["kernel"], NamedSharding(mesh, P(*cuts[name])))}
+        for name, held in variables["params"].items()
+    }
+    told["token_axes"] = ["data"]
+    model = linen_adapted(net.bind({"params": placed}), **told)
+    x = jax.device_put(x, NamedSharding(mesh, P("data")))
+    apply = jax.jit(lambda variables, x, rows: model.apply(variables, x, adapter_names=rows))
+    found = apply(model.variables, x, model.rows(NAMES))
+    base = net.apply(variables, inputs(RowOrder.TOKENS))
+    assert np.abs(found - base)[0].max() >= 1e-2 * np.abs(base).max()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())

@@ -14,7 +14,6 @@ from randlora_jax.core.applying_rows import BY_VMAP
 from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.front_ends.collections import GAMMA, LAMBDA, TRAINED
 from randlora_jax.front_ends.linen.beside import (
-    CallToken,
     Rows,
     TokenOfCalls,
     cleared,
@@ -24,7 +23,7 @@ from randlora_jax.front_ends.linen.modules import taken_for
 from randlora_jax.front_ends.linen.running import LinenRunner
 from randlora_jax.front_ends.linen.types import TYPES, unquantised
 from randlora_jax.front_ends.nnx.bridges import Bridge, register_bridge
-from randlora_jax.front_ends.nnx.call import CallContext, open_for, reached
+from randlora_jax.front_ends.nnx.call import CallContext, reached
 from randlora_jax.front_ends.nnx.held import arrays_of
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
 from randlora_jax.interop.errors import ConfigError, listed
@@ -42,16 +41,15 @@ class RandLoraToNNX(RandLoraLayer):
     """Stands in the place of a ToNNX and runs its linen module with the adapters joined in."""
 
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        context = open_for(self.settings.model, self.by_row())
-        choice = context.rows if context else None
-        if choice and choice.rows is not None and self.whole_by_row():
+        by_row = self._call_by_row()
+        if by_row and self.whole_by_row():
             raise ConfigError(
                 f"{listed(sorted(self.whole_by_row()))}: adapters trained leaves of a linen module "
                 f"inside an nnx model whole, which cannot follow the rows there. {BY_VMAP}"
             )
-        base = self._effective(context)
+        base = self._effective()
         call = getattr(base, method)
-        applied = self.by_row() if choice else self.applied()
+        applied = self.by_row() if by_row else self.applied()
         if not applied:
             return call(*args, **kwargs)
         with self._joining(base, reached(self.settings.model, applied)):
@@ -122,7 +120,7 @@ class _Joined:
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the module's own."""
         registry, pairs, choice = self.registry, self.context.pairs, self.context.rows
-        token = CallToken() if choice else self.calls.of(registry, pairs)
+        token = self.calls.of(registry, pairs, choice)
         rows = Rows(registry.stacks, choice) if choice else None
         held = {**variables, TRAINED: self.trees}
         whole = laid_beside(held, registry.layers, token, applied=True, rows=rows)

@@ -218,6 +218,11 @@ class RowChoice:
     rows: int | None = None
     beams: int = 1
 
+    @property
+    def alike(self) -> bool:
+        """Whether all rows have the same adapters."""
+        return self.rows is None
+
     @classmethod
     def of(
         cls, stacks: Sequence[Stack], table: SlotTable, rows: Any = None, beams: int = 1
@@ -268,6 +273,13 @@ def adapted_or_base(chosen: Iterable[Chosen], own: Any, base: Any) -> Any:
         return jnp.where(jnp.expand_dims(present, range(1, own.ndim)), own, base)
 
     return jax.tree.map(either, own, base)
+
+
+def in_slots(arrays: Sequence[jax.Array | None]) -> jax.Array:
+    """(*stack axes, slots, a, b) of one (*stack axes, a, b) a slot; zeros where there is none."""
+    like = next(x for x in arrays if x is not None)
+    held = [jnp.zeros_like(like) if x is None else x for x in arrays]
+    return jnp.stack(held, like.ndim - 2)
 
 
 def slots_in_rows(stacked: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from randlora_jax.core.abstract import put
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.names import Path, dotted
 from randlora_jax.models.registry import AdapterRegistry, AdapterState
-from randlora_jax.models.slots import Slot, SlotTable, Stack
+from randlora_jax.models.slots import Slot, SlotTable, Stack, in_slots
 from randlora_jax.models.store import ArrayStore
 
 _WHOLE = (
@@ -146,12 +146,8 @@ def side_by_side(
     mine = [states[name] for name in stack.members]
 
     def layer(name: str) -> tuple[jax.Array, jax.Array]:
-        held = [state.layers.get(name) for state in mine]
-        like = next(both for both in held if both)
-        lam, gamma = (
-            jnp.stack([both[i] if both else jnp.zeros_like(x) for both in held], x.ndim - 2)
-            for i, x in enumerate(like)
-        )
+        held = [state.layers.get(name, (None, None)) for state in mine]
+        lam, gamma = (in_slots(arrays) for arrays in zip(*held, strict=True))
         return lam, gamma
 
     names = dict.fromkeys(name for state in mine for name in state.layers)

@@ -64,6 +64,31 @@ def test_under_transformations_of_blocks(wrap):
         assert_rows(found, some, each, base if wrap == "remat" else found)
 
 
+def test_an_inner_jit_compiles_an_assignment_once(compiled):
+    """Called eagerly; with `jax.jit` around, one program is for all assignments."""
+    configs = {"a": {"r": 3, "target_modules": ["up"]}, "b": {"r": 3, "target_modules": ["down"]}}
+    model, bound = adapted(Net("jit"), configs)
+    each, names = alone(model, bound), ["a", "b", "__base__", "a", "b"]
+    model.stack_adapters(4)
+    assignments = [names, names[::-1]]
+    first = [model(IDS, adapter_names=some) for some in assignments]
+    before = compiled()
+    for some, out in zip(assignments, first, strict=True):
+        np.testing.assert_array_equal(model(IDS, adapter_names=some), out)
+    assert compiled() == before
+    for some, out in zip(assignments, first, strict=True):
+        assert_rows(out, some, each, out)
+    model.set_scale("b", 0.0)  # the same slots, other strengths
+    silent = model(IDS, adapter_names=names)
+    assert_rows(silent, ["a", "__base__", "__base__", "a", "__base__"], each, silent)
+    run = jax.jit(lambda variables, rows: model.apply(variables, IDS, adapter_names=rows))
+    rows = [model.rows(some) for some in assignments]
+    run(model.variables, rows[0])
+    before = compiled()
+    run(model.variables, rows[1])
+    assert compiled() == before
+
+
 @pytest.mark.parametrize(
     ("axis", "views", "kept"),
     [

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from quantised_nets import CONFIG, Net, X, quantised_nnx
+from quantised_nets import CONFIG, Net, X, quantised_linen, quantised_nnx
 
 from randlora_jax import get_peft_model
 
@@ -66,6 +66,31 @@ def test_rows_of_a_quantised_model(kind, tile, stacked):
         assert np.abs(alone[name][row] - plain[row]).max() > 0.1 * np.abs(plain[row]).max()
         wrong = np.abs(np.asarray(found[row]) - alone[name][row]).max()
         assert wrong <= 1e-6 * np.abs(alone[name]).max()
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("kind, tile", [("int8", None), ("nf4", 32)])
+def test_rows_of_a_quantised_linen_model(kind, tile, stacked):
+    base = quantised_linen(kind, tile)
+    model, alone = get_peft_model(base, CONFIG, adapter_name="a", sample_inputs=(X,)), {}
+    model.add_adapter("b", CONFIG)
+    model.add_adapter("c", replace(CONFIG, r=4))
+    for seed, name in enumerate("abc"):
+        model.set_adapter(name)
+        draw = np.random.default_rng(seed)
+        trained, frozen = model.split()
+        moved = jax.tree.map(
+            lambda x, draw=draw: x + jnp.asarray(draw.normal(0, 0.1, x.shape), x.dtype), trained
+        )
+        model.variables = {**frozen, "randlora": moved}
+        alone[name] = np.asarray(model(X))
+    if stacked:
+        model.stack_adapters(4)
+    found, plain = model(X, adapter_names=NAMES), base(X)
+    np.testing.assert_array_equal(found[1], plain[1])
+    for row, name in ALONE.items():
+        assert np.abs(alone[name][row] - plain[row]).max() > 0.1 * np.abs(plain[row]).max()
+        assert np.abs(found[row] - alone[name][row]).max() <= 1e-6 * np.abs(alone[name]).max()
 
 
 def test_a_compiled_call_of_a_quantised_model():

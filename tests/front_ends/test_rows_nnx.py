@@ -201,6 +201,35 @@ def test_a_layer_of_which_nothing_is_known_is_refused():
         model(X, adapter_names=["a", "b", "__base__", "a"][: len(X)])
 
 
+class Sent(nnx.Module):
+    """Tokens of all rows in one axis, or sent to four experts, whose axis comes first."""
+
+    def __init__(self, flat):
+        self.layer = (
+            nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+            if flat
+            else nnx.Einsum("ecd,edf->ecf", (4, 8, 8), (4, 1, 8), rngs=nnx.Rngs(0))
+        )
+        self.flat = flat
+
+    def __call__(self, x):
+        return self.layer(x.reshape(-1, 8)).reshape(x.shape) if self.flat else self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("flat", "match"),
+    [(True, "'layer' was called with 20 rows"), (False, "the kernel has it, too")],
+)
+@pytest.mark.parametrize("capacity", CAPACITIES)
+def test_tokens_of_all_rows_in_one_axis_are_refused(flat, match, capacity):
+    config = RandLoraConfig(r=2, target_modules="all-linear")
+    model = adapted(Sent(flat), {"a": config, "b": config})
+    if capacity:
+        model.stack_adapters(capacity)
+    with pytest.raises(ConfigError, match=match + r".*jax\.vmap over rows"):
+        model(X, adapter_names=["a", "b", "__base__", "a"])
+
+
 @pytest.mark.parametrize("capacity", CAPACITIES)
 def test_a_kernel_that_one_trained_whole_and_another_adapts(capacity):
     configs = {

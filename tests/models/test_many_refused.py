@@ -5,30 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from many_nets import CONFIGS, IDS, NAMES, Net, adapted, by_row, each_alone, move, same_rows
+from many_nets import CONFIGS, IDS, NAMES, Net, adapted, by_row, move, same_rows, stacked
 
 from randlora_jax import ConfigError, RandLoraConfig, get_peft_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(are saved by their paths|PEFT cannot open)")
-
-
-@pytest.fixture(scope="module")
-def each():
-    return each_alone()
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """The adapters in folders."""
-    folder = tmp_path_factory.mktemp("many")
-    adapted().save_pretrained(folder)
-    return folder
-
-
-def stacked(capacity=5, parts=2):
-    model = adapted()
-    model.stack_adapters(capacity, parts=parts)
-    return model
 
 
 def refused(act, match):

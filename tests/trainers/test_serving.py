@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from aiohttp import ClientError
 from aiohttp.test_utils import TestClient, TestServer
 from flax import nnx
 from tiny_llama import SETTINGS, TOKENIZER, base_model, move, with_tunix
@@ -235,6 +236,34 @@ def test_a_damaged_adapter_is_refused_and_the_others_go_on(server, adapters, alo
     asyncio.run(run())
 
 
+def test_what_is_refused_evicts_nobody(server, adapters, alone):
+    """All slots hold good adapters, unused; whoever is to go is asked for while d is refused."""
+    weights = server[1] / "d" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+
+    async def run():
+        async with client_of(server[0]) as client:
+            for name in "ab":
+                await said(client, "hello", name, 1)
+            weights.write_bytes(whole[: len(whole) // 2])
+            refused = client.post("/generate", json=asking("hello", "d", 4))
+            async with refused as response:
+                assert response.status == 422
+            shelf = server[0].shelf
+            assert shelf.here() == {"a": 0, "b": 0} and (shelf.loaded, shelf.evicted) == (2, 0)
+            tries = [client.post("/generate", json=asking("hello", "d", 4)) for _ in range(3)]
+            *others, answer = await asyncio.gather(*tries, said(client, "hello", "a", 4))
+            assert answer == text(alone("a", "hello", 4))
+            assert [response.status for response in others] == [422] * 3
+            weights.write_bytes(whole)
+            for name in "dabcda":
+                assert await said(client, "hello", name, 4) == text(alone(name, "hello", 4))
+            assert len(shelf.model.peft_config) == len(shelf.here()) == CAPACITY
+        assert not shelf.model.peft_config
+
+    asyncio.run(run())
+
+
 def test_slow_and_gone_clients_hold_nobody_up(server, alone):
     """Of three rows all are asked for by clients who do not read, or hang up."""
 
@@ -259,6 +288,29 @@ def test_slow_and_gone_clients_hold_nobody_up(server, alone):
             assert status["busy"] == status["waiting"] == 0
             async with client.get("/adapters") as response:
                 assert set((await response.json())["loaded"].values()) == {0}
+
+    asyncio.run(run())
+
+
+def test_who_does_not_read_for_long_is_hung_up_on(server, alone, monkeypatch):
+    """Of answers larger than all buffers, after its patience, which is short here."""
+    monkeypatch.setattr("serve.PATIENCE", 0.2)
+
+    async def large(_, tokens):
+        async for _ in tokens:
+            yield "x" * 2**24
+
+    async def run():
+        async with client_of(server[0]) as client:
+            with monkeypatch.context() as patched:
+                patched.setattr("serve.Words.pieces", large)
+                slow = await client.post("/generate", json=asking("x", "a", 4, stream=True))
+                await asyncio.sleep(1.0)
+            with pytest.raises(ClientError):
+                await slow.read()
+            assert await said(client, "hello", "a", 4) == text(alone("a", "hello", 4))
+            async with client.get("/adapters") as response:
+                assert (await response.json())["loaded"] == {"a": 0}
 
     asyncio.run(run())
 

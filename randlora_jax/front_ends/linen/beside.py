@@ -4,11 +4,12 @@ There, and only there, ``nn.scan``, ``nn.vmap`` and ``nn.remat`` slice and carry
 they do the kernels they belong to, and ``nn.jit`` sees that a call is another one.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from flax.core import unfreeze
 
 from randlora_jax.core.bases import BasisPair
@@ -54,20 +55,30 @@ class Told:
 
 
 class TokenOfCalls:
-    """Gives equal calls of one model one token."""
+    """Gives equal calls of one model one token; of many different ones those of late."""
+
+    MOST = 1024
 
     def __init__(self) -> None:
         self._pairs: list[jax.Array] = []
-        self._tokens: dict[AdapterRegistry, CallToken] = {}
+        self._tokens: dict[Hashable, CallToken] = {}
 
-    def of(self, registry: AdapterRegistry, pairs: Mapping[str, BasisPair]) -> CallToken:
-        """Of a call that depends on `registry` and `pairs`; of none but it, where it is traced."""
+    def of(
+        self,
+        registry: AdapterRegistry,
+        pairs: Mapping[str, BasisPair],
+        choice: RowChoice | None = None,
+    ) -> CallToken:
+        """Of a call that depends on these; of none but it, where they are traced."""
         now = jax.tree.leaves(pairs)
-        if is_traced(now):
+        chosen = jax.tree.leaves(dict(choice.chosen)) if choice else []
+        if is_traced((now, chosen)) or not all(x.is_fully_addressable for x in chosen):
             return CallToken()
-        if list(map(id, now)) != list(map(id, self._pairs)):
+        if list(map(id, now)) != list(map(id, self._pairs)) or len(self._tokens) >= self.MOST:
             self._pairs, self._tokens = now, {}
-        return self._tokens.setdefault(registry, CallToken())
+        rows = choice and (choice.rows, choice.beams)
+        numbers = tuple((x.shape, np.asarray(x).tobytes()) for x in chosen)
+        return self._tokens.setdefault((registry, rows, numbers), CallToken())
 
 
 @dataclass(frozen=True)
@@ -120,7 +131,7 @@ def laid_beside(
     if rows is None:
         trained = adapter_arrays.trained_whole(states)
         saved = {path: x.astype(base[path].dtype) for path, x in trained.items()}
-    elif rows.choice.rows is None:
+    elif rows.choice.alike:
         saved = _whole_for_all(states, rows.choice, base)
     else:
         saved = {}

@@ -19,7 +19,6 @@ from randlora_jax.front_ends.collections import (
 )
 from randlora_jax.front_ends.functional import FunctionalRandLora
 from randlora_jax.front_ends.linen.beside import (
-    CallToken,
     Rows,
     TokenOfCalls,
     cleared,
@@ -119,8 +118,7 @@ class InterceptedRandLora(FunctionalRandLora):
           kinds: takes down the classes of modules that run.
         """
         registry, pairs = self._registry, self._pairs_of(variables)
-        # what rows choose is no part of what nn.jit compares, so no call of theirs is like another
-        token = CallToken() if choice else self._token.of(registry, pairs)
+        token = self._token.of(registry, pairs, choice)
         rows = Rows(registry.row_stacks, choice) if choice else None
         applied = bool(registry.applied or rows)
         whole = laid_beside(variables, registry.layers, token, applied=applied, rows=rows)

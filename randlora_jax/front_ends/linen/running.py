@@ -179,7 +179,7 @@ class LinenRunner:
     @property
     def _by_row(self) -> RowChoice | None:
         """What each row takes of stacked adapters; None where all are alike."""
-        return self.choice if self.choice and self.choice.rows is not None else None
+        return self.choice if self.choice and not self.choice.alike else None
 
     def _intercept(
         self,

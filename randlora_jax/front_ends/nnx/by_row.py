@@ -48,7 +48,7 @@ def run_by_row(
     Raises:
       ConfigError: the module cannot run so.
     """
-    base, applied, rows = wrapper.base_layer, wrapper.by_row(), context.rows
+    base, applied, rows = wrapper.base_layer, wrapper.by_row(), context.by_row
     assert rows is not None
     if not applied:
         return _run_trained_whole(wrapper, method, (args, kwargs), rows)

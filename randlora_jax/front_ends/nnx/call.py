@@ -54,6 +54,11 @@ class CallContext:
     pairs: Mapping[str, BasisPair]
     rows: RowChoice | None = None
 
+    @property
+    def by_row(self) -> RowChoice | None:
+        """What each row takes of stacked adapters; None where all are alike."""
+        return self.rows if self.rows and not self.rows.alike else None
+
     def serves(self, model: ModelToken, applied: Applied) -> bool:
         """Whether it is of such a model, and has the bases that its layers slice."""
         return model == self.model and all(
@@ -93,6 +98,11 @@ def opened(context: CallContext) -> Iterator[None]:
 def open_for(model: ModelToken, applied: Applied) -> CallContext | None:
     """The open context of `model` that serves layers of it; None while it is not called."""
     return next((c for c in reversed(_open.get()) if c.serves(model, applied)), None)
+
+
+def some_rows_differ() -> bool:
+    """Whether a call is open, of whatever model, whose rows have adapters of their own."""
+    return any(context.by_row for context in _open.get())
 
 
 def reached(model: ModelToken, applied: Applied) -> CallContext:

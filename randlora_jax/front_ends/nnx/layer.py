@@ -18,7 +18,13 @@ from randlora_jax.core.layer_call import RunningLayer
 from randlora_jax.core.ways import ExecutionOptions, possible_ways, require_a_way
 from randlora_jax.front_ends.call_input import input_of, multiplies_in
 from randlora_jax.front_ends.nnx.by_row import run_by_row
-from randlora_jax.front_ends.nnx.call import CallContext, ModelToken, open_for, reached
+from randlora_jax.front_ends.nnx.call import (
+    CallContext,
+    ModelToken,
+    open_for,
+    reached,
+    some_rows_differ,
+)
 from randlora_jax.front_ends.nnx.held import array_at
 from randlora_jax.front_ends.nnx.running import (
     AdaptedKernel,
@@ -34,7 +40,7 @@ from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec
-from randlora_jax.models.slots import Stack, slots_apart
+from randlora_jax.models.slots import Stack, in_slots, slots_apart
 
 Leaves = dict[str, nnx.Variable[jax.Array]]
 
@@ -139,9 +145,7 @@ class RandLoraLayer(nnx.Module):
             first = {name: layout.stack_first(array) for name, array in arrays.items()}
             if not stack.members:
                 return slots_apart(first[stack.name], stack.capacity)
-            like = next(iter(first.values()))
-            every = [first.get(name, jnp.zeros_like(like)) for name in stack.members]
-            return jnp.stack(every, like.ndim - 2)
+            return in_slots([first.get(name) for name in stack.members])
 
         for name in stack.members:
             drop = self.randlora_dropout.get(name)
@@ -201,11 +205,10 @@ class RandLoraLayer(nnx.Module):
     def __getattr__(self, name: str) -> Any:
         if name == "base_layer" or name.startswith("_"):
             raise AttributeError(name)
-        context = open_for(self.settings.model, self.by_row())
-        if context and context.rows and context.rows.rows is not None:
+        if self._call_by_row():
             return self._of_rows(name)
-        base, applied = self._effective(context), self.applied()
-        running = bool(applied) and context is not None
+        base, applied = self._effective(), self.applied()
+        running = bool(applied) and open_for(self.settings.model, applied) is not None
         if running and isinstance(getattr(type(base), name, None), property):
             return getattr(self._in_kernels(base), name)
         found = getattr(base, name)
@@ -236,26 +239,34 @@ class RandLoraLayer(nnx.Module):
 
     def _method(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """A method of the base layer: looked at from outside its model's call, its own."""
-        context = open_for(self.settings.model, self.applied())
-        if context:
+        if open_for(self.settings.model, self.applied()):
             return self._run(name, args, kwargs)
-        return getattr(self._effective(context), name)(*args, **kwargs)
+        return getattr(self._effective(), name)(*args, **kwargs)
 
-    def _effective(self, context: CallContext | None) -> nnx.Module:
+    def _call_by_row(self) -> CallContext | None:
+        """The open context of this model, where rows have adapters of their own in it."""
+        if not some_rows_differ():  # nearly every call
+            return None
+        context = open_for(self.settings.model, self.by_row())
+        return context if context and context.by_row else None
+
+    def _effective(self) -> nnx.Module:
         """The base layer, with the leaves that the active adapters train whole in place."""
         specs, whole = self.settings.specs, self.trained_leaves
+        if not whole:
+            return self.base_layer
         leaves = {k: leaf for spec in specs for k, leaf in whole.get(spec.name, {}).items()}
-        stacked = [s.name for s in self.settings.stacks if not s.members and s.name in whole]
-        if not leaves and not (stacked and context and context.rows):
+        in_stacks = any(stack.name in whole for stack in self.settings.stacks)
+        context = open_for(self.settings.model, self.by_row()) if in_stacks else None
+        chosen = context.rows.chosen if context and context.rows else {}
+        if not leaves and not chosen:
             return self.base_layer
         graph, state = nnx.split(self.base_layer)
         flat = dict(nnx.to_flat_state(state))
-        for name in stacked:
-            assert context and context.rows
-            chosen = context.rows.chosen[name]
+        for name, mine in chosen.items():
             for path, held in flat.items():
-                if leaf := whole[name].get(slashed(path)):
-                    now = chosen.leaves(leaf.get_raw_value(), held.get_raw_value())
+                if leaf := whole.get(name, {}).get(slashed(path)):
+                    now = mine.leaves(leaf.get_raw_value(), held.get_raw_value())
                     flat[path] = held.replace(now)
         for key, leaf in leaves.items():
             path = next(path for path in flat if slashed(path) == key)
@@ -264,10 +275,9 @@ class RandLoraLayer(nnx.Module):
 
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A method of the base layer, with the active adapters joined in."""
-        context = open_for(self.settings.model, self.by_row())
-        if context and context.rows and context.rows.rows is not None:
-            return run_by_row(self, method, args, kwargs, context)
-        base, applied = self._effective(context), self.applied()
+        if by_row := self._call_by_row():
+            return run_by_row(self, method, args, kwargs, by_row)
+        base, applied = self._effective(), self.applied()
         if not applied:
             return getattr(base, method)(*args, **kwargs)
         context = reached(self.settings.model, applied)
@@ -358,7 +368,7 @@ class RandLoraLayer(nnx.Module):
           ConfigError: each row has its own.
         """
         assert context.rows is not None
-        if context.rows.rows is not None:
+        if context.by_row:
             raise ConfigError(
                 f"layer {layer.name!r}: its kernel was asked for by itself, and W + delta is "
                 f"another one for each row. {BY_VMAP}"
