@@ -11,7 +11,7 @@ from randlora_jax.core.abstract import is_abstract
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.interop.adapter_name import checked_name
 from randlora_jax.interop.config import ALL_LINEAR, RandLoraConfig, expected_config
-from randlora_jax.interop.errors import ConfigError, shown, warn
+from randlora_jax.interop.errors import ConfigError, TargetError, shown, warn
 from randlora_jax.models import (
     adapter_arrays,
     basis_source,
@@ -21,6 +21,7 @@ from randlora_jax.models import (
     stacking,
 )
 from randlora_jax.models.filled import refuse_abstract
+from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 from randlora_jax.models.store import ArrayStore
@@ -70,10 +71,8 @@ class AdaptedModel(ABC):
         life.check_flag("autocast_adapter_dtype", autocast_adapter_dtype)
         config = expected_config(config)
         registry, store = self._registry, self._store
-        if config.target_modules == ALL_LINEAR:
-            coverage.warn_of_left(registry, self._hint)
+        layers = list({layer.name: layer for layer in self._selected(config).values()}.values())
         base = store.base_leaves()
-        layers = list({layer.name: layer for layer in registry.select(config).values()}.values())
         extents = basis_source.pair_extents([layer.matrix for layer in layers], config.r)
         dtype = files.kernel_dtype(base, layers)
         identity, kept = basis_source.fresh(config, extents, dtype)
@@ -82,6 +81,19 @@ class AdaptedModel(ABC):
         state = adapter_arrays.fresh_state(registry, base, config, layers, rngs)
         restored = files.Restored(spec, config, state, kept)
         self._add(store, restored, trainable, rngs, autocast_adapter_dtype)
+
+    def _selected(self, config: RandLoraConfig) -> dict[str, Layer]:
+        """The layers that `config` adapts; arrays that it cannot are told of where they matter."""
+        left_out = coverage.left_out(self._registry, self._hint)
+        every = config.target_modules == ALL_LINEAR
+        if left_out and every:
+            warn(f"{left_out}. model.coverage() lists all that is left out")
+        try:
+            return self._registry.select(config)
+        except TargetError as error:
+            if left_out and not every:
+                raise TargetError(f"{error} Besides, {left_out}.") from error
+            raise
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Applies and trains the named adapter or adapters, and no other.

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
-from randlora_jax.interop.errors import listed, warn
+from randlora_jax.interop.errors import listed
 from randlora_jax.models.finding import LeftArray
 from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.registry import AdapterRegistry, AdapterState
@@ -89,15 +89,15 @@ def _why(array: LeftArray) -> str:
     return "what is computed with it is unknown"
 
 
-def warn_of_left(registry: AdapterRegistry, hint: str = "") -> None:
-    """Warns of arrays that look like kernels, where all linear layers were asked for.
+def left_out(registry: AdapterRegistry, hint: str = "") -> str:
+    """A sentence on arrays that look like kernels and that no adapter can have; "" of none.
 
     Args:
       hint: a sentence on another way to have them, which the front end knows.
     """
     left = [array for array in registry.left if not array.other]
     if not left:
-        return
+        return ""
     alike: dict[tuple[str, str, int], list[LeftArray]] = {}
     for array in left:
         owner = re.sub(r"(?<![^/])\d+(?![^/])", r"\\d+", re.escape(slashed(array.owner)))
@@ -108,10 +108,10 @@ def warn_of_left(registry: AdapterRegistry, hint: str = "") -> None:
     if kinds:
         ways.append("layer_types={" + ", ".join(f"{kind}: LayerType(...)" for kind in kinds) + "}")
     shown = [f"{slashed(array.path)} {array.shape}" for array in left]
-    warn(
+    return (
         f"the adapter leaves out {len(left)} arrays that look like kernels: {listed(shown)}. "
         f"{hint}To have them, state how their axes form matrices (i in, o out, s stack; check each "
-        f"letter): {', or '.join(ways)}. model.coverage() lists all that is left out"
+        f"letter): {', or '.join(ways)}"
     )
 
 

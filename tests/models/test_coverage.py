@@ -7,7 +7,7 @@ import jax
 import pytest
 from flax import nnx
 
-from randlora_jax import RandLoraConfig, get_peft_model
+from randlora_jax import RandLoraConfig, TargetError, get_peft_model
 
 ALL = RandLoraConfig(r=4, target_modules="all-linear")
 X = jax.random.normal(jax.random.key(0), (5, 8))
@@ -51,6 +51,12 @@ def test_a_list_of_targets_is_the_users_choice():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         get_peft_model(Net(), RandLoraConfig(r=4, target_modules=["dense"]))
+
+
+@pytest.mark.parametrize("names", (["own"], ["w_in"]))
+def test_a_target_that_is_no_known_layer_is_refused_with_the_line_to_paste(names):
+    with pytest.raises(TargetError, match=r"views=.*Own: LayerType"):
+        get_peft_model(Net(), RandLoraConfig(r=4, target_modules=names))
 
 
 def test_coverage_is_data_and_a_table():
