@@ -1,7 +1,7 @@
 """A wrapped nnx module in a call whose rows have adapters of their own."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from randlora_jax.front_ends.call_input import (
     with_input,
 )
 from randlora_jax.front_ends.nnx.call import CallContext, reached
+from randlora_jax.front_ends.nnx.leaves import AdapterLeaves
 from randlora_jax.front_ends.nnx.running import (
     as_function,
     changed_in,
@@ -32,12 +33,9 @@ from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, dotted, slashed
 from randlora_jax.models.slots import Chosen, RowChoice, Stack, adapted_or_base
 
-if TYPE_CHECKING:
-    from randlora_jax.front_ends.nnx.layer import RandLoraLayer
-
 
 def run_by_row(
-    wrapper: "RandLoraLayer",
+    wrapper: AdapterLeaves,
     method: str,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -85,7 +83,7 @@ def run_by_row(
 
 
 def _row_after_row(
-    wrapper: "RandLoraLayer",
+    wrapper: AdapterLeaves,
     layer: Layer,
     stacks: Sequence[Stack],
     state: Mapping[Path, Any],
@@ -124,7 +122,7 @@ def _row_after_row(
 
 
 def _leaves_of_rows(
-    wrapper: "RandLoraLayer", rows: RowChoice, size: int, state: Mapping[Path, Any]
+    wrapper: AdapterLeaves, rows: RowChoice, size: int, state: Mapping[Path, Any]
 ) -> dict[Path, jax.Array]:
     """What adapters trained whole here, (rows, ...), by path in the module's `state`."""
     found: dict[Path, jax.Array] = {}
@@ -139,7 +137,7 @@ def _leaves_of_rows(
 
 
 def _run_trained_whole(
-    wrapper: "RandLoraLayer", method: str, arguments: Arguments, rows: RowChoice
+    wrapper: AdapterLeaves, method: str, arguments: Arguments, rows: RowChoice
 ) -> Any:
     """A method of a module of which adapters trained leaves whole and no more."""
     if not wrapper.whole_by_row():
@@ -176,7 +174,7 @@ def _run_trained_whole(
     return adapted_or_base(chosen, made, base)
 
 
-def _refusal(wrapper: "RandLoraLayer", why: str) -> ConfigError:
+def _refusal(wrapper: AdapterLeaves, why: str) -> ConfigError:
     """That a module cannot run by row."""
     names = listed([layer.name for layer in wrapper.settings.layers], 3)
     kind = type(wrapper.base_layer).__name__

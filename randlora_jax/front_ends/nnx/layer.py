@@ -2,30 +2,25 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from randlora_jax.core.applying import Contribution, adapted
 from randlora_jax.core.applying_rows import BY_VMAP
-from randlora_jax.core.contraction import Contraction
-from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.layer_call import RunningLayer
-from randlora_jax.core.ways import ExecutionOptions, possible_ways, require_a_way
+from randlora_jax.core.ways import possible_ways, require_a_way
 from randlora_jax.front_ends.call_input import input_of, multiplies_in
 from randlora_jax.front_ends.nnx.by_row import run_by_row
 from randlora_jax.front_ends.nnx.call import (
     CallContext,
-    ModelToken,
     open_for,
     reached,
     some_rows_differ,
 )
-from randlora_jax.front_ends.nnx.held import array_at
+from randlora_jax.front_ends.nnx.leaves import AdapterLeaves
 from randlora_jax.front_ends.nnx.running import (
     AdaptedKernel,
     as_function,
@@ -33,42 +28,17 @@ from randlora_jax.front_ends.nnx.running import (
     run_in_kernels,
     with_jax_arrays,
 )
-from randlora_jax.front_ends.nnx.variables import AdapterParam, FrozenAdapterParam, retyped
+from randlora_jax.front_ends.nnx.variables import AdapterParam, FrozenAdapterParam
 from randlora_jax.front_ends.nnx_types import in_call
 from randlora_jax.front_ends.shown_signature import shows_call_of
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, slashed
-from randlora_jax.models.registry import AdapterRegistry, AdapterSpec
-from randlora_jax.models.slots import Stack, in_slots, slots_apart
-
-Leaves = dict[str, nnx.Variable[jax.Array]]
+from randlora_jax.models.registry import AdapterSpec
+from randlora_jax.models.slots import Stack
 
 
-@dataclass(frozen=True)
-class Settings:
-    """All that a wrapper knows and that is no array: static under ``jit``.
-
-    Args:
-      layers: those whose kernels its module holds; none where only whole leaves are trained.
-      options: how layers apply their adapters.
-      model: whose call it belongs to.
-      specs: of the adapters that are active and have something here.
-      merged: names of the adapters whose deltas are in the kernels.
-      stacks: what rows of a batch choose from, as far as something of it is here.
-      quantiser: the class around it that quantises, if one does.
-    """
-
-    layers: tuple[Layer, ...]
-    options: ExecutionOptions
-    model: ModelToken
-    specs: tuple[AdapterSpec, ...] = ()
-    merged: tuple[str, ...] = ()
-    stacks: tuple[Stack, ...] = ()
-    quantiser: type | None = None
-
-
-class RandLoraLayer(nnx.Module):
+class RandLoraLayer(AdapterLeaves):
     """Stands in the place of a module and runs it with the adapters joined in.
 
     Its methods and its kernels are those of W + delta while its model is called, however they are
@@ -77,122 +47,6 @@ class RandLoraLayer(nnx.Module):
     Args:
       base_layer: the module it replaces.
     """
-
-    def __init__(self, base_layer: nnx.Module, settings: Settings) -> None:
-        self.base_layer = base_layer
-        # by adapter, and by where the kernel or leaf is in the module
-        self.randlora_lambda: dict[str, Leaves] = nnx.data({})
-        self.randlora_gamma: dict[str, Leaves] = nnx.data({})
-        self.trained_leaves: dict[str, Leaves] = nnx.data({})
-        self.randlora_dropout: dict[str, nnx.Dropout] = nnx.data({})
-        self.settings = settings
-
-    def held(self) -> tuple[dict[str, Any], ...]:
-        """Everything that is kept by adapter name."""
-        return (
-            self.randlora_lambda,
-            self.randlora_gamma,
-            self.trained_leaves,
-            self.randlora_dropout,
-        )
-
-    def follow(self, registry: AdapterRegistry) -> None:
-        """Applies and trains the adapters that the registry says, as far as they are here."""
-        here = {name for held in self.held() for name in held}
-        specs = tuple(registry.specs[name] for name in registry.applied if name in here)
-        stacks = tuple(s for s in registry.row_stacks if here & {s.name, *s.members})
-        self.settings = replace(self.settings, specs=specs, merged=registry.merged, stacks=stacks)
-        training = set(registry.training)
-        for held in self.held()[:3]:
-            for name, leaves in held.items():
-                for key, leaf in leaves.items():
-                    leaves[key] = retyped(leaf, trained=name in training)
-
-    @property
-    def kept_in_stacks(self) -> bool:
-        """Whether all that is here lies in stacks."""
-        return any(not stack.members for stack in self.settings.stacks)
-
-    def by_row(self) -> list[tuple[Layer, list[Stack]]]:
-        """The layers here that adapters of some stack change, with these stacks."""
-        found = []
-        for layer in self.settings.layers:
-            key = slashed(layer.leaf)
-            stacks = [
-                stack
-                for stack in self.settings.stacks
-                if any(key in self.randlora_lambda.get(n, {}) for n in stack.held)
-            ]
-            if stacks:
-                found.append((layer, stacks))
-        return found
-
-    def stacked(
-        self, stack: Stack, layer: Layer, layout: KernelLayout
-    ) -> tuple[jax.Array, jax.Array]:
-        """Lambda and gamma of all adapters of a stack, in a layer: (*stack axes, slots, ...).
-
-        Raises:
-          ConfigError: one of them draws its dropout, which no row can.
-        """
-        key = slashed(layer.leaf)
-
-        def one(kept: Mapping[str, Leaves]) -> jax.Array:
-            leaves = {name: kept[name][key] for name in stack.held if key in kept.get(name, {})}
-            arrays = {name: leaf.get_raw_value() for name, leaf in leaves.items()}
-            for array in arrays.values():
-                refuse_abstract(f"adapters of {layer.name}", array)
-            first = {name: layout.stack_first(array) for name, array in arrays.items()}
-            if not stack.members:
-                return slots_apart(first[stack.name], stack.capacity)
-            return in_slots([first.get(name) for name in stack.members])
-
-        for name in stack.members:
-            drop = self.randlora_dropout.get(name)
-            if drop is not None and not drop.deterministic:
-                raise ConfigError(
-                    f"adapter {name!r} is in training mode, with dropout, and adapter_names are "
-                    "for inference, as in PEFT: call model.eval() first"
-                )
-        return one(self.randlora_lambda), one(self.randlora_gamma)
-
-    def stacked_whole(self, stack: Stack, key: str, base: Any) -> jax.Array | None:
-        """(slots, ...) of a leaf that adapters of a stack trained whole; None where none did.
-
-        Args:
-          base: what those have that did not.
-        """
-        if key not in self.whole_by_row():
-            return None
-        leaves = [self.trained_leaves.get(name, {}).get(key) for name in stack.held]
-        if all(leaf is None for leaf in leaves):
-            return None
-        arrays = [base if leaf is None else leaf.get_raw_value() for leaf in leaves]
-        return jnp.stack(arrays) if stack.members else arrays[0]
-
-    def whole_by_row(self) -> set[str]:
-        """Leaves here that adapters of some stack trained whole."""
-        names = [name for stack in self.settings.stacks for name in stack.held]
-        return {key for name in names for key in self.trained_leaves.get(name, {})}
-
-    def applied(self) -> Sequence[tuple[Layer, Sequence[AdapterSpec | Stack]]]:
-        """The layers here that an active adapter changes when they run, with these adapters."""
-        if self.kept_in_stacks:
-            return self.by_row()
-        settings, found = self.settings, []
-        for layer in settings.layers:
-            key = slashed(layer.leaf)
-            specs = [
-                spec
-                for spec in settings.specs
-                if spec.name not in settings.merged
-                and key in self.randlora_lambda.get(spec.name, {})
-            ]
-            if specs:
-                found.append((layer, specs))
-        return found
-
-    # Running.
 
     @shows_call_of(lambda self: self.base_layer)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -310,13 +164,6 @@ class RandLoraLayer(nnx.Module):
         for leaf, kernel, updates in self._kernels(flat, context):
             flat[leaf] = flat[leaf].replace(kernel.taking(updates))
         return cast(nnx.Module, nnx.merge(graph, nnx.from_flat_state(flat)))
-
-    def running_kernel(
-        self, layer: Layer, state: Mapping[Path, Any]
-    ) -> tuple[Kernel, Contraction | None]:
-        """The kernel of a layer as it is in this call, and what the layer computes."""
-        array = array_at(layer.leaf, state)
-        return layer.running_kernel(array, layer.type, type(self.base_layer).__name__)
 
     def _kernels(self, state: Mapping[Path, Any], context: CallContext) -> list[AdaptedKernel]:
         """Every kernel here that an active adapter changes, with what is added to it.

@@ -23,7 +23,8 @@ from randlora_jax.front_ends.nnx.held import (
     plain,
     quantised_in,
 )
-from randlora_jax.front_ends.nnx.layer import Leaves, RandLoraLayer, Settings
+from randlora_jax.front_ends.nnx.layer import RandLoraLayer
+from randlora_jax.front_ends.nnx.leaves import Leaves, Settings
 from randlora_jax.front_ends.nnx.nested import wrappers_of_wrapped
 from randlora_jax.front_ends.nnx.variables import (
     AdapterSlots,
