@@ -28,6 +28,7 @@ myst_heading_anchors = 4
 nb_execution_mode = "force"
 nb_execution_timeout = 600  # of one cell, on a machine that has much else to do
 nb_execution_raise_on_error = True
+nb_merge_streams = True  # what a cell prints is one box
 nb_execution_in_temp = True  # what they write is gone afterwards
 os.environ["MATPLOTLIBRC"] = str(ROOT / "docs")  # which is read by default where a program runs
 os.environ["HF_HUB_OFFLINE"] = "1"
