@@ -16,7 +16,7 @@ DOCS = ROOT / "docs"
 
 def cells(page):
     """The cells of a page that the build runs."""
-    return re.findall(r"```{code-cell} python\n(?::.*\n)*(.*?)```", page, re.DOTALL)
+    return re.findall(r"```{code-cell} python\n(?::[^\n]*\n)*(.*?)```", page, re.DOTALL)
 
 
 NOTEBOOKS = [page for page in sorted(DOCS.glob("*.md")) if cells(page.read_text())]
