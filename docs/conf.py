@@ -1,5 +1,6 @@
 """The site: `make docs` builds it into build/site, `make docs-open` serves it."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -25,8 +26,12 @@ default_role = "py:obj"  # `name` in a docstring is a link, where the site has t
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode = "force"
-nb_execution_timeout = 240
+nb_execution_timeout = 600  # of one cell, on a machine that has much else to do
 nb_execution_raise_on_error = True
+nb_merge_streams = True  # what a cell prints is one box
+nb_execution_in_temp = True  # what they write is gone afterwards
+os.environ["MATPLOTLIBRC"] = str(ROOT / "docs")  # which is read by default where a program runs
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

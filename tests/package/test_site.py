@@ -1,5 +1,6 @@
 """The site: every page can be reached, and every public name is in its reference."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -11,6 +12,39 @@ import randlora_jax
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+
+
+def cells(page):
+    """The cells of a page that the build runs."""
+    return re.findall(r"```{code-cell} python\n(?::[^\n]*\n)*(.*?)```", page, re.DOTALL)
+
+
+NOTEBOOKS = [page for page in sorted(DOCS.glob("*.md")) if cells(page.read_text())]
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
+def test_a_notebook_can_be_run_from_its_top(page):
+    first, *others = (ast.parse(cell).body for cell in cells(page.read_text()))
+    imports = (ast.Import, ast.ImportFrom)
+    assert isinstance(first[0], imports)
+    assert not [line for cell in others for line in cell if isinstance(line, imports)]
+    assert page.read_text().startswith("---\nfile_format: mystnb\nkernelspec:\n  name: python3\n")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("cell", "status"), [("x = 1", 0), ("x = undefined", 1)])
+def test_a_cell_that_fails_fails_the_build(cell, status, tmp_path):
+    pytest.importorskip("myst_nb")
+    header = "---\nfile_format: mystnb\nkernelspec:\n  name: python3\n---\n"
+    (tmp_path / "index.md").write_text(
+        f"{header}# A page\n\n```{{code-cell}} python\n{cell}\n```\n"
+    )
+    build = [sys.executable, "-m", "sphinx", "-b", "html", "-E", "-W", "-q", "-c", str(DOCS)]
+    told = subprocess.run(
+        [*build, str(tmp_path), str(tmp_path / "site")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert bool(told.returncode) == bool(status), told.stderr
+    assert ("ExecutionError" in told.stderr) == bool(status)
 
 
 def test_every_public_name_has_its_place():
