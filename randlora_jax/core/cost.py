@@ -181,7 +181,7 @@ def row_work(sizes: Sizes, rows: int, r: int, order: RowOrder) -> Work:
 def explained(name: str, possible: PossibleWays, sizes: Sizes) -> str:
     """What `cheapest` chose for a layer, what plain alternatives would cost, what is impossible.
 
-    One line, with the reason against each way that the layer cannot take.
+    One line, with the reason against each way that the layer cannot take, and what is lost.
     """
 
     def ratio(plan: Plan) -> str:
@@ -196,7 +196,8 @@ def explained(name: str, possible: PossibleWays, sizes: Sizes) -> str:
     ]
     line = f"{name} ({sizes.n_in} -> {sizes.n_out}): {plan}. FLOPs of the frozen layer's step "
     line += ", ".join([f"times {ratio(plan)}", *others])
-    return "; ".join([line, *(f"not {way.value}: {why}" for way, why in possible.against.items())])
+    told = [line, *(f"not {way.value}: {why}" for way, why in possible.against.items())]
+    return "; ".join([*told, possible.caution] if possible.caution else told)
 
 
 def explained_rows(name: str, possible: PossibleWays, sizes: Sizes, rows: int, r: int) -> str:

@@ -60,12 +60,14 @@ class PossibleWays:
       inputs: for the gradient of the input.
       trained: for the gradient of lambda and gamma.
       against: the reason against each way that is impossible, be it only for the output.
+      caution: what the output loses in the only way that there is; "" where it loses nothing.
     """
 
     forward: tuple[Way, ...]
     inputs: tuple[Way, ...]
     trained: tuple[Way, ...]
     against: Mapping[Way, str]
+    caution: str = ""
 
 
 def possible_ways(
@@ -97,20 +99,21 @@ def possible_ways(
         against.setdefault(way, f"apply={options.apply!r} was asked for")
     inputs = tuple(way for way in Way if way not in against)
     beside = tuple(way for way in inputs if way is not Way.IN_KERNEL)
-    may_drown = beside and beside != inputs and options.apply == "auto"
+    may_drown = Way.IN_KERNEL in inputs and options.apply == "auto"
     coarsest = min(dtype, kernel.array.dtype, key=_bits) if may_drown else dtype
+    drowns = may_drown and _bits(coarsest) < 32
+    drowning = f"a small delta_W would drown in the rounding of W to {jnp.dtype(coarsest).name}"
+    if drowns and not beside:
+        caution = f"{drowning}: state what the layer computes, in layer_types="
+        return PossibleWays(inputs, inputs, inputs, against, caution)
     # The gradient of the input has no small part to lose, but W + delta must be as fine as that is.
-    if may_drown and _bits(coarsest) < min(_bits(dtype), 32):
+    if drowns and _bits(coarsest) < _bits(dtype):
         inputs = beside
     # The gradient of delta is the same through W + delta and beside. Beside, it can be summed over
     # devices when it is small (`mesh`), and rows are merged first (`applying`).
     trained = beside if Way.FORMED in beside else inputs
-    drowns = may_drown and _bits(coarsest) < 32
     if drowns:
-        against[Way.IN_KERNEL] = (
-            "in the output, a small delta_W would drown in the rounding of W to "
-            f"{jnp.dtype(coarsest).name}"
-        )
+        against[Way.IN_KERNEL] = f"in the output, {drowning}"
     return PossibleWays(beside if drowns else inputs, inputs, trained, against)
 
 

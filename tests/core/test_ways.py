@@ -8,6 +8,7 @@ from flax import nnx
 
 from randlora_jax import ConfigError, RandLoraConfig, get_peft_model
 from randlora_jax.core.contraction import LAST_AXES
+from randlora_jax.core.cost import Sizes, explained
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.ways import ExecutionOptions, Way, possible_ways, require_a_way
@@ -67,6 +68,14 @@ def test_the_gradient_beside_takes_the_place_of_that_through_the_kernel():
     assert ways().trained == (FORMED, FACTORED)
     assert ways(dtype=jnp.bfloat16, apply="merged").trained == (FORMED,)
     assert ways(call=None).trained == (IN_KERNEL,)
+
+
+def test_what_the_only_way_loses_is_told():
+    caution = ways(call=None, kernel=jnp.bfloat16).caution
+    assert "drown in the rounding of W to bfloat16" in caution and "layer_types=" in caution
+    sizes = Sizes.in_dtype(jnp.bfloat16, 64, 8, 8, 8)
+    assert caution in explained("own", ways(call=None, kernel=jnp.bfloat16), sizes)
+    assert not ways(call=None).caution and not ways(dtype=jnp.bfloat16).caution
 
 
 def test_the_gradient_of_the_input_has_no_small_part_to_lose():
