@@ -18,7 +18,8 @@ from peft_side import save_adapter
 
 from randlora_jax.commands import compact as compact_module
 from randlora_jax.commands import report as report_module
-from randlora_jax.commands.main import COMMANDS, main
+from randlora_jax.commands.command_line import COMMANDS
+from randlora_jax.commands.main import main
 
 pytestmark = pytest.mark.torch
 
