@@ -45,8 +45,10 @@ def local_directory(
             )
         return _there(folder, inside)
     if isinstance(source, Path) or source.count("/") > 1 or source.startswith((".", "/", "~")):
-        raise AdapterFileError(f"{source}: expected a directory with an adapter, found none there")
-    hub = _hub(f"{source} is no directory here")
+        raise AdapterFileError(
+            f"no folder '{source}' here ({Path.cwd()}): expected a directory with an adapter"
+        )
+    hub = _hub(f"no folder {source!r} here ({Path.cwd()})")
     try:
         found = hub.snapshot_download(
             source,
@@ -55,9 +57,9 @@ def local_directory(
         )
     except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, ValueError) as error:
         raise AdapterFileError(
-            f"{source}: neither a directory here nor a repository that the hub gives us "
-            f"(revision {revision or 'main'}): {error}"
-        ) from error
+            f"no folder {source!r} here ({Path.cwd()}), nor does the hub give a repository of this "
+            f"id (revision {revision or 'main'}): {error}"
+        ) from None  # its own causes are a hundred lines that say no more
     return _there(Path(found), inside)
 
 

@@ -249,10 +249,15 @@ def _nothing_matched(
                 f" An output head such as {heads[0]!r} has no kernel of its own where its weights "
                 "are the embedding's (tied word embeddings), and cannot be adapted then."
             )
-        leaves = {n.split(".")[-1] for n in linear}
-        near = {n for t in targets for n in difflib.get_close_matches(t, [*leaves, *linear], 2)}
-        message += f" Near: {listed(sorted(near))}." if near else ""
+        message += _near(targets, linear)
     return f"{message} Layers of this model: {listed(linear)}."
+
+
+def _near(targets: Iterable[str], linear: Sequence[str]) -> str:
+    """What was perhaps meant by `targets`, among the layers' names and their last parts."""
+    leaves = {n.split(".")[-1] for n in linear}
+    near = {n for t in targets for n in difflib.get_close_matches(t, [*leaves, *linear], 2)}
+    return f" Near: {listed(sorted(near))}." if near else ""
 
 
 def _warn_of_surprises(config: RandLoraConfig, linear: Sequence[str], chosen: list[str]) -> None:
@@ -261,7 +266,7 @@ def _warn_of_surprises(config: RandLoraConfig, linear: Sequence[str], chosen: li
     if idle:
         warn(
             f"target_modules: {listed(idle)} adapt no layer: they match none, or one that is "
-            f"trained whole. Layers of this model: {listed(linear)}."
+            f"trained whole.{_near(idle, linear)} Layers of this model: {listed(linear)}."
         )
     beyond = [n for n in chosen if n in targets and not _in_layers(config, n)]
     if beyond:

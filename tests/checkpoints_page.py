@@ -27,7 +27,7 @@ def same(one, other, which=...):
 
 def main() -> None:
     assert jax.device_count() == 4
-    begin, saved, restored, some, filled, drawn, gradient = BLOCKS
+    begin, saved, restored, exact, some, filled, drawn, gradient = BLOCKS
     page: dict = {}
     exec(begin, page)
     model = page["model"]
@@ -38,6 +38,14 @@ def main() -> None:
     exec(restored, page)
     same(page["again"], model)
     assert page["told"] == model.randlora_settings()
+
+    exec(exact, page)
+    (gone_on, _), (trained, _) = page["gone_on"], page["trained"]
+    same(gone_on, trained, AdapterParam)
+    once = page["making"]()
+    page["step"](*once)
+    once, twice = leaves(once[0], AdapterParam), leaves(trained, AdapterParam)
+    assert any((one != two).any() for one, two in zip(once, twice, strict=True))
 
     before = nnx.clone(model)
     exec(some.split("some = ")[0], page)

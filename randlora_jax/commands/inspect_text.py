@@ -74,7 +74,8 @@ def _bases(data: dict[str, Any]) -> Iterator[str]:
     rows = []
     for row in bases["torch"]:
         dtypes = " or ".join(row["base_dtypes"])
-        verdict = f"the same, for a base model in {dtypes}" if dtypes else "others"
+        same = f"the same, for a base model in {dtypes}"
+        verdict = same if dtypes else "other bases than this adapter's"
         releases = RELEASES.get(row["generation"], "every torch release")
         rows.append((row["generation"] or bases["kind"], releases, verdict))
     yield from _columns(rows)

@@ -18,7 +18,7 @@ def never_trained(pairs: Pairs, instead: str) -> Pairs:
     model's too, which costs as much as full fine-tuning. Gradients of anything else say nothing.
 
     Args:
-      instead: what to differentiate, for the warning.
+      instead: what that may train and what to differentiate, for the warning.
     """
     if not is_traced(pairs):
         return pairs
@@ -35,8 +35,7 @@ def _is_differentiated(
     instead: str, primals: tuple[Pairs], tangents: tuple[Pairs]
 ) -> tuple[Pairs, Pairs]:
     warn(
-        "this gradient is taken with respect to the shared random bases as well, which are never "
-        "trained: theirs is zero, and the frozen base model's is worked out for nothing, unless "
-        f"you mean to train it. Differentiate the adapter alone: {instead}"
+        f"You differentiate the whole base model; {instead} (This gradient is taken with respect "
+        "to the shared random bases as well, which are never trained: theirs is zero.)"
     )
     return primals[0], tangents[0]

@@ -44,7 +44,10 @@ _WHOLE = (
     "model.variables"
 )
 
-_TRAINED_ALONE = "variables['randlora'], the first of trained, frozen = model.split()"
+_TRAINED_ALONE = (
+    "with an optimizer of all variables it is being trained. For the adapter alone: differentiate "
+    "variables['randlora'], the first of trained, frozen = model.split()."
+)
 
 
 class FunctionalRandLora(RandLoraModel):

@@ -27,7 +27,7 @@ def trained(wrt):
     return model
 
 
-@pytest.mark.filterwarnings("ignore:this gradient is taken with respect to the shared random bases")
+@pytest.mark.filterwarnings("ignore:You differentiate the whole base model")
 @pytest.mark.parametrize("use", USES)
 def test_an_optimizer_for_all_params_changes_them_and_that_is_said(use, tmp_path):
     model = trained(nnx.Param)

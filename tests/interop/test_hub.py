@@ -67,14 +67,17 @@ def test_an_adapter_in_a_subfolder(cache, tmp_path):
 
 def test_what_is_not_there_is_said(cache, tmp_path):
     for source, revision, words in [
-        ("me/other", None, "neither a directory here nor a repository"),
+        ("me/other", None, "^no folder 'me/other' here .*, nor does the hub give a repository"),
         ("me/my-adapter", "v2", "revision v2"),
         ("./not/here", None, "expected a directory"),
         (tmp_path / "nothing", None, "expected a directory"),
         (tmp_path, "v1", "is a directory, which has none"),
     ]:
-        with pytest.raises(AdapterFileError, match=words):
+        with pytest.raises(AdapterFileError, match=words) as told:
             RandLoraModel.from_pretrained(make(torch_net()), source, revision=revision)
+        assert told.value.__cause__ is None and told.value.__suppress_context__ == (
+            "the hub" in str(told.value)
+        )
 
 
 def test_push_uploads_one_whole_directory(monkeypatch):

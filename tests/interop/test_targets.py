@@ -282,6 +282,9 @@ def test_a_target_without_effect_is_reported() -> None:
     linear = ["m.layers.0.q", "m.layers.1.q", "m.head"]
     with pytest.warns(UserWarning, match=r"'v' adapt no layer"):
         assert select(RandLoraConfig(target_modules=["q", "v"]), linear) == linear[:2]
+    named = ["layers.0.query", "layers.0.value"]
+    with pytest.warns(UserWarning, match=r"'vlaue' adapt no layer.* Near: 'value'\."):
+        assert select(RandLoraConfig(target_modules=["query", "vlaue"]), named) == named[:1]
     config = RandLoraConfig(target_modules=["q", "m.layers.1.q"], layers_to_transform=0)
     with pytest.warns(UserWarning, match=r"does not keep out 'm\.layers\.1\.q'"):
         assert select(config, linear) == linear[:2]

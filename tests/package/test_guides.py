@@ -57,7 +57,7 @@ assert kernel.addressable_shards[0].data.shape == (16, 256)
 NEEDS = {"export": "peft", "other-libraries": "equinox"}
 # Pages that another test runs: which, and how many fences it has of each.
 ELSEWHERE = {
-    "checkpoints": ("tests/checkpoints_page.py", 7),
+    "checkpoints": ("tests/checkpoints_page.py", 8),
     "choosing": ("tests/training/test_choosing_page.py", 1),
     "files": ("tests/commands/test_files_page.py", 1),
     "format": ("tests/interop/test_format_page.py", 1),
@@ -67,7 +67,7 @@ ELSEWHERE = {
     "maxtext": ("tests/code_bases/test_maxtext_page.py", 1),
     "quantised": ("tests/front_ends/test_quantised_page.py", 4),
     "scale": ("tests/training/test_scale.py", 1),
-    "trainers": ("tests/trainers/test_page.py", 7),
+    "trainers": ("tests/trainers/test_page.py", 10),
 }
 
 

@@ -35,8 +35,10 @@ from randlora_jax.models.reaching import refuse_unreached
 from randlora_jax.models.registry import AdapterRegistry
 
 _TRAINED = (
-    "nnx.value_and_grad(loss, argnums=nnx.DiffState(0, AdapterParam))(model). (To train the base "
-    "with it: nnx.DiffState(0, nnx.All(nnx.Param, nnx.Not(nnx.PathContains('randlora_bases')))))"
+    "with an optimizer for nnx.Param it is being trained. For the adapter alone: wrt=AdapterParam "
+    "and nnx.value_and_grad(loss, argnums=nnx.DiffState(0, AdapterParam))(model). To train the "
+    "base with it: "
+    "nnx.DiffState(0, nnx.All(nnx.Param, nnx.Not(nnx.PathContains('randlora_bases'))))."
 )
 
 
