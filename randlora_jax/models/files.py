@@ -124,11 +124,12 @@ def warn_of_own_names(registry: AdapterRegistry, states: Mapping[str, AdapterSta
     own = [n for n in adapted if not registry.layers[n].has_stated_names]
     if own:
         first = registry.layers[min(own)]
+        blank = "...".join(["", *["{}"] * len(first.stack), ""])
         warn(
             f"{len(own)} adapted layers are saved by their paths in the JAX model, such as "
             f"{first.names[0]!r}. PEFT finds them only in a PyTorch model that has these very "
             "names, and else hardly says so. Say what they are called there: "
-            f"save_pretrained(..., names={{{slashed(first.path)!r}: '...'}}), or names= when "
+            f"save_pretrained(..., names={{{slashed(first.path)!r}: {blank!r}}}), or names= when "
             r"wrapping; names={'.*': r'\g<0>'} says that they are the same"
         )
 
