@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from randlora_jax import ConfigError, RandLoraConfig, TargetError, get_peft_model
+from randlora_jax import ConfigError, RandLoraConfig, RandLoraModel, TargetError, get_peft_model
+from randlora_jax.layer_types import of_einsum
 
 ALL = RandLoraConfig(r=4, target_modules="all-linear")
 X = jax.random.normal(jax.random.key(0), (5, 8))
@@ -142,3 +143,13 @@ def test_what_the_axes_of_three_mean_is_left_to_the_user(stacked):
     assert views == {"split/w": "? ? ? ?" if stacked else "? ? ?"}
     with pytest.raises(ConfigError, match=r"views: 'split/w': .*put a letter for each \?"):
         get_peft_model(OneSplit(stacked), ALL, views=views)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_file_of_a_layer_that_is_an_array_here_says_what_to_give(stacked, tmp_path):
+    types = {Split: of_einsum("bd,dnh->bnh", leaf="w")}
+    config = RandLoraConfig(r=4, target_modules=["split"])
+    get_peft_model(OneSplit(stacked), config, layer_types=types).save_pretrained(tmp_path)
+    with pytest.raises(TargetError, match=r"has an array 'split/w' there: give the layer_types="):
+        RandLoraModel.from_pretrained(OneSplit(stacked), tmp_path)
+    RandLoraModel.from_pretrained(OneSplit(stacked), tmp_path, layer_types=types)
