@@ -28,6 +28,11 @@ class KernelLayout:
 
     def __post_init__(self) -> None:
         letters = self.axes.replace(" ", "") if isinstance(self.axes, str) else ""
+        if "?" in letters:
+            raise ConfigError(
+                f"kernel layout {shown(self.axes)}: put a letter for each ?, i (in), o (out) or s "
+                "(stack): what the axes of a kernel mean, its shape does not tell"
+            )
         if set(letters) - set("ios") or not {"i", "o"} <= set(letters):
             raise ConfigError(
                 f"kernel layout {shown(self.axes)}: expected one letter per kernel axis out of i "

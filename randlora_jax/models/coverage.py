@@ -108,10 +108,13 @@ def left_out(registry: AdapterRegistry, hint: str = "") -> str:
     if kinds:
         ways.append("layer_types={" + ", ".join(f"{kind}: LayerType(...)" for kind in kinds) + "}")
     shown = [f"{slashed(array.path)} {array.shape}" for array in left]
+    what = f"{len(left)} arrays that look like kernels"
+    if len(left) == 1:
+        what = "1 array that looks like a kernel"
     return (
-        f"the adapter leaves out {len(left)} arrays that look like kernels: {listed(shown)}. "
+        f"the adapter leaves out {what}: {listed(shown)}. "
         f"{hint}To have them, state how their axes form matrices (i in, o out, s stack; check each "
-        f"letter): {', or '.join(ways)}"
+        f"letter, and put one for each ?): {', or '.join(ways)}"
     )
 
 
@@ -123,7 +126,5 @@ def _rule(owner: str, arrays: Iterable[LeftArray]) -> str:
 
 
 def _guess(array: LeftArray) -> str:
-    """How the axes of an array may be meant: a projection to heads, or a stack."""
-    if len(array.shape) == 3:
-        return "i i o" if re.search(r"(?i)out|(^|/)o", slashed(array.path[-2:])) else "i o o"
-    return " ".join("s" * (len(array.shape) - 2) + "io")
+    """How the axes of an array may be meant; open where that may be a stack or a fused side."""
+    return "i o" if len(array.shape) == 2 else " ".join("?" * len(array.shape))

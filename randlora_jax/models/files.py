@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path as FilePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from randlora_jax.interop.peft_dir import read_files
 from randlora_jax.interop.promises import BaseNames
 from randlora_jax.models import adapter_arrays, basis_source
 from randlora_jax.models.basis_source import KeptPairs
+from randlora_jax.models.finding import LeftArray
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import TORCH_LEAF, Path, dotted, slashed
 from randlora_jax.models.peft_layout import from_peft_layout, to_peft_layout, torch_keys
@@ -124,11 +125,12 @@ def warn_of_own_names(registry: AdapterRegistry, states: Mapping[str, AdapterSta
     own = [n for n in adapted if not registry.layers[n].has_stated_names]
     if own:
         first = registry.layers[min(own)]
+        blank = "...".join(["", *["{}"] * len(first.stack), ""])
         warn(
             f"{len(own)} adapted layers are saved by their paths in the JAX model, such as "
             f"{first.names[0]!r}. PEFT finds them only in a PyTorch model that has these very "
             "names, and else hardly says so. Say what they are called there: "
-            f"save_pretrained(..., names={{{slashed(first.path)!r}: '...'}}), or names= when "
+            f"save_pretrained(..., names={{{slashed(first.path)!r}: {blank!r}}}), or names= when "
             r"wrapping; names={'.*': r'\g<0>'} says that they are the same"
         )
 
@@ -177,7 +179,7 @@ def restore(
     with _about(directory):
         adapter = read_files(directory)
         owners = registry.owners()
-        _check_sizes(owners, adapter, directory)
+        _check_sizes(owners, registry.left, adapter, directory)
         adapter = promises.check(adapter, directory, _names(registry, base, adapter))
         _check_selected(registry, adapter, directory)
         chosen = {name: owners[name] for name in adapter.layers}
@@ -242,13 +244,22 @@ def _names(
     return BaseNames(tensors, layers, is_whole=True)
 
 
-def _check_sizes(owners: Mapping[str, Layer], adapter: Adapter, directory: str | FilePath) -> None:
-    """The file's layers are the model's, of the right sizes."""
+def _check_sizes(
+    owners: Mapping[str, Layer],
+    left: Iterable[LeftArray],
+    adapter: Adapter,
+    directory: str | FilePath,
+) -> None:
+    """The file's layers are the model's, of the right sizes.
+
+    Args:
+      left: the arrays that no layer of the model holds.
+    """
     for name, (lam, gamma) in adapter.layers.items():
         if name not in owners:
             raise TargetError(
                 f"{directory} adapts layer {shown(name)}, which this model does not have as a "
-                f"linear layer; it has {nearest(name, list(owners))}"
+                f"linear layer; it has {nearest(name, list(owners))}{_array_there(name, left)}"
             )
         matrix = owners[name].matrix
         _, n, smallest = used_extents(matrix, adapter.config.r)
@@ -258,6 +269,21 @@ def _check_sizes(owners: Mapping[str, Layer], adapter: Adapter, directory: str |
                 f"this model's (in, out) = {matrix} needs {(adapter.config.r, n)} and "
                 f"{(n, smallest)}: it was trained on another model"
             )
+
+
+def _array_there(name: str, left: Iterable[LeftArray]) -> str:
+    """Of a layer that the model lacks: the array that lies where it should be, if one does."""
+
+    def bare(parts: Iterable[Any]) -> list[str]:
+        return [str(part) for part in parts if not str(part).isdigit()]  # stacked, or one by one
+
+    for array in left:
+        if bare(name.split(".")) in (bare(array.owner), bare(array.path)):
+            return (
+                f". It has an array {slashed(array.path)!r} there: give the layer_types= or views= "
+                "that the adapter was made with"
+            )
+    return ""
 
 
 def _check_selected(registry: AdapterRegistry, adapter: Adapter, directory: str | FilePath) -> None:

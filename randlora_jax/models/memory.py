@@ -32,7 +32,15 @@ class Memory(NamedTuple):
 
     def __str__(self) -> str:
         rows = {**self._asdict(), "total": self.total}
-        return "\n".join(f"{name:<10}{nbytes / 2**20:>12,.1f} MiB" for name, nbytes in rows.items())
+        return "\n".join(f"{name:<10}{_shown(nbytes)}" for name, nbytes in rows.items())
+
+
+def _shown(nbytes: int) -> str:
+    """In the largest unit of which there is one, MiB at most."""
+    if nbytes < 2**10:
+        return f"{nbytes:>12,} bytes"
+    unit, size = ("MiB", 2**20) if nbytes >= 2**20 else ("KiB", 2**10)
+    return f"{nbytes / size:>12,.1f} {unit}"
 
 
 def memory(base: Any, pairs: Any, adapters: Any, trained: Any) -> Memory:

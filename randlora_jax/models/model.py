@@ -238,7 +238,8 @@ class RandLoraModel(ManyAdapters):
             if not first:
                 return
             folders = {name: saving_folder(directory, name) for name in states}
-            registry = self._registry.renamed(renamed, self._store.base_leaves())
+            adapted = {name for state in states.values() for name in state.layers}
+            registry = self._registry.renamed(renamed, self._store.base_leaves(), adapted)
             adapters = {n: files.export(registry, n, s) for n, s in states.items()}
             files.warn_if_apart(adapters)
             files.warn_of_own_names(registry, states)

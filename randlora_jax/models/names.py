@@ -75,8 +75,8 @@ class Names:
     def of(self, path: Path, stack: tuple[int, ...] = ()) -> tuple[str, ...]:
         """Canonical names of the module at `path`: one for each matrix of its stack.
 
-        Where no rule names them, a stack's indices come before the last part of its path, or after
-        it, if that is an index itself.
+        Where no rule names them, or one gives the path as it is, a stack's indices come before the
+        last part of its path, or after it, if that is an index itself.
 
         Raises:
           TargetError: a rule gives what cannot be a name, or names more or fewer matrices than the
@@ -89,19 +89,14 @@ class Names:
                 continue
             templates = [names] if isinstance(names, str) else list(names)
             expanded = [_expanded(pattern, match, template) for template in templates]
+            if stack and expanded == [dotted(path)]:
+                break  # the rule says that it is called as it is here
             outer = stack if isinstance(names, str) else stack[:-1]
             found = tuple(_numbered(pattern, e, i) for i in np.ndindex(*outer) for e in expanded)
             if len(set(found)) != math.prod(stack):
-                raise TargetError(
-                    f"names rule {pattern!r} gives {len(set(found))} different names to "
-                    f"{joined!r}, whose kernel holds {math.prod(stack)} matrices {stack}: write "
-                    "{} for each stack index, and a list for the last stack axis where it holds "
-                    "different modules"
-                )
+                raise _misfit(pattern, path, stack, len(set(found)))
             return found
-        at = -1 if len(path) > 1 and not str(path[-1]).isdigit() else len(path)
-        indices = np.ndindex(*stack)
-        return tuple(dotted((*path[:at], *index, *path[at:])) for index in indices)
+        return tuple(_by_default(path, index) for index in np.ndindex(*stack))
 
     def first(self, path: Path) -> str:
         """A canonical name of the module at `path`: the first where it stacks several."""
@@ -112,6 +107,23 @@ class Names:
                 template = names if isinstance(names, str) else names[0]
                 return re.sub(r"\{\d*\}", "0", _expanded(pattern, match, template))
         return dotted(path)
+
+
+def _by_default(path: Path, index: Sequence[Any]) -> str:
+    """The name of one matrix of a stack that no rule names."""
+    at = -1 if len(path) > 1 and not str(path[-1]).isdigit() else len(path)
+    return dotted((*path[:at], *index, *path[at:]))
+
+
+def _misfit(pattern: str, path: Path, stack: tuple[int, ...], given: int) -> TargetError:
+    """A rule gives a stack more or fewer names than it holds matrices."""
+    example = {slashed(path): _by_default(path, ["{}"] * len(stack))}
+    return TargetError(
+        f"names rule {pattern!r} gives the {math.prod(stack)} matrices {stack} of "
+        f"{slashed(path)!r} {'one name' if given == 1 else f'{given} names'}: write {{}} for each "
+        f"stack index, such as names={example}, and a list of names for the last stack axis where "
+        "it holds different modules"
+    )
 
 
 def _expanded(pattern: str, match: re.Match[str], template: str) -> str:

@@ -1,6 +1,6 @@
 """What a wrapped model knows (`AdapterRegistry`) and trains (`AdapterState`), in any framework."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -171,11 +171,14 @@ class AdapterRegistry:
         """The layer that the leaf at `path` belongs to: as its kernel, or beside it."""
         return self._by_leaf.get(path) or self.layers.get(dotted(path[:-1]))
 
-    def renamed(self, names: Names, leaves: Iterable[Path]) -> "AdapterRegistry":
+    def renamed(
+        self, names: Names, leaves: Iterable[Path], adapted: Container[str]
+    ) -> "AdapterRegistry":
         """With other names of its layers and modules, where a rule of `names` gives any.
 
         Args:
           leaves: paths of the base model's.
+          adapted: layers that adapters take: an error is about one of these, if it can be.
 
         Raises:
           TargetError: a rule does not fit a stack.
@@ -184,15 +187,15 @@ class AdapterRegistry:
         rules = Names({**names.rules, **self.names.rules}, frozenset(self.names.rules))
         paths = [layer.path for layer in self.layers.values()]
         refuse_idle("names", names.rules, [*paths, *(leaf[:-1] for leaf in leaves)])
-        layers = {
+        found = {
             name: replace(
-                layer,
-                names=rules.of(layer.path, layer.stack),
-                has_stated_names=rules.has_rule(layer.path),
+                self.layers[name],
+                names=rules.of(self.layers[name].path, self.layers[name].stack),
+                has_stated_names=rules.has_rule(self.layers[name].path),
             )
-            for name, layer in self.layers.items()
+            for name in sorted(self.layers, key=lambda name: name not in adapted)
         }
-        return replace(self, layers=layers, names=rules)
+        return replace(self, layers={name: found[name] for name in self.layers}, names=rules)
 
     def spec(self, adapter_name: str) -> AdapterSpec:
         """Of the adapter of that name.

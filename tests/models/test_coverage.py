@@ -4,10 +4,12 @@ import warnings
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from randlora_jax import RandLoraConfig, TargetError, get_peft_model
+from randlora_jax import ConfigError, RandLoraConfig, RandLoraModel, TargetError, get_peft_model
+from randlora_jax.layer_types import of_einsum
 
 ALL = RandLoraConfig(r=4, target_modules="all-linear")
 X = jax.random.normal(jax.random.key(0), (5, 8))
@@ -111,3 +113,43 @@ def test_names_that_are_the_jax_models_own_are_said_when_saved(tmp_path):
     text = (tmp_path / "theirs" / "adapter_config.json").read_text()
     assert "lm_head" in text and '"up"' in text
     model.load_adapter(tmp_path / "same", "again")
+
+
+class Split(nnx.Module):
+    """A kernel to heads, in a class that nobody knows."""
+
+    def __init__(self, rngs):
+        self.w = nnx.Param(rngs.normal((8, 2, 4)))
+
+    def __call__(self, x):
+        return jnp.einsum("bd,dnh->bnh", x, self.w[...])
+
+
+class OneSplit(nnx.Module):
+    def __init__(self, stacked):
+        rngs = nnx.Rngs(0)
+        stack = nnx.split_rngs(splits=3)(nnx.vmap(Split))
+        self.split = (stack if stacked else Split)(rngs)
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_what_the_axes_of_three_mean_is_left_to_the_user(stacked):
+    with pytest.warns(UserWarning, match="leaves out 1 array that looks like a kernel") as caught:
+        get_peft_model(OneSplit(stacked), ALL)
+    text = next(str(w.message) for w in caught if "looks like" in str(w.message))
+    line = text[text.index("views=") + len("views=") :]
+    views = eval(line[: line.index("}") + 1])
+    assert views == {"split/w": "? ? ? ?" if stacked else "? ? ?"}
+    with pytest.raises(ConfigError, match=r"views: 'split/w': .*put a letter for each \?"):
+        get_peft_model(OneSplit(stacked), ALL, views=views)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_file_of_a_layer_that_is_an_array_here_says_what_to_give(stacked, tmp_path):
+    types = {Split: of_einsum("bd,dnh->bnh", leaf="w")}
+    config = RandLoraConfig(r=4, target_modules=["split"])
+    get_peft_model(OneSplit(stacked), config, layer_types=types).save_pretrained(tmp_path)
+    with pytest.raises(TargetError, match=r"has an array 'split/w' there: give the layer_types="):
+        RandLoraModel.from_pretrained(OneSplit(stacked), tmp_path)
+    RandLoraModel.from_pretrained(OneSplit(stacked), tmp_path, layer_types=types)

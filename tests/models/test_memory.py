@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from randlora_jax import RandLoraConfig, get_peft_model
-from randlora_jax.models.memory import memory
+from randlora_jax.models.memory import Memory, memory
 
 CONFIG = RandLoraConfig(r=4, randlora_alpha=8, target_modules=["up"], modules_to_save=["norm"])
 
@@ -36,6 +36,13 @@ def test_of_arrays_and_of_shapes_alone():
     more = model.memory()
     assert more.adapters == 2 * found.adapters and more.gradients == found.gradients
     assert str(more).splitlines()[-1].startswith("total ")
+
+
+def test_a_small_model_is_shown_in_smaller_units():
+    rows = str(Memory(5, 3 * 2**10 // 2, 2**20, 0, 0)).splitlines()
+    shown = [row.split()[1:] for row in rows]
+    units = [["5", "bytes"], ["1.5", "KiB"], ["1.0", "MiB"], ["0", "bytes"], ["0", "bytes"]]
+    assert shown == [*units, ["1.0", "MiB"]]
 
 
 def test_it_is_of_one_device():

@@ -1,5 +1,8 @@
 """Canonical names as data: renamed modules, stacks and fused kernels, through real files."""
 
+import json
+import warnings
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -137,6 +140,22 @@ def test_a_part_of_one_array_is_refused():
             )
 
 
+def test_the_rule_that_the_warning_offers_keeps_the_names_of_stacks(tmp_path):
+    model = get_peft_model(flax_net(), RandLoraConfig(r=5, target_modules=["down"]), views=VIEWS)
+    with pytest.warns(UserWarning, match=r"'layers/down': '\.\.\.\{\}\.\.\.'") as caught:
+        model.save_pretrained(tmp_path / "warned")
+    (text,) = [str(w.message) for w in caught if "names=" in str(w.message)]
+    line = text[text.rindex("names=") + len("names=") :]
+    names = eval(line[: line.index("}") + 1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path / "same", names=names)
+    config = json.loads((tmp_path / "same" / "adapter_config.json").read_text())
+    assert config == json.loads((tmp_path / "warned" / "adapter_config.json").read_text())
+    with pytest.raises(TargetError, match=r"of 'layers/down' one name: .*'layers\.{}\.down'"):
+        model.save_pretrained(tmp_path / "one", names={"layers/(.*)": r"model.\1"})
+
+
 def test_unnamed_stacks_are_saved_by_their_paths_and_read_back(tmp_path):
     """The index of each layer comes before the last part of its path."""
     model = get_peft_model(flax_net(), RandLoraConfig(r=5, target_modules=["down"]), views=VIEWS)
@@ -152,7 +171,7 @@ def test_rules():
     rules = Names({r"layers/(\d+)/attn/(q|k)": r"model.layers.\1.self_attn.\2_proj"})
     assert rules.of(("layers", 3, "attn", "q")) == ("model.layers.3.self_attn.q_proj",)
     assert rules.of(("layers", 3, "mlp")) == ("layers.3.mlp",)
-    with pytest.raises(TargetError, match="holds 6 matrices"):
+    with pytest.raises(TargetError, match=r"gives the 6 matrices \(3, 2\) of 'a' 2 names"):
         Names({"a": ["x", "y"]}).of(("a",), (3, 2))
     with pytest.raises(TargetError, match="no kernel tells what stack the braces stand for"):
         Names({"norm": "layers.{}.norm"}).of(("norm",))

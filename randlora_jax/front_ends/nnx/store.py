@@ -14,6 +14,7 @@ from randlora_jax.core.abstract import moved
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.front_ends.nnx.bridges import bridge_of
 from randlora_jax.front_ends.nnx.call import ModelToken
+from randlora_jax.front_ends.nnx.dropout import dropout
 from randlora_jax.front_ends.nnx.held import (
     arrays_of,
     in_jax,
@@ -179,7 +180,9 @@ class NnxStore(ArrayStore):
                 along = moved(layer.layout.along_stack, one)
                 _put(held.setdefault(spec.name, {}), key, along)
             if spec.dropout:
-                wrapper.randlora_dropout[spec.name] = nnx.Dropout(spec.dropout, rngs=rngs)
+                wrapper.randlora_dropout[spec.name] = dropout(
+                    spec.dropout, rngs, wrapper.settings.layers
+                )
         for path, value in state.saved.items():
             owner = owners[path]
             leaves = wrappers[owner].trained_leaves.setdefault(spec.name, {})
