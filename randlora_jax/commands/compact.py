@@ -36,7 +36,9 @@ from randlora_jax.interop.torch_rng import Generation, identify, word_bytes
 DESCRIPTION = """\
 Write the adapter in SRC to DST with one copy of its random bases. PEFT up to 0.21.2 writes one
 under every layer; all of them are read and compared, and copies that differ are refused. PEFT
-(0.16 and later) and transformers open the result like the original.
+(0.16 and later) and transformers open the result like the original; PEFT warns of missing adapter
+keys (randlora_A, randlora_B), which is harmless. Only the adapter's two files are written: PEFT's
+README.md and other files are not copied.
 
   randlora-jax compact my-adapter small                one copy
   randlora-jax compact my-adapter my-adapter --force   in place, in one instant
