@@ -16,8 +16,8 @@ from randlora_jax.commands.output import Output, holds_a_model
 from randlora_jax.commands.report import (
     Commands,
     Report,
+    adapter_directory,
     command_parser,
-    existing_directory,
     named,
     progress,
     size,
@@ -58,7 +58,7 @@ FIRST_ONLY = (
 def add_parser(commands: Commands) -> argparse.ArgumentParser:
     """Describe the command."""
     parser = command_parser(commands, "compact", "write an adapter with bases once", DESCRIPTION)
-    parser.add_argument("src", metavar="SRC", type=existing_directory, help="adapter directory")
+    parser.add_argument("src", metavar="SRC", type=adapter_directory, help="adapter directory")
     parser.add_argument("dst", metavar="DST", type=named, help="where to write, made if missing")
     parser.add_argument(
         "--drop-bases", action="store_true", help="write none, if PyTorch can draw them again"
