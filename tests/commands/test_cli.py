@@ -302,16 +302,12 @@ def test_a_base_model_of_other_sizes_is_refused(tmp_path, capsys, llama):
 
 @pytest.mark.parametrize("command", ["inspect", "compact", "merge", "convert"])
 def test_a_base_model_in_place_of_an_adapter(command, llama, capsys):
-    with pytest.raises(SystemExit) as end:
-        main([command, str(llama[0]), "out"])
-    assert end.value.code == 2
+    assert main([command, str(llama[0]), "out"]) == 2
     assert "this is a base model; the adapter goes first" in capsys.readouterr().err
 
 
 def test_a_hub_name_is_not_fetched(llama, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["merge", str(llama[1]), "--base", "meta-llama/Llama-2-7b-hf", "out"])
-    assert end.value.code == 2
+    assert main(["merge", str(llama[1]), "--base", "meta-llama/Llama-2-7b-hf", "out"]) == 2
     assert "hf download NAME --local-dir my-model" in capsys.readouterr().err
 
 
