@@ -16,8 +16,8 @@ from randlora_jax.commands.output import Output, holds_a_model
 from randlora_jax.commands.report import (
     Commands,
     Report,
+    adapter_directory,
     command_parser,
-    existing_directory,
     named,
     progress,
     size,
@@ -36,7 +36,9 @@ from randlora_jax.interop.torch_rng import Generation, identify, word_bytes
 DESCRIPTION = """\
 Write the adapter in SRC to DST with one copy of its random bases. PEFT up to 0.21.2 writes one
 under every layer; all of them are read and compared, and copies that differ are refused. PEFT
-(0.16 and later) and transformers open the result like the original.
+(0.16 and later) and transformers open the result like the original; PEFT warns of missing adapter
+keys (randlora_A, randlora_B), which is harmless. Only the adapter's two files are written: PEFT's
+README.md and other files are not copied.
 
   randlora-jax compact my-adapter small                one copy
   randlora-jax compact my-adapter my-adapter --force   in place, in one instant
@@ -56,7 +58,7 @@ FIRST_ONLY = (
 def add_parser(commands: Commands) -> argparse.ArgumentParser:
     """Describe the command."""
     parser = command_parser(commands, "compact", "write an adapter with bases once", DESCRIPTION)
-    parser.add_argument("src", metavar="SRC", type=existing_directory, help="adapter directory")
+    parser.add_argument("src", metavar="SRC", type=adapter_directory, help="adapter directory")
     parser.add_argument("dst", metavar="DST", type=named, help="where to write, made if missing")
     parser.add_argument(
         "--drop-bases", action="store_true", help="write none, if PyTorch can draw them again"

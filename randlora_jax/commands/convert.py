@@ -19,8 +19,9 @@ from randlora_jax.commands.report import (
     Commands,
     Misuse,
     Report,
+    adapter_directory,
     command_parser,
-    existing_directory,
+    model_directory,
     named,
 )
 from randlora_jax.interop.adapter import Adapter
@@ -55,14 +56,14 @@ To be read backwards, an expression must be plain text and groups."""
 def add_parser(commands: Commands) -> argparse.ArgumentParser:
     """Describe the command."""
     parser = command_parser(commands, "convert", "rename layers, add missing bases", DESCRIPTION)
-    parser.add_argument("src", metavar="SRC", type=existing_directory, help="adapter directory")
+    parser.add_argument("src", metavar="SRC", type=adapter_directory, help="adapter directory")
     parser.add_argument("dst", metavar="DST", type=named, help="where to write, made if missing")
     parser.add_argument("--to", required=True, choices=["jax", "torch"], help="whose names to give")
     parser.add_argument("--names", metavar="FILE", type=named, help="rules for the names, in JSON")
     parser.add_argument(
         "--base",
         metavar="MODEL_DIR",
-        type=existing_directory,
+        type=model_directory,
         help="directory of the base model: needed to draw bases that SRC lacks; else it tells "
         "whether SRC is whole",
     )

@@ -80,8 +80,7 @@ class FlaxTwin:
         try:
             kind = getattr(transformers, self.name)
         except (AttributeError, ImportError) as error:
-            reason = f"transformers {transformers.__version__} has no {self.name}"
-            raise NotCompared(reason) from error
+            raise NotCompared(_no_class(self.name, transformers.__version__)) from error
         with TemporaryDirectory() as folder:
             try:
                 model.save_pretrained(folder, max_shard_size="1000GB")
@@ -94,6 +93,17 @@ class FlaxTwin:
 
         with jax.default_matmul_precision("highest"):
             return np.asarray(model(**self._inputs)[0], np.float32)
+
+
+def _no_class(name: str, release: str) -> str:
+    """Why there is no Flax class of this name, and what to do about it."""
+    reason = f"transformers {release} has no {name}"
+    if int(release.split(".")[0]) < 5:
+        return reason
+    return (
+        f"{reason}, nor any Flax model; 4.57 has those that there are: pip install '.[hf]' in a "
+        "clone of randlora-jax (best in a virtual environment of its own)"
+    )
 
 
 def _tokens(config: Any) -> Mapping[str, np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from randlora_jax.commands.report import Misuse, existing_directory, progress
+from randlora_jax.commands.report import Misuse, adapter_directory, model_directory, progress
 from randlora_jax.interop import promises
 from randlora_jax.interop.adapter import BASE_DTYPES, Adapter
 from randlora_jax.interop.base_model import BaseModel
@@ -18,11 +18,11 @@ from randlora_jax.interop.torch_rng import Generation
 
 def add_inputs(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments DIR and --base, and those of `add_draw`."""
-    parser.add_argument("dir", metavar="DIR", type=existing_directory, help="adapter directory")
+    parser.add_argument("dir", metavar="DIR", type=adapter_directory, help="adapter directory")
     parser.add_argument(
         "--base",
         metavar="MODEL_DIR",
-        type=existing_directory,
+        type=model_directory,
         required=True,
         help="directory of the base model, in safetensors",
     )

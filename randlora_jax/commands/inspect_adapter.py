@@ -16,8 +16,9 @@ from randlora_jax.commands.report import (
     Commands,
     Misuse,
     Report,
+    adapter_directory,
     command_parser,
-    existing_directory,
+    model_directory,
     named,
     progress,
 )
@@ -49,11 +50,11 @@ those that a LoRA with as many numbers can have (needs matplotlib)."""
 def add_parser(commands: Commands) -> argparse.ArgumentParser:
     """Describe the command."""
     parser = command_parser(commands, "inspect", "say what an adapter is", DESCRIPTION)
-    parser.add_argument("dir", metavar="DIR", type=existing_directory, help="adapter directory")
+    parser.add_argument("dir", metavar="DIR", type=adapter_directory, help="adapter directory")
     parser.add_argument(
         "--base",
         metavar="MODEL_DIR",
-        type=existing_directory,
+        type=model_directory,
         help="directory of the base model, in safetensors; only headers are read",
     )
     add_draw(parser)

@@ -70,6 +70,9 @@ def _bases(data: dict[str, Any]) -> Iterator[str]:
             else "to compare their digest with each torch generation, give --base"
         )
         return
+    if bases["in_file"]:
+        yield _draw_in_short(bases)
+        return
     yield f"what PyTorch draws from key {key}:"
     rows = []
     for row in bases["torch"]:
@@ -79,6 +82,14 @@ def _bases(data: dict[str, Any]) -> Iterator[str]:
         releases = RELEASES.get(row["generation"], "every torch release")
         rows.append((row["generation"] or bases["kind"], releases, verdict))
     yield from _columns(rows)
+
+
+def _draw_in_short(bases: dict[str, Any]) -> str:
+    """Whether PyTorch draws bases that the file holds, which matters to who would drop them."""
+    same = [row["generation"] or bases["kind"] for row in bases["torch"] if row["base_dtypes"]]
+    if not same:
+        return f"no known torch release draws these from key {bases['key']}"
+    return f"PyTorch draws the same from key {bases['key']} ({', '.join(same)})"
 
 
 def _numbers(data: dict[str, Any]) -> Iterator[str]:

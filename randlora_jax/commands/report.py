@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from randlora_jax.interop.base_model import MODEL_CONFIG
 from randlora_jax.interop.errors import RandLoraError
 from randlora_jax.interop.progress import Advance
 
@@ -67,6 +68,27 @@ def existing_directory(text: str) -> Path:
     if not found.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: no such directory")
     return found
+
+
+def adapter_directory(text: str) -> Path:
+    """An argument that must name a directory, and no base model's."""
+    found = existing_directory(text)
+    if (found / MODEL_CONFIG).exists() and not any(found.rglob("adapter_*")):
+        raise argparse.ArgumentTypeError(
+            f"{text}: this is a base model; the adapter goes first, the model to --base"
+        )
+    return found
+
+
+def model_directory(text: str) -> Path:
+    """An argument that must name a base model's directory; hubs are not asked."""
+    try:
+        return existing_directory(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(
+            f"{error}, and a hub name is not fetched: download it first "
+            f"(hf download NAME --local-dir my-model), and give --base my-model"
+        ) from error
 
 
 @contextmanager

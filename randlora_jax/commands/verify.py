@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from randlora_jax.commands.peft_model import PeftTwin
 from randlora_jax.commands.report import Commands, Misuse, Report, command_parser
 from randlora_jax.commands.torch_model import NotCompared, open_model
 from randlora_jax.interop.base_model import BaseModel
+from randlora_jax.interop.flax_gaps import not_computed, unread_rope
 from randlora_jax.interop.keys import trained_tensors
 from randlora_jax.interop.numpy_delta import Deltas
 
@@ -34,8 +36,10 @@ class for the model, logits. Needs PyTorch (pip install '.[torch,hf]' in a clone
 
 Tolerances are relative to the largest number there: {DELTAS:g} for delta_W, none for tensors, for
 logits {LOGITS:g} or twice what the base models differ by without an adapter. Exit status 1 if
-anything is beyond them. Where the model's class is none of transformers', or has no Flax twin, less
-is compared, at least every delta_W, and a note says why.
+anything is beyond them. Where the model's class is none of transformers', has no Flax twin, or one
+that without an adapter computes something else, less is compared, at least every delta_W. A note
+says why, and the last line what agrees; the exit status is 0 if that does, for it is of the
+adapter. (With --json, "logits_compared" is false.)
 
 Nothing is fetched, and no code that comes with the base model is run."""
 
@@ -99,6 +103,7 @@ def verify(
         deltas = deltas_of(adapter, model, torch_generation, base_dtype)
         with _noting(notes):
             opened = open_model(model, adapter, deltas.layers)
+            notes += [note] if (note := unread_rope(opened.config)) else []
             twin = FlaxTwin(opened)
         theirs = PeftTwin(directory, deltas, opened)
         found, one_sided = _compare_deltas(deltas, theirs)
@@ -178,11 +183,17 @@ def _compare_logits(
     if not before.good:
         raise NotCompared(
             f"without an adapter {twin.name} and PyTorch differ by {before.found:.1e} of the "
-            "largest, so they are not the same model"
+            f"largest, so they are not the same model{_because(theirs.model.config)}"
         )
     after = twin.adapted(directory, deltas.draw)
     allowed = max(LOGITS, 2 * before.found)
     return difference("logits", "random tokens", after, twin.logits_of(theirs.model), allowed)
+
+
+def _because(config: Any) -> str:
+    """What a Flax class is known to leave out, in brackets."""
+    gaps = not_computed(config)
+    return f" ({'; '.join(gaps)})" if gaps else ""
 
 
 def _report(
@@ -194,14 +205,11 @@ def _report(
         f"{x.kind} of {x.what}: differs by {x.found:.1e}, allowed {x.allowed:.1e}" for x in wrong
     ]
     lines += [f"{name}: in only one of PEFT's model and the adapter's file" for name in one_sided]
-    for kind in dict.fromkeys(item.kind for item in found):
-        worst = max(
-            (x for x in found if x.kind == kind), key=lambda x: (x.found != x.found, x.found)
-        )
-        lines.append(f"{kind}: largest difference {worst.found:.1e} of the largest, {worst.what}")
+    kinds = list(dict.fromkeys(item.kind for item in found))
+    lines += [_worst([x for x in found if x.kind == kind]) for kind in kinds]
     lines += notes
     good = not (wrong or one_sided or refused)
-    lines.append("PEFT and randlora-jax agree" if good else "PEFT and randlora-jax do not agree")
+    lines.append(_verdict(kinds, good))
     differences = [
         {**asdict(x), "found": x.found if isfinite(x.found) else None, "good": x.good}
         for x in found
@@ -210,6 +218,25 @@ def _report(
         "differences": differences,
         "one_sided": one_sided,
         "refused": refused,
+        "logits_compared": "logits" in kinds,
         "note": "; ".join(notes),
     }
     return Report("\n".join(lines), data, good)
+
+
+def _worst(found: list[Difference]) -> str:
+    """How far things of one kind are off, in words."""
+    worst = max(found, key=lambda x: (x.found != x.found, x.found))
+    if worst.found == 0:
+        return f"{worst.kind}: equal, to the bit"
+    where = f"most in {worst.what}, by {worst.found:.1e} of its largest number"
+    return f"{worst.kind}: differs {where}; allowed {worst.allowed:.1e}"
+
+
+def _verdict(kinds: list[str], good: bool) -> str:
+    """The last line, which claims no more than was compared."""
+    if not good:
+        return "PEFT and randlora-jax do not agree"
+    if "logits" in kinds:
+        return "PEFT and randlora-jax agree"
+    return f"{' and '.join(kinds)} agree{'s' * (len(kinds) == 1)}; logits were not compared"

@@ -298,3 +298,20 @@ def test_a_base_model_of_other_sizes_is_refused(tmp_path, capsys, llama):
     wide = save_base("llama", tmp_path / "wide", intermediate_size=56)
     assert main(["inspect", str(adapter), "--base", wide]) == 1
     assert "another base model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["inspect", "compact", "merge", "convert"])
+def test_a_base_model_in_place_of_an_adapter(command, llama, capsys):
+    assert main([command, str(llama[0]), "out"]) == 2
+    assert "this is a base model; the adapter goes first" in capsys.readouterr().err
+
+
+def test_a_hub_name_is_not_fetched(llama, capsys):
+    assert main(["merge", str(llama[1]), "--base", "meta-llama/Llama-2-7b-hf", "out"]) == 2
+    assert "hf download NAME --local-dir my-model" in capsys.readouterr().err
+
+
+def test_bases_in_the_file_get_one_line(llama, capsys):
+    assert main(["inspect", str(llama[1])]) == 0
+    text = capsys.readouterr().out
+    assert text.count("PyTorch draws") == 1 and "what PyTorch draws" not in text

@@ -19,10 +19,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "files.md"
 
 def test_it_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    save_base("opt", tmp_path / "model", torch.float32)
-    save_adapter("opt", tmp_path / "model", tmp_path / "my-adapter", torch.float32)
+    save_base("opt", tmp_path / "my-model", torch.float32)
+    save_adapter("opt", tmp_path / "my-model", tmp_path / "my-adapter", torch.float32)
     without = {"save_projection": False}
-    save_adapter("opt", tmp_path / "model", tmp_path / "theirs", torch.float32, **without)
+    save_adapter("opt", tmp_path / "my-model", tmp_path / "theirs", torch.float32, **without)
 
     (block,) = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
     commands = [shlex.split(line, comments=True) for line in block.splitlines()]
@@ -31,7 +31,7 @@ def test_it_runs_as_it_stands(tmp_path, monkeypatch, capsys):
         assert program == "randlora-jax"
         assert main(arguments) == 0, (arguments, capsys.readouterr().err)
     assert read_adapter("small").bases is not None and read_adapter("tiny").bases is None
-    assert Path("out/model.safetensors").exists() and Path("lora/adapter_config.json").exists()
+    assert Path("merged/model.safetensors").exists() and Path("lora/adapter_config.json").exists()
 
     (fence,) = fences(PAGE)
     exec(fence, {})

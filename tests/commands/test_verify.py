@@ -149,6 +149,11 @@ def test_models_without_a_flax_class_say_so(tmp_path, monkeypatch):
     monkeypatch.setitem(transformers._class_to_module, "FlaxLlamaForCausalLM", "gone")
     report = verify(tmp_path / "adapter", base=tmp_path / "base")
     assert "logits not compared" in report.text
+    assert report.text.splitlines()[-1] == "delta_W agrees; logits were not compared"
+    assert report.data["logits_compared"] is False and "pip install" not in report.text
+    monkeypatch.setattr(transformers, "__version__", "5.24.0")
+    report = verify(tmp_path / "adapter", base=tmp_path / "base")
+    assert "pip install '.[hf]'" in report.data["note"]
 
 
 def test_a_flax_class_that_computes_otherwise_says_nothing(tmp_path):
@@ -157,7 +162,25 @@ def test_a_flax_class_that_computes_otherwise_says_nothing(tmp_path):
     save_adapter("llama", tmp_path / "base", tmp_path / "adapter")
     report = verify(tmp_path / "adapter", base=tmp_path / "base")
     assert report.good
-    assert "they are not the same model" in report.text
+    assert "they are not the same model (rope_theta 3.0" in report.text
+    assert report.text.splitlines()[-1] == "delta_W agrees; logits were not compared"
+
+
+def test_what_transformers_does_not_read_is_said(tmp_path):
+    """rope_parameters, which its release 5 writes."""
+    asked = {"rope_type": "default", "rope_theta": 5e5}
+    save_base("llama", tmp_path / "base", rope_parameters=asked)
+    save_adapter("llama", tmp_path / "base", tmp_path / "adapter")
+    report = verify(tmp_path / "adapter", base=tmp_path / "base")
+    assert report.good and "logits" in kinds(report), "both sides compute with 10000"
+    assert report.data["note"].startswith("rope_parameters {")
+
+
+def test_the_last_lines_are_in_words(pair):
+    lines = verify(pair / "adapter", base=pair / "base").text.splitlines()
+    assert lines[-1] == "PEFT and randlora-jax agree"
+    assert any(line.startswith("delta_W: differs most in model.decoder.") for line in lines)
+    assert not any("0.0e+00" in line for line in lines)
 
 
 def test_what_is_warned_of_is_said_once(tmp_path, capsys):

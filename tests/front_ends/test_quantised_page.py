@@ -21,7 +21,7 @@ def test_it_runs_as_it_stands(capsys):
     exec(first, page)
     numbers = 2 * 64 * 128
     assert page["model"].memory().base == numbers / 2 + 4 * numbers / 32 + 4 * (128 + 64)
-    assert "MiB" in capsys.readouterr().out
+    assert "KiB" in capsys.readouterr().out
     exec(mine, page)
     kernel = page["mine"].merge_and_unload(dequantize=True).layers[0].weights
     assert kernel.shape == (64, 32) and kernel.dtype == jnp.float32

@@ -74,7 +74,7 @@ def test_names_that_no_reader_opens_are_refused(name):
 def test_the_view_to_paste_matches_whatever_a_path_has_in_it():
     params = {"a+b(c)": {"k.[0]": jnp.ones((8, 8))}, "head": jnp.ones((4, 4))}
     config = RandLoraConfig(r=4, target_modules="all-linear")
-    with pytest.warns(UserWarning, match="leaves out 1 arrays") as caught:
+    with pytest.warns(UserWarning, match="leaves out 1 array ") as caught:
         get_peft_model(params, config, views={"head": "i o"})
     (text,) = (str(warning.message) for warning in caught)
     views = eval(text.partition("views=")[2].partition("}")[0] + "}")

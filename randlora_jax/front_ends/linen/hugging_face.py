@@ -14,7 +14,8 @@ from randlora_jax.front_ends.linen.model import InterceptedRandLora, types_with
 from randlora_jax.front_ends.linen.tied import tied_modules
 from randlora_jax.front_ends.linen.tracing import Trace
 from randlora_jax.front_ends.shown_signature import shows_call_of
-from randlora_jax.interop.errors import ConfigError
+from randlora_jax.interop.errors import ConfigError, warn
+from randlora_jax.interop.flax_gaps import not_computed
 from randlora_jax.models.front_end import WrapRules, register_front_end
 from randlora_jax.models.layer_types import refuse_idle_types
 from randlora_jax.models.names import Path
@@ -75,6 +76,7 @@ class HuggingFaceRandLora(InterceptedRandLora):
 
     def __init__(self, model: Any, rules: WrapRules) -> None:
         self.model = model
+        _warn_of_another_model(model)
         init = functools.partial(model.init_weights, input_shape=model.input_shape)
         trace = Trace(types_with(rules)).initialised(init, model.key)
         refuse_idle_types(rules.layer_types, trace.kinds)
@@ -140,6 +142,17 @@ class HuggingFaceRandLora(InterceptedRandLora):
                 return method(*args, params=self._collections.params_of(whole), **kwargs)
 
         return joined
+
+
+def _warn_of_another_model(model: Any) -> None:
+    """Warn where the Flax class does not compute what the model's configuration asks for."""
+    if gaps := not_computed(model.config):
+        warn(
+            f"{type(model).__name__} does not compute what its config asks for: {'; '.join(gaps)}. "
+            "So it is another model than PyTorch's, and an adapter trained on one of them is "
+            "wrong on the other. Take a model that does compute it, such as google-tunix's of "
+            "flax.nnx (docs/trainers.md); randlora-jax verify tells whether both compute the same"
+        )
 
 
 def _parameters(method: Callable[..., Any]) -> Mapping[str, Any]:
