@@ -10,8 +10,12 @@ from typing import Any
 
 from randlora_jax.interop.errors import shown
 
-_PLAIN_ROPE = (None, {"rope_type": "default"}, {"type": "default"})
-_PLAIN_ROPE += ({"rope_type": "default", "type": "default"},)
+_PLAIN_ROPE = (
+    None,
+    {"rope_type": "default"},
+    {"type": "default"},
+    {"rope_type": "default", "type": "default"},
+)
 
 _BERTS = ("albert", "bert", "electra", "roberta", "roberta-prelayernorm", "xlm-roberta")
 
