@@ -155,25 +155,6 @@ def find_layers(modules: Iterable[FoundModule], stated: StatedLayouts, names: Na
     return FoundLayers(layers, tuple(sorted(others)), tuple(left))
 
 
-def refuse_absent_kernels(said: Iterable[tuple[FoundModule, LayerType | None]]) -> None:
-    """Nothing, if each module has the kernel that a user's ``layer_types=`` says it has.
-
-    Args:
-      said: modules, with what the user says of their types.
-
-    Raises:
-      ConfigError: one has not.
-    """
-    for module, known in said:
-        if known and module.arrays and not kernel_at(tuple(known.leaf.split("/")), module.arrays):
-            has = ", ".join(repr(slashed(leaf)) for leaf in module.arrays)
-            raise ConfigError(
-                f"layer_types says that {module.kind}'s kernel is {known.leaf!r}; at "
-                f"{slashed(module.path)!r} it has {has}: name the one that is, LayerType(..., "
-                "leaf=...) or of_einsum(equation, leaf=...)"
-            )
-
-
 def _layers_of(module: FoundModule, stated: StatedLayouts, names: Names) -> list[Layer]:
     """The layers whose kernels a module holds: by its type, or by rules on it or on its arrays."""
     whole = _whole_layer(module, stated)

@@ -270,13 +270,6 @@ def test_without_a_word_it_is_refused():
         get_peft_model(MyNet(), config, views={"mine": "i o o"})
 
 
-def test_a_kernel_that_the_users_layer_type_has_and_the_module_not_is_named():
-    config = RandLoraConfig(r=5, target_modules=["mine"])
-    words = r"says that MyLayer's kernel is 'kernel'; at 'mine' it has 'weights'"
-    with pytest.raises(ConfigError, match=words):
-        get_peft_model(MyNet(), config, layer_types={MyLayer: of_einsum("bti,io->bto")})
-
-
 TWO = ["twofold", "around.base_module"]
 
 

@@ -25,7 +25,7 @@ from randlora_jax.front_ends.nnx_types import TYPES
 from randlora_jax.front_ends.shown_signature import shows_call_of
 from randlora_jax.models import known_models
 from randlora_jax.models.adapter_arrays import Leaves
-from randlora_jax.models.finding import find_layers, refuse_absent_kernels
+from randlora_jax.models.finding import find_layers
 from randlora_jax.models.front_end import WrapRules, register_front_end
 from randlora_jax.models.layer import Layer, LayerRun
 from randlora_jax.models.layer_types import LayerTypes, refuse_idle_types
@@ -70,7 +70,6 @@ class NnxRandLora(RandLoraModel, nnx.Module):
         walked = list(nnx.iter_modules(model))
         make_wrappable(model, walked)
         refuse_idle_types(rules.layer_types, {type(module) for _, module in walked})
-        told = LayerTypes((rules.layer_types,))
         rules = rules.beside(known)
         types = LayerTypes((rules.layer_types, TYPES))
         self.model = model
@@ -79,8 +78,6 @@ class NnxRandLora(RandLoraModel, nnx.Module):
         self._token = ModelToken(type(model), depth_of(module for _, module in walked))
         self._expected: frozenset[str] = frozenset()
         modules = modules_of(walked, types, rules.layouts)
-        at = dict(walked)
-        refuse_absent_kernels((m, told.find(at[m.path])) for m in modules if m.path in at)
         arrays = [(*module.path, *leaf) for module in modules for leaf in module.arrays]
         for path, module in walked:
             refuse_rounding(path, type(module), arrays)
