@@ -6,6 +6,7 @@ from typing import Any
 from randlora_jax.models.known import bonsai, deepmind_gemma, easydel, maxtext, openpi, tunix
 from randlora_jax.models.known.entry import Entries
 from randlora_jax.models.known.entry import KnownModel as KnownModel
+from randlora_jax.models.layer_types import look_up
 
 _ENTRIES: Entries = {
     **tunix.ENTRIES,
@@ -20,7 +21,7 @@ _ENTRIES: Entries = {
 def about(model: Any) -> KnownModel:
     """What is known of a model, or of the nearest class it derives from; else nothing."""
     for kind in type(model).__mro__:
-        known = _ENTRIES.get(f"{kind.__module__}.{kind.__qualname__}")
+        known = look_up(_ENTRIES, kind)
         if known is not None:
             return _with_ties(known(model) if callable(known) else known, model)
     return KnownModel()

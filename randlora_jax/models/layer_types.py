@@ -13,7 +13,7 @@ user's own:
 import string
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from randlora_jax.core.contraction import Contraction
 from randlora_jax.core.kernel_layout import KernelLayout
@@ -22,6 +22,12 @@ from randlora_jax.models.layer import LayerType
 
 # A type, or its full name where importing it is not ours to do; what it is, or how to tell.
 Table = Mapping[type | str, LayerType | Callable[[Any], LayerType | None]]
+Told = TypeVar("Told")
+
+
+def look_up(table: Mapping[Any, Told], kind: type) -> Told | None:
+    """What a table has on a class itself, under the class or its full name."""
+    return table.get(kind) or table.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +43,7 @@ class LayerTypes:
         """
         for kind in type(module).__mro__:
             for table in self.tables:
-                known = table.get(kind) or table.get(f"{kind.__module__}.{kind.__qualname__}")
+                known = look_up(table, kind)
                 found = known(module) if callable(known) else known
                 if not isinstance(found, LayerType | None):
                     raise ConfigError(

@@ -12,7 +12,7 @@ from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.front_ends import nnx_types
 from randlora_jax.front_ends.call_input import Arguments
 from randlora_jax.models.layer import LayerType
-from randlora_jax.models.layer_types import LayerTypes, Table, of_axes
+from randlora_jax.models.layer_types import LayerTypes, Table, look_up, of_axes
 from randlora_jax.models.names import Path
 from randlora_jax.models.quantised import unquantised_class
 
@@ -73,17 +73,11 @@ def changes_state(module: nn.Module) -> bool:
     """Whether a layer may change its collections in this call."""
     if is_filter_empty(module.scope.mutable):
         return False
-    if not any(
-        type(module).__call__ is kind.__call__ for kind in filter(_known, type(module).__mro__)
-    ):
+    known = [kind for kind in type(module).__mro__ if look_up(TYPES, kind)]
+    if not any(type(module).__call__ is kind.__call__ for kind in known):
         return True
     held = [name for name, collection in module.variables.items() if collection]
     return any(module.is_mutable_collection(name) for name in held if name != "params")
-
-
-def _known(kind: type) -> bool:
-    """Whether a class is in the table, itself or by its name."""
-    return kind in TYPES or f"{kind.__module__}.{kind.__qualname__}" in TYPES
 
 
 def unquantised(module: nn.Module) -> nn.Module:
