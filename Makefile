@@ -86,10 +86,12 @@ scale: $(VENV)/.installed
 	JAX_PLATFORMS=cpu PYTHONPATH=$(LIBTPU) $(RUN) -W ignore benchmarks/scale.py
 
 # One Python of the matrix goes along, unless tests were chosen; on what meets new releases of flax.
-# Most of the time goes into compiling; a third less where machine code is not optimised. What the
-# programs compute is the same, and test-long and the matrix run them as users do.
+# Most of the time goes into compiling; half of it where machine code is not optimised and XLA's older
+# emitters write it (a flag that newer releases of jax no longer know). What the programs compute is
+# the same, and test-long and the matrix run them as users do.
 SHORT := $(addprefix tests/,front_ends models package)
-QUICKLY := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0"
+QUICKLY := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0 \
+	--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 test: lint types
 	$(QUICKLY) $(RUN) -m pytest -n 2 $(or $(PYTEST_ARGS),-m "not long")
 	$(if $(PYTEST_ARGS),,$(RUN) tests/matrix.py 3.12-newest $(SHORT))
