@@ -270,6 +270,13 @@ def test_without_a_word_it_is_refused():
         get_peft_model(MyNet(), config, views={"mine": "i o o"})
 
 
+def test_a_kernel_that_the_users_layer_type_has_and_the_module_not_is_named():
+    config = RandLoraConfig(r=5, target_modules=["mine"])
+    words = r"MyLayer keeps its kernel in 'kernel'; the one at 'mine' has the Variables 'weights'"
+    with pytest.raises(ConfigError, match=words):
+        get_peft_model(MyNet(), config, layer_types={MyLayer: of_einsum("bti,io->bto")})
+
+
 TWO = ["twofold", "around.base_module"]
 
 

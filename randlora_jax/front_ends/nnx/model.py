@@ -20,7 +20,7 @@ from randlora_jax.front_ends.nnx.variables import (
     SharedBasis,
     retype_loras,
 )
-from randlora_jax.front_ends.nnx.wrappable import make_wrappable, refuse_part
+from randlora_jax.front_ends.nnx.wrappable import make_wrappable, refuse_absent_kernels, refuse_part
 from randlora_jax.front_ends.nnx_types import TYPES
 from randlora_jax.front_ends.shown_signature import shows_call_of
 from randlora_jax.models import known_models
@@ -70,6 +70,7 @@ class NnxRandLora(RandLoraModel, nnx.Module):
         walked = list(nnx.iter_modules(model))
         make_wrappable(model, walked)
         refuse_idle_types(rules.layer_types, {type(module) for _, module in walked})
+        refuse_absent_kernels(LayerTypes((rules.layer_types,)), walked)
         rules = rules.beside(known)
         types = LayerTypes((rules.layer_types, TYPES))
         self.model = model

@@ -11,7 +11,8 @@ from randlora_jax.front_ends.nnx.nested import wrappers_of_wrapped
 from randlora_jax.front_ends.nnx.parts import Part
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.front_end import ADAPTED_ALREADY
-from randlora_jax.models.names import Path, dotted
+from randlora_jax.models.layer_types import LayerTypes
+from randlora_jax.models.names import Path, dotted, slashed
 from randlora_jax.models.quantised import arrays_in
 
 
@@ -70,4 +71,22 @@ def _refuse_bare_shapes(path: Path, module: nnx.Module) -> None:
             raise ConfigError(
                 f"{dotted((*path, *leaf))!r} is a quantised array of shapes alone, which no "
                 "nnx.state has, so that nothing could fill it: hold it in an nnx.Param"
+            )
+
+
+def refuse_absent_kernels(types: LayerTypes, modules: Iterable[tuple[Path, nnx.Module]]) -> None:
+    """Nothing, if each of `modules` has the kernel that a user's ``layer_types=`` says it has.
+
+    Raises:
+      ConfigError: one has not.
+    """
+    for path, module in modules:
+        known = types.find(module)
+        if known and not hasattr(module, known.leaf.partition("/")[0]):
+            kind = type(module).__name__
+            has = listed([n for n, x in vars(module).items() if isinstance(x, nnx.Variable)])
+            raise ConfigError(
+                f"layer_types says that a {kind} keeps its kernel in {known.leaf!r}; the one at "
+                f"{slashed(path)!r} has the Variables {has or 'none'}: name the one that is, "
+                "LayerType(layout, leaf=...) or of_einsum(equation, leaf=...)"
             )
