@@ -12,6 +12,7 @@ PAGE = (ROOT / "docs/trainers.md").read_text()
 
 QUOTED = {
     "Fine-tuning": "examples/with_tunix.py",
+    "Settings in its checkpoints": "tests/trainers/test_sft.py",
     "A quantised base": "examples/with_tunix_quantised.py",
     "Preferences": "examples/with_tunix_dpo.py",
     "Reinforcement learning": "examples/with_tunix_grpo.py",
@@ -33,7 +34,7 @@ def test_it_quotes_what_is_run(heading, source):
     section = PAGE.split(f"### {heading}\n")[1].split("\n#")[0]
     shown, *_ = (x for x in blocks(section) if x not in PASTED)
     lines = map(str.strip, (ROOT / source).read_text().splitlines())
-    for line in shown.splitlines():
+    for line in map(str.strip, shown.splitlines()):
         assert line in lines, f"{source} has no such line, here: {line}"
 
 

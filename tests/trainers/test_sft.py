@@ -9,6 +9,8 @@ from tiny_llama import TOKENIZER, adapted, leaves, only_the_adapter_moved, opens
 from tunix.sft import utils
 from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
 
+from randlora_jax import ConfigError
+
 pytestmark = pytest.mark.torch
 
 TEXTS = ["red green blue", "one two three", "north east", "spring summer", "do re mi fa sol"]
@@ -39,6 +41,11 @@ def inputs(batch):
     }
 
 
+class Trainer(PeftTrainer):
+    def custom_checkpoint_metadata(self):
+        return {"randlora": self.model.randlora_settings()}
+
+
 def trainer(model, folder):
     config = TrainingConfig(
         eval_every_n_steps=2,
@@ -47,7 +54,7 @@ def trainer(model, folder):
         checkpoint_root_directory=str(folder),
         checkpointing_options=ocp.CheckpointManagerOptions(save_interval_steps=1),
     )
-    return PeftTrainer(model, TX, config).with_gen_model_input_fn(inputs)
+    return Trainer(model, TX, config).with_gen_model_input_fn(inputs)
 
 
 def test_killed_and_resumed_it_ends_as_it_would_have(base, tmp_path):
@@ -85,3 +92,13 @@ def test_a_checkpoint_holds_what_trains_and_nothing_else(base, tmp_path):
         held = reader.metadata(tmp_path / "1" / "model_params").item_metadata.tree
     sizes = [np.prod(x.shape) for x in jax.tree.leaves(held)]
     assert sum(sizes) == model.get_nb_trainable_parameters()[0]
+
+
+def test_its_checkpoints_tell_settings_that_another_model_lacks(base, tmp_path):
+    trainer(adapted(base), tmp_path).train(batches(2))
+    with ocp.CheckpointManager(tmp_path) as manager:
+        metadata = manager.metadata(manager.latest_step()).custom_metadata
+    model = adapted(base)
+    model.check_randlora_settings(metadata["randlora"])
+    with pytest.raises(ConfigError, match="target_modules"):
+        adapted(base, target_modules=TARGETS).check_randlora_settings(metadata["randlora"])
