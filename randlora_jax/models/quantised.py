@@ -20,6 +20,8 @@ PLACES: tuple[Path, ...] = ((_AROUND, INTEGERS), (INTEGERS,))
 
 def integers_in(value: Any) -> Path | None:
     """Where a quantised array has its integers, beside their scales; None for any other value."""
+    if isinstance(value, jax.Array):  # nearly every one; asking a tracer for what it lacks is slow
+        return None
     for *outer, _ in PLACES:
         held = getattr(value, outer[0], None) if outer else value
         # a layer may have both, but it can be called
