@@ -20,7 +20,7 @@ from jax.extend.core import jaxpr_as_fun
 from randlora_jax.core.cost import Plan, Sizes, cheapest
 from randlora_jax.core.hoisting import is_traced
 from randlora_jax.core.kernel import Kernel
-from randlora_jax.core.layer_call import Arguments, LayerCall, Run, RunningLayer
+from randlora_jax.core.layer_call import Arguments, LayerCall, Run, RunningLayer, naming
 from randlora_jax.core.passes import each_pass_its_way
 from randlora_jax.core.update import Update, holds_sums
 from randlora_jax.core.ways import ExecutionOptions, Way, possible_ways, require_a_way
@@ -66,7 +66,8 @@ def adapted(
     # adds nothing changes no bit.
     traced = is_traced((arguments, updates))
     run = _run_sharing_traces if traced else _run
-    return run(call, cheapest(possible, sizes), arguments, updates)
+    with naming(layer.name):
+        return run(call, cheapest(possible, sizes), arguments, updates)
 
 
 def _run(call: LayerCall, plan: Plan, arguments: Arguments, updates: Sequence[Update]) -> jax.Array:

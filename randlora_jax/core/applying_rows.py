@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from randlora_jax.core.contraction import as_output, as_rows, for_each_matrix
 from randlora_jax.core.cost import Sizes, row_order
 from randlora_jax.core.hoisting import is_traced
-from randlora_jax.core.layer_call import Arguments, LayerCall, RunningLayer
+from randlora_jax.core.layer_call import Arguments, LayerCall, RunningLayer, naming
 from randlora_jax.core.rows import RowOrder, RowUpdates
 from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.interop.errors import ConfigError
@@ -58,7 +58,8 @@ def adapted_rows(
     orders = tuple(_row_order(call, x, update) for update in updates)
     arguments = Arguments(layer.kernel.array, x, (), layer.read)
     run = _run_rows_sharing_traces if is_traced((arguments, updates)) else _run_rows
-    return run(call, orders, tuple(by_row), arguments, updates)
+    with naming(layer.name):
+        return run(call, orders, tuple(by_row), arguments, updates)
 
 
 def _run_rows(
@@ -84,7 +85,7 @@ def _run_rows(
     changed = sum((update.changed() for update in updates[1:]), updates[0].changed())
     batch = call.axes.out.index(call.axes.x[0])
     changed = jnp.expand_dims(changed, [i for i in range(out.ndim) if i != batch])
-    return jnp.where(changed, (out + sum(made[1:], made[0])).astype(out.dtype), out)
+    return jnp.where(changed, call.added(out, made), out)
 
 
 _run_rows_sharing_traces = jax.jit(_run_rows, static_argnums=(0, 1, 2))

@@ -3,7 +3,8 @@
 Layers that are alike have equal ones, and share a trace (`applying`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.mesh import Placement, off_mesh
 from randlora_jax.core.update import Update, formed_in
 from randlora_jax.core.ways import ExecutionOptions
+from randlora_jax.interop.errors import ConfigError
 
 Run = Callable[..., jax.Array]
 
@@ -76,6 +78,19 @@ def comparable(run: Run) -> Run:
     return run
 
 
+class _NotTheSum(ConfigError):
+    """A layer does not compute what its type is said to."""
+
+
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Within, such an error gets the name of the layer, which a trace that layers share lacks."""
+    try:
+        yield
+    except _NotTheSum as error:
+        raise ConfigError(f"layer {layer!r}: {error}") from None
+
+
 @dataclass(frozen=True)
 class LayerCall:
     """What decides how a layer is run, but for the way of each pass: a value without arrays.
@@ -131,6 +146,21 @@ class LayerCall:
             self._through(x.astype(self.dtype), update, sizes, factored)
             for x, update in zip(seen, updates, strict=True)
         ]
+        return self.added(out, made)
+
+    def added(self, out: jax.Array, made: Sequence[jax.Array]) -> jax.Array:
+        """The layer's output with what adapters make of its input.
+
+        Raises:
+          ConfigError: the layer returns another shape, so it is not the sum that it is said to be.
+        """
+        if any(y.shape != out.shape for y in made):
+            raise _NotTheSum(
+                f"it returned the shape {out.shape}, and x times its kernel has {made[0].shape} by "
+                "what its type is said to compute: state its equation, layer_types={...: "
+                "LayerType(layout, Contraction(equation))} or of_einsum(equation, leaf=...), or "
+                "call=None where it is no such product"
+            )
         return (out + sum(made[1:], made[0])).astype(out.dtype)
 
     def _through(

@@ -31,7 +31,7 @@ from randlora_jax.models import adapter_arrays, basis_source
 from randlora_jax.models.basis_source import KeptPairs
 from randlora_jax.models.finding import LeftArray
 from randlora_jax.models.layer import Layer
-from randlora_jax.models.names import TORCH_LEAF, Path, dotted, slashed
+from randlora_jax.models.names import TORCH_LEAF, Path, by_default, dotted, slashed
 from randlora_jax.models.peft_layout import from_peft_layout, to_peft_layout, torch_keys
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 
@@ -126,12 +126,14 @@ def warn_of_own_names(registry: AdapterRegistry, states: Mapping[str, AdapterSta
     if own:
         first = registry.layers[min(own)]
         blank = "...".join(["", *["{}"] * len(first.stack), ""])
+        here = {slashed(first.path): by_default(first.path, ["{}"] * len(first.stack))}
+        same = here if first.stack else r"{'.*': r'\g<0>'}"
         warn(
             f"{len(own)} adapted layers are saved by their paths in the JAX model, such as "
             f"{first.names[0]!r}. PEFT finds them only in a PyTorch model that has these very "
             "names, and else hardly says so. Say what they are called there: "
             f"save_pretrained(..., names={{{slashed(first.path)!r}: {blank!r}}}), or names= when "
-            r"wrapping; names={'.*': r'\g<0>'} says that they are the same"
+            f"wrapping; names={same} says that they are the same"
         )
 
 

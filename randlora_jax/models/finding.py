@@ -221,7 +221,7 @@ def _layer(module: FoundModule, kernel: _Kernel, names: Names, path: Path) -> La
         (*module.within, *leaf),
         type=known,
         names=names.of(path, stack),
-        has_stated_names=names.has_rule(path),
+        has_stated_names=names.has_rule(path, stack),
         sharding=on_mesh(array),
         refusal=module.refusals.get(leaf) or _no_way(array, known),
         view=view,

@@ -68,9 +68,17 @@ class Names:
         """The rules that match `path`; the first one names what is there."""
         return [rule for rule in self.rules if re.fullmatch(rule, slashed(path))]
 
-    def has_rule(self, path: Path) -> bool:
-        """Whether a rule names the module at `path`."""
-        return bool(self.rules_of(path))
+    def has_rule(self, path: Path, stack: tuple[int, ...] = ()) -> bool:
+        """Whether a rule names the module at `path`, and the places of its stack's indices."""
+        rules = self.rules_of(path)
+        kept = bool(rules) and self._keeps(rules[0], path)
+        return bool(rules) and not (stack and kept)
+
+    def _keeps(self, rule: str, path: Path) -> bool:
+        """Whether a rule says that the module at `path` is called as it is here."""
+        names, match = self.rules[rule], re.fullmatch(rule, slashed(path))
+        templates = [names] if isinstance(names, str) else list(names)
+        return bool(match) and [_expanded(rule, match, t) for t in templates] == [dotted(path)]
 
     def of(self, path: Path, stack: tuple[int, ...] = ()) -> tuple[str, ...]:
         """Canonical names of the module at `path`: one for each matrix of its stack.
@@ -89,14 +97,14 @@ class Names:
                 continue
             templates = [names] if isinstance(names, str) else list(names)
             expanded = [_expanded(pattern, match, template) for template in templates]
-            if stack and expanded == [dotted(path)]:
+            if stack and self._keeps(pattern, path):
                 break  # the rule says that it is called as it is here
             outer = stack if isinstance(names, str) else stack[:-1]
             found = tuple(_numbered(pattern, e, i) for i in np.ndindex(*outer) for e in expanded)
             if len(set(found)) != math.prod(stack):
                 raise _misfit(pattern, path, stack, len(set(found)))
             return found
-        return tuple(_by_default(path, index) for index in np.ndindex(*stack))
+        return tuple(by_default(path, index) for index in np.ndindex(*stack))
 
     def first(self, path: Path) -> str:
         """A canonical name of the module at `path`: the first where it stacks several."""
@@ -109,7 +117,7 @@ class Names:
         return dotted(path)
 
 
-def _by_default(path: Path, index: Sequence[Any]) -> str:
+def by_default(path: Path, index: Sequence[Any]) -> str:
     """The name of one matrix of a stack that no rule names."""
     at = -1 if len(path) > 1 and not str(path[-1]).isdigit() else len(path)
     return dotted((*path[:at], *index, *path[at:]))
@@ -117,7 +125,7 @@ def _by_default(path: Path, index: Sequence[Any]) -> str:
 
 def _misfit(pattern: str, path: Path, stack: tuple[int, ...], given: int) -> TargetError:
     """A rule gives a stack more or fewer names than it holds matrices."""
-    example = {slashed(path): _by_default(path, ["{}"] * len(stack))}
+    example = {slashed(path): by_default(path, ["{}"] * len(stack))}
     return TargetError(
         f"names rule {pattern!r} gives the {math.prod(stack)} matrices {stack} of "
         f"{slashed(path)!r} {'one name' if given == 1 else f'{given} names'}: write {{}} for each "

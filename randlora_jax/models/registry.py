@@ -191,7 +191,7 @@ class AdapterRegistry:
             name: replace(
                 self.layers[name],
                 names=rules.of(self.layers[name].path, self.layers[name].stack),
-                has_stated_names=rules.has_rule(self.layers[name].path),
+                has_stated_names=rules.has_rule(self.layers[name].path, self.layers[name].stack),
             )
             for name in sorted(self.layers, key=lambda name: name not in adapted)
         }

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from randlora_jax import AdapterParam
+from randlora_jax import AdapterParam, RandLoraConfig, get_peft_model
 
 PAGE = (Path(__file__).parents[2] / "docs" / "many-adapters.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -51,3 +51,28 @@ def test_it_runs_as_it_stands():
     same(page["y"], "french", "__base__", "legal")
     exec(linen, page)
     np.testing.assert_allclose(page["y"], page["net"](x), atol=1e-6)  # its adapter is new
+
+
+class Scanned(nnx.Module):
+    def __init__(self):
+        keys = jax.random.split(jax.random.key(0), 3)
+        self.dense = nnx.vmap(lambda key: nnx.Linear(8, 8, rngs=nnx.Rngs(key)))(keys)
+
+    def __call__(self, x):
+        through = nnx.scan(lambda x, f: f(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return through(x, self.dense)
+
+
+def test_a_scanned_model_runs_row_by_row_as_the_page_says():
+    model = get_peft_model(Scanned(), RandLoraConfig(r=4, target_modules=["dense"]), "a")
+    model.add_adapter("b", RandLoraConfig(r=4, target_modules=["dense"]))
+    for seed, name in enumerate("ab"):
+        train_a_little(model, name, seed)
+    model.stack_adapters(4)
+    x, rows = jax.random.normal(jax.random.key(5), (3, 8)), model.rows(["a", "__base__", "b"])
+    line = re.search(r"`(nnx\.vmap\(.*?\(model, x, rows\))`", PAGE, flags=re.DOTALL)[1]
+    found = eval(line, {"nnx": nnx, "model": model, "x": x, "rows": rows})
+    expected = model(x, adapter_names=["a", "__base__", "b"])
+    np.testing.assert_allclose(found, expected, atol=1e-6 * float(np.abs(expected).max()))
+    assert np.abs(expected - Scanned()(x)).max(1).tolist()[1] == 0
+    assert (np.abs(expected - Scanned()(x)).max(1)[[0, 2]] > 0.1).all()

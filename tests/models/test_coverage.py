@@ -115,6 +115,29 @@ def test_names_that_are_the_jax_models_own_are_said_when_saved(tmp_path):
     model.load_adapter(tmp_path / "same", "again")
 
 
+class Stacked(nnx.Module):
+    def __init__(self):
+        self.dense = nnx.vmap(lambda key: nnx.Linear(8, 8, rngs=nnx.Rngs(key)))(
+            jax.random.split(jax.random.key(0), 3)
+        )
+
+    def __call__(self, x):
+        return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+            x, self.dense
+        )
+
+
+def test_that_a_stack_is_called_as_here_does_not_say_where_its_numbers_stand(tmp_path):
+    model = get_peft_model(nnx.Sequential(Stacked()), RandLoraConfig(r=4, target_modules=["dense"]))
+    with pytest.warns(
+        UserWarning, match=r"'layers.0.0.dense'.*'\.\.\.\{\}\.\.\.'.*'layers.0.\{\}.dense'"
+    ):
+        model.save_pretrained(tmp_path / "own", names={".*": r"\g<0>"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path / "said", names={"(.*)/dense": r"\1.{}.dense"})
+
+
 class Split(nnx.Module):
     """A kernel to heads, in a class that nobody knows."""
 

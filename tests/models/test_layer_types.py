@@ -270,6 +270,34 @@ def test_without_a_word_it_is_refused():
         get_peft_model(MyNet(), config, views={"mine": "i o o"})
 
 
+class HeadsFirst(nnx.Module):
+    """Its result has the heads before the tokens, which a layout alone does not say."""
+
+    def __init__(self):
+        self.w = nnx.Param(nnx.Rngs(0).normal((4, 12, 6)))
+
+    def __call__(self, x):
+        return jnp.einsum("btd,hdk->bhtk", x, self.w[...])
+
+
+@pytest.mark.parametrize("tokens", [1, 5])  # of 1 the sum would broadcast
+@pytest.mark.parametrize("jitted", [True, False])
+def test_a_layer_of_another_shape_than_its_type_says_is_refused_by_name(tokens, jitted):
+    config = RandLoraConfig(r=2, target_modules="all-linear")
+    types = {HeadsFirst: LayerType(KernelLayout("o i o"), leaf="w")}
+    model = get_peft_model(nnx.Sequential(HeadsFirst()), config, layer_types=types)
+    run = nnx.jit(lambda m, x: m(x)) if jitted else lambda m, x: m(x)
+    x = jnp.ones((2, tokens, 12))
+    words = rf"layer 'layers.0'.*shape \(2, 4, {tokens}, 6\).*\(2, {tokens}, 4, 6\).*of_einsum"
+    with pytest.raises(ConfigError, match=words):
+        run(model, x)
+    model.stack_adapters(2)
+    with pytest.raises(ConfigError, match=words):
+        model(x, adapter_names=["default", "__base__"])
+    types = {HeadsFirst: of_einsum("btd,hdk->bhtk", leaf="w")}
+    assert get_peft_model(nnx.Sequential(HeadsFirst()), config, layer_types=types)(x).ndim == 4
+
+
 def test_a_kernel_that_the_users_layer_type_has_and_the_module_not_is_named():
     config = RandLoraConfig(r=5, target_modules=["mine"])
     words = r"MyLayer keeps its kernel in 'kernel'; the one at 'mine' has the Variables 'weights'"

@@ -56,6 +56,23 @@ def test_the_reference_is_the_model_without_its_adapter(base, tmp_path):
     opens_in_peft(model, tmp_path)
 
 
+def test_an_adapter_tuned_before_is_a_reference_that_stays(base):
+    model = adapted(base)
+    move(model)
+    reference = nnx.clone(model)
+    assert is_sharing_backbone(reference, model)
+    tuned = np.asarray(jax_logits(model))
+    config = DPOTrainingConfig(**CONFIG, max_steps=3)
+    trainer = DPOTrainer(model, reference, optax.adamw(1e-2), config, TOKENIZER)
+    asked, chosen, rejected = map(list, zip(*PAIRS, strict=True))
+    data = DataInput(prompts=asked, chosen_responses=chosen, rejected_responses=rejected)
+    trainer.train([data] * 3)
+    losses = trainer.metrics_logger.get_metric_history("", "loss", "train")
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-5) and losses[-1] < losses[0] - 0.05
+    np.testing.assert_array_equal(jax_logits(reference), tuned)
+    assert np.abs(jax_logits(model) - tuned).max() > 0.1 * tuned.std()
+
+
 def test_what_is_off_has_gradients_of_zero_and_types_as_before(base):
     model = adapted(base)
     move(model)

@@ -38,7 +38,9 @@ _TRAINED = (
     "with an optimizer for nnx.Param it is being trained. For the adapter alone: wrt=AdapterParam "
     "and nnx.value_and_grad(loss, argnums=nnx.DiffState(0, AdapterParam))(model). To train the "
     "base with it: "
-    "nnx.DiffState(0, nnx.All(nnx.Param, nnx.Not(nnx.PathContains('randlora_bases'))))."
+    "nnx.DiffState(0, nnx.All(nnx.Param, nnx.Not(nnx.PathContains('randlora_bases')))). A trainer "
+    "that looks for LoRAParam and finds none trains the base, too: an adapter that from_pretrained "
+    "opens is frozen, unless is_trainable=True."
 )
 
 
