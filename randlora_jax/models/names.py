@@ -71,14 +71,14 @@ class Names:
     def has_rule(self, path: Path, stack: tuple[int, ...] = ()) -> bool:
         """Whether a rule names the module at `path`, and the places of its stack's indices."""
         rules = self.rules_of(path)
-        kept = bool(rules) and self._keeps(rules[0], path)
-        return bool(rules) and not (stack and kept)
+        return bool(rules) and not (stack and self._keeps(rules[0], path))
 
     def _keeps(self, rule: str, path: Path) -> bool:
-        """Whether a rule says that the module at `path` is called as it is here."""
+        """Whether a rule that matches says that the module at `path` is called as it is here."""
         names, match = self.rules[rule], re.fullmatch(rule, slashed(path))
+        assert match is not None
         templates = [names] if isinstance(names, str) else list(names)
-        return bool(match) and [_expanded(rule, match, t) for t in templates] == [dotted(path)]
+        return [_expanded(rule, match, template) for template in templates] == [dotted(path)]
 
     def of(self, path: Path, stack: tuple[int, ...] = ()) -> tuple[str, ...]:
         """Canonical names of the module at `path`: one for each matrix of its stack.
