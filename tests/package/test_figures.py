@@ -16,9 +16,6 @@ imread = pytest.importorskip("matplotlib.image").imread
 figures = importlib.import_module("figures")
 measured, pictures, style = (importlib.import_module(n) for n in ("measured", "pictures", "style"))
 
-# its command takes minutes, and no run has left its numbers yet
-NOT_KEPT = {"demo-curves.png"}
-
 
 def kept(name):
     return DOCS / "figures" / Path(figures.FIGURES[name].numbers).name
@@ -31,13 +28,13 @@ def test_every_picture_has_its_command():
     assert {source.make for source in figures.FIGURES.values()} <= set(targets)
 
 
-def test_the_numbers_of_every_other_picture_are_kept():
+def test_the_numbers_of_every_picture_are_kept():
     assert {path.name for path in (DOCS / "figures").iterdir()} == {
-        kept(name).name for name in set(figures.FIGURES) - NOT_KEPT
+        kept(name).name for name in figures.FIGURES
     }
 
 
-@pytest.mark.parametrize("name", sorted(set(figures.FIGURES) - NOT_KEPT))
+@pytest.mark.parametrize("name", sorted(figures.FIGURES))
 def test_a_picture_shows_what_is_kept(name, tmp_path):
     """To a few pixels, which another processor may draw otherwise; a bar or a point has more."""
     measured.draw(figures.FIGURES[name].drawing, kept(name), tmp_path / name)
