@@ -285,7 +285,7 @@ def _array_there(name: str, left: Iterable[LeftArray]) -> str:
                 f". It has an array {slashed(array.path)!r} there: give the layer_types= or views= "
                 "that the adapter was made with"
             )
-    return ""
+    return ": names=, layer_types= and views= that the adapter was made with are given again"
 
 
 def _check_selected(registry: AdapterRegistry, adapter: Adapter, directory: str | FilePath) -> None:
