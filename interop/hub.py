@@ -123,7 +123,7 @@ format of PyTorch PEFT.
 from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "this repository")
 
-# JAX
+# JAX; names=, views= and layer_types= as they were given when it was made
 from randlora_jax import RandLoraModel
 model = RandLoraModel.from_pretrained(base_model, "this repository")
 ```

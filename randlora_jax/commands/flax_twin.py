@@ -101,8 +101,9 @@ def _no_class(name: str, release: str) -> str:
     if int(release.split(".")[0]) < 5:
         return reason
     return (
-        f"{reason}, nor any Flax model; 4.57 has those that there are: pip install '.[hf]' in a "
-        "clone of randlora-jax (best in a virtual environment of its own)"
+        f"{reason}, nor any Flax model. If docs/models.md lists the model, 4.57 has its class: pip "
+        "install '.[hf]' in a clone of randlora-jax (best in a virtual environment of its own). If "
+        "not, as of google-tunix's models, compare the logits as examples/with_tunix.py does"
     )
 
 
