@@ -261,7 +261,7 @@ def _check_sizes(
         if name not in owners:
             raise TargetError(
                 f"{directory} adapts layer {shown(name)}, which this model does not have as a "
-                f"linear layer; it has {nearest(name, list(owners))}{_array_there(name, left)}"
+                f"linear layer; it has {nearest(name, list(owners))}. {_to_give(name, left)}"
             )
         matrix = owners[name].matrix
         _, n, smallest = used_extents(matrix, adapter.config.r)
@@ -273,8 +273,8 @@ def _check_sizes(
             )
 
 
-def _array_there(name: str, left: Iterable[LeftArray]) -> str:
-    """Of a layer that the model lacks: the array that lies where it should be, if one does."""
+def _to_give(name: str, left: Iterable[LeftArray]) -> str:
+    """What to do about a layer that the model lacks; and the array in its place, if any."""
 
     def bare(parts: Iterable[Any]) -> list[str]:
         return [str(part) for part in parts if not str(part).isdigit()]  # stacked, or one by one
@@ -282,10 +282,10 @@ def _array_there(name: str, left: Iterable[LeftArray]) -> str:
     for array in left:
         if bare(name.split(".")) in (bare(array.owner), bare(array.path)):
             return (
-                f". It has an array {slashed(array.path)!r} there: give the layer_types= or views= "
+                f"It has an array {slashed(array.path)!r} there: give the layer_types= or views= "
                 "that the adapter was made with"
             )
-    return ": names=, layer_types= and views= that the adapter was made with are given again"
+    return "Give the names=, layer_types= and views= that the adapter was made with, if any"
 
 
 def _check_selected(registry: AdapterRegistry, adapter: Adapter, directory: str | FilePath) -> None:

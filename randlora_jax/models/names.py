@@ -70,15 +70,20 @@ class Names:
 
     def has_rule(self, path: Path, stack: tuple[int, ...] = ()) -> bool:
         """Whether a rule names the module at `path`, and the places of its stack's indices."""
-        rules = self.rules_of(path)
-        return bool(rules) and not (stack and self._keeps(rules[0], path))
+        return self._told(path, stack) is not None
 
-    def _keeps(self, rule: str, path: Path) -> bool:
-        """Whether a rule that matches says that the module at `path` is called as it is here."""
-        names, match = self.rules[rule], re.fullmatch(rule, slashed(path))
-        assert match is not None
-        templates = [names] if isinstance(names, str) else list(names)
-        return [_expanded(rule, match, template) for template in templates] == [dotted(path)]
+    def _told(self, path: Path, stack: tuple[int, ...]) -> tuple[str, list[str]] | None:
+        """The rule that names the module at `path`, and what it gives, ``{}`` still in it.
+
+        None where no rule does, or it says that a stack is called as it is here.
+        """
+        joined = slashed(path)
+        for rule, names in self.rules.items():
+            if match := re.fullmatch(rule, joined):
+                templates = [names] if isinstance(names, str) else names
+                given = [_expanded(rule, match, template) for template in templates]
+                return None if stack and given == [dotted(path)] else (rule, given)
+        return None
 
     def of(self, path: Path, stack: tuple[int, ...] = ()) -> tuple[str, ...]:
         """Canonical names of the module at `path`: one for each matrix of its stack.
@@ -90,21 +95,15 @@ class Names:
           TargetError: a rule gives what cannot be a name, or names more or fewer matrices than the
             kernel holds.
         """
-        joined = slashed(path)
-        for pattern, names in self.rules.items():
-            match = re.fullmatch(pattern, joined)
-            if not match:
-                continue
-            templates = [names] if isinstance(names, str) else list(names)
-            expanded = [_expanded(pattern, match, template) for template in templates]
-            if stack and self._keeps(pattern, path):
-                break  # the rule says that it is called as it is here
-            outer = stack if isinstance(names, str) else stack[:-1]
-            found = tuple(_numbered(pattern, e, i) for i in np.ndindex(*outer) for e in expanded)
-            if len(set(found)) != math.prod(stack):
-                raise _misfit(pattern, path, stack, len(set(found)))
-            return found
-        return tuple(by_default(path, index) for index in np.ndindex(*stack))
+        told = self._told(path, stack)
+        if told is None:
+            return tuple(by_default(path, index) for index in np.ndindex(*stack))
+        rule, given = told
+        outer = stack if isinstance(self.rules[rule], str) else stack[:-1]
+        found = tuple(_numbered(rule, name, i) for i in np.ndindex(*outer) for name in given)
+        if len(set(found)) != math.prod(stack):
+            raise _misfit(rule, path, stack, len(set(found)))
+        return found
 
     def first(self, path: Path) -> str:
         """A canonical name of the module at `path`: the first where it stacks several."""

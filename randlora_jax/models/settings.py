@@ -87,6 +87,6 @@ def _refuse(name: str, field: str, ours: Any, theirs: Any) -> None:
         raise ConfigError(
             f"adapter {name!r}: {field}: the checkpoint was saved with {theirs}, and this model "
             f"has {ours}, so its leaves would mean something else here: wrap the model with the "
-            f"configuration that is kept there, RandLoraConfig(**settings[{name!r}]['config'])"
-            + (", and the same views= and layer_types=" if field.startswith("what ") else "")
+            f"configuration that is kept there, RandLoraConfig(**settings[{name!r}]['config']), "
+            "and with the same views= and layer_types="
         )

@@ -12,7 +12,7 @@ from randlora_jax.front_ends.nnx.parts import Part
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.front_end import ADAPTED_ALREADY
 from randlora_jax.models.layer_types import LayerTypes
-from randlora_jax.models.names import Path, dotted, slashed
+from randlora_jax.models.names import Path, dotted
 from randlora_jax.models.quantised import arrays_in
 
 
@@ -87,6 +87,6 @@ def refuse_absent_kernels(types: LayerTypes, modules: Iterable[tuple[Path, nnx.M
             has = listed([n for n, x in vars(module).items() if isinstance(x, nnx.Variable)])
             raise ConfigError(
                 f"layer_types says that a {kind} keeps its kernel in {known.leaf!r}; the one at "
-                f"{slashed(path)!r} has the Variables {has or 'none'}: name the one that is, "
+                f"{dotted(path)!r} has the Variables {has or 'none'}: name the one that is, "
                 "LayerType(layout, leaf=...) or of_einsum(equation, leaf=...)"
             )
