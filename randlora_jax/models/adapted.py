@@ -79,6 +79,7 @@ class AdaptedModel(ABC):
         scaling = basis_source.scaling(config, identity, kept)
         spec = AdapterSpec(adapter_name, scaling, config.randlora_dropout, identity, extents)
         state = adapter_arrays.fresh_state(registry, base, config, layers, rngs)
+        files.warn_of_unwritable(registry, adapter_name, state)
         restored = files.Restored(spec, config, state, kept)
         self._add(store, restored, trainable, rngs, autocast_adapter_dtype)
 

@@ -32,7 +32,12 @@ from randlora_jax.models.basis_source import KeptPairs
 from randlora_jax.models.finding import LeftArray
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import TORCH_LEAF, Path, by_default, dotted, slashed
-from randlora_jax.models.peft_layout import from_peft_layout, to_peft_layout, torch_keys
+from randlora_jax.models.peft_layout import (
+    from_peft_layout,
+    refuse_unwritable,
+    to_peft_layout,
+    torch_keys,
+)
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 
 
@@ -134,6 +139,18 @@ def warn_of_own_names(registry: AdapterRegistry, states: Mapping[str, AdapterSta
             "names, and else hardly says so. Say what they are called there: "
             f"save_pretrained(..., names={{{slashed(first.path)!r}: {blank!r}}}), or names= when "
             f"wrapping; names={same} says that they are the same"
+        )
+
+
+def warn_of_unwritable(registry: AdapterRegistry, name: str, state: AdapterState) -> None:
+    """Warn before an adapter is trained if what it trains whole cannot be written for PEFT."""
+    try:
+        for path, leaf in state.saved.items():
+            refuse_unwritable(path, registry.layer_of(path), registry.names, leaf)
+    except TargetError as error:
+        warn(
+            f"adapter {name!r} can be trained, and kept by orbax, but save_pretrained will refuse "
+            f"it: {error}"
         )
 
 

@@ -19,6 +19,7 @@ from randlora_jax.core.contraction import Contraction
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.interop.errors import ConfigError, listed, shown
 from randlora_jax.models.layer import LayerType
+from randlora_jax.models.names import Path, dotted
 
 # A type, or its full name where importing it is not ours to do; what it is, or how to tell.
 Table = Mapping[type | str, LayerType | Callable[[Any], LayerType | None]]
@@ -71,6 +72,21 @@ def refuse_idle_types(table: Table, kinds: Iterable[type]) -> None:
                 f"layer_types: no module of this model is a {name}; its types are "
                 f"{listed(sorted({kind.__name__ for kind in kinds}))}"
             )
+
+
+def absent_kernel(kind: str, path: Path, leaf: str, has: Iterable[str]) -> ConfigError:
+    """What to say where a user's ``layer_types=`` names a kernel that a module lacks.
+
+    Args:
+      kind: the module's class.
+      leaf: the kernel, as the user names it.
+      has: names of the arrays that the module has.
+    """
+    return ConfigError(
+        f"layer_types says that a {kind} keeps its kernel in {leaf!r}; the one at "
+        f"{dotted(path)!r} has {listed(list(has)) or 'no array'}: name the one that is, "
+        "LayerType(layout, leaf=...) or of_einsum(equation, leaf=...)"
+    )
 
 
 def of_axes(n_in: int, n_out: int, axes: tuple[int, ...], batch: int = 0) -> LayerType:

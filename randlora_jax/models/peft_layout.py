@@ -44,6 +44,19 @@ def to_peft_layout(
     return {k: np.ascontiguousarray(m) for k, m in zip(keys, matrices, strict=True)}
 
 
+def refuse_unwritable(path: Path, layer: Layer | None, names: Names, like: jax.Array) -> None:
+    """Nothing, if `to_peft_layout` takes a leaf such as `like`.
+
+    Raises:
+      TargetError: PyTorch's name for it, or its layout there, is unknown.
+    """
+    torch_keys(path, layer, names)
+    if _is_kernel(path, layer, like):
+        _linear(layer, path)
+    elif layer:
+        _stack_axes(layer, like.shape)
+
+
 def from_peft_layout(
     arrays: list[np.ndarray], path: Path, layer: Layer | None, like: jax.Array
 ) -> jax.Array:

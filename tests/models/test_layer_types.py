@@ -300,9 +300,36 @@ def test_a_layer_of_another_shape_than_its_type_says_is_refused_by_name(tokens, 
 
 def test_a_kernel_that_the_users_layer_type_has_and_the_module_not_is_named():
     config = RandLoraConfig(r=5, target_modules=["mine"])
-    words = r"MyLayer keeps its kernel in 'kernel'; the one at 'mine' has the Variables 'weights'"
+    words = r"MyLayer keeps its kernel in 'kernel'; the one at 'mine' has 'weights'"
     with pytest.raises(ConfigError, match=words):
         get_peft_model(MyNet(), config, layer_types={MyLayer: of_einsum("bti,io->bto")})
+
+
+class OwnLinen(nn.Module):
+    """A layer with a name of its own for its kernel."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param("weights", nn.initializers.lecun_normal(), (12, 12))
+
+
+class OwnLinenNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(12, name="dense")(OwnLinen(name="mine")(x))
+
+
+def test_a_kernel_that_a_linen_module_lacks_is_named_once_a_run_tells():
+    net, config = OwnLinenNet(), RandLoraConfig(r=5, target_modules=["mine"])
+    bound = net.bind(net.init(jax.random.key(0), X))
+    words = r"OwnLinen keeps its kernel in 'kernel'; the one at 'mine' has 'weights'"
+    equation = "bti,io->bto"
+    with pytest.raises(ConfigError, match=words):
+        types = {OwnLinen: of_einsum(equation)}
+        get_peft_model(bound, config, layer_types=types, sample_inputs=(X,))
+    types = {OwnLinen: of_einsum(equation, leaf="weights")}
+    model = get_peft_model(bound, config, layer_types=types, sample_inputs=(X,))
+    assert model.targeted_module_names == ["mine"]
 
 
 TWO = ["twofold", "around.base_module"]

@@ -1,5 +1,6 @@
 """Canonical names as data: renamed modules, stacks and fused kernels, through real files."""
 
+import dataclasses
 import json
 import re
 import warnings
@@ -11,6 +12,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from flax import nnx
 
 from randlora_jax import RandLoraConfig, RandLoraModel, TargetError, get_peft_model
 from randlora_jax.models.names import Names
@@ -185,3 +187,22 @@ def test_rules():
             views=VIEWS,
             names={"layers/gate_up": ["x.{}.a", "x.{}.b"], "layers/down": "x.{}.a"},
         )
+
+
+class NormedBlock(nnx.Module):
+    def __init__(self, key):
+        self.norm = nnx.LayerNorm(12, rngs=nnx.Rngs(key))
+        self.down = nnx.Linear(12, 12, rngs=nnx.Rngs(key))
+
+
+def test_what_cannot_be_saved_is_told_before_it_is_trained(tmp_path):
+    """A scanned norm has no kernel that tells its stack."""
+    stack = nnx.vmap(NormedBlock)(jax.random.split(jax.random.key(0), 3))
+    config = RandLoraConfig(r=4, target_modules=["down"], modules_to_save=["norm"])
+    with pytest.warns(UserWarning, match=r"'default' can be trained.*norms, out of modules_to"):
+        model = get_peft_model(stack, config, names={"(.*)": r"layers.{}.\1"})
+    with pytest.raises(TargetError, match="no kernel tells what stack the braces stand for"):
+        model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(model.unload(), dataclasses.replace(config, modules_to_save=None))

@@ -17,7 +17,7 @@ from randlora_jax.front_ends.shown_signature import shows_call_of
 from randlora_jax.interop.errors import ConfigError, warn
 from randlora_jax.interop.flax_gaps import not_computed
 from randlora_jax.models.front_end import WrapRules, register_front_end
-from randlora_jax.models.layer_types import refuse_idle_types
+from randlora_jax.models.layer_types import LayerTypes, refuse_idle_types
 from randlora_jax.models.names import Path
 from randlora_jax.models.registry import BaseModelInfo
 
@@ -78,7 +78,8 @@ class HuggingFaceRandLora(InterceptedRandLora):
         self.model = model
         _warn_of_another_model(model)
         init = functools.partial(model.init_weights, input_shape=model.input_shape)
-        trace = Trace(types_with(rules)).initialised(init, model.key)
+        trace = Trace(types_with(rules), LayerTypes((rules.layer_types,)))
+        trace.initialised(init, model.key)
         refuse_idle_types(rules.layer_types, trace.kinds)
         store = HuggingFaceStore(model)
         info = _info(model, store.base_leaves())

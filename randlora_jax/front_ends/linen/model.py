@@ -189,7 +189,8 @@ class LinenRandLora(InterceptedRandLora):
         whole = rules.beside(known)
         trace, untold = None, rules.layer_types
         if rules.sample_inputs is not None:
-            trace = Trace(types_with(whole)).called(module, store.base, rules.sample_inputs)
+            trace = Trace(types_with(whole), LayerTypes((rules.layer_types,)))
+            trace.called(module, store.base, rules.sample_inputs)
             if rules.sample_inputs.method is None:
                 refuse_idle_types(untold, trace.kinds)
                 untold = {}

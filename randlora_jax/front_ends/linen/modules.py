@@ -15,6 +15,7 @@ from randlora_jax.front_ends.params import owner_of
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.finding import FoundModule, StatedLayouts
 from randlora_jax.models.layer import LayerType
+from randlora_jax.models.layer_types import absent_kernel
 from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.quantised import are_integers, kernel_at
 
@@ -55,6 +56,8 @@ def modules_of(
             why = _untold(arrays) | why
             found.append(FoundModule(path, arrays, type=taken, refusals=why))
             continue
+        if holder.is_stated and holder.type:
+            _refuse_absent_kernel(holder.kind, path, holder.type.leaf, arrays)
         known = holder.type and _as_held(holder.type, holder, arrays)
         inside = holder.within
         if path != inside:
@@ -63,6 +66,16 @@ def modules_of(
             FoundModule(path, arrays, holder.kind, known, holder.other, why, inside=inside)
         )
     return found
+
+
+def _refuse_absent_kernel(kind: str, path: Path, leaf: str, arrays: Arrays) -> None:
+    """Nothing, if a module has the kernel that a user's ``layer_types=`` says it has.
+
+    Raises:
+      ConfigError: it has not.
+    """
+    if leaf.partition("/")[0] not in {held[0] for held in arrays}:
+        raise absent_kernel(kind, path, leaf, [slashed(held) for held in arrays])
 
 
 def _untold(arrays: Arrays) -> dict[Path, str]:

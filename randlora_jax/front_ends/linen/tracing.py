@@ -47,6 +47,7 @@ class TracedModule:
       is_part: it is an nnx module in that one.
       kind: the name of its class.
       type: what is known of its class as a layer.
+      is_stated: a user's ``layer_types=`` says so.
       other: what it is known to be instead.
       axes: by param, those axes that the module sees; the others stack layers.
       own: names of the params that it made itself; the others are its submodules'.
@@ -58,6 +59,7 @@ class TracedModule:
     type: LayerType | None
     other: str | None
     axes: Mapping[str, Axes]
+    is_stated: bool = False
     own: frozenset[str] = frozenset()
 
 
@@ -67,26 +69,25 @@ class Trace:
 
     Args:
       types: of layers.
+      stated: those of them that a user tells.
       modules: by path (``/`` between its parts).
       normed: why no kernel under a path takes an adapter.
       kinds: classes of modules.
     """
 
     types: LayerTypes
+    stated: LayerTypes
     modules: dict[str, TracedModule] = field(default_factory=dict)
     normed: dict[Path, str] = field(default_factory=dict)
     kinds: set[type] = field(default_factory=set)
     _marked: bool = field(default=False, init=False)
 
-    def initialised(self, init: Callable[..., Any], key: jax.Array) -> "Trace":
+    def initialised(self, init: Callable[..., Any], key: jax.Array) -> None:
         """Takes down what `init` meets, which makes a model's params."""
         with nn.intercept_methods(self._intercept):
             jax.eval_shape(init, key)
-        return self
 
-    def called(
-        self, module: nn.Module, variables: Mapping[str, Any], sample: SampleInputs
-    ) -> "Trace":
+    def called(self, module: nn.Module, variables: Mapping[str, Any], sample: SampleInputs) -> None:
         """Takes down what a call of `module` meets.
 
         Raises:
@@ -103,7 +104,6 @@ class Trace:
                 f"sample_inputs: {type(module).__name__} cannot be called with them: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        return self
 
     def _call(
         self, module: nn.Module, variables: Mapping[str, Any], sample: SampleInputs, *, marked: bool
@@ -199,7 +199,13 @@ class Trace:
                     if p[: len(inner)] == inner
                 }
                 self.modules[key] = TracedModule(
-                    module.path, bridges, type(part).__name__, known, next(kinds, None), axes
+                    module.path,
+                    bridges,
+                    type(part).__name__,
+                    known,
+                    next(kinds, None),
+                    axes,
+                    self.stated.find(part) is not None,
                 )
 
 

@@ -11,7 +11,7 @@ from randlora_jax.front_ends.nnx.nested import wrappers_of_wrapped
 from randlora_jax.front_ends.nnx.parts import Part
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.front_end import ADAPTED_ALREADY
-from randlora_jax.models.layer_types import LayerTypes
+from randlora_jax.models.layer_types import LayerTypes, absent_kernel
 from randlora_jax.models.names import Path, dotted
 from randlora_jax.models.quantised import arrays_in
 
@@ -83,10 +83,5 @@ def refuse_absent_kernels(types: LayerTypes, modules: Iterable[tuple[Path, nnx.M
     for path, module in modules:
         known = types.find(module)
         if known and not hasattr(module, known.leaf.partition("/")[0]):
-            kind = type(module).__name__
-            has = listed([n for n, x in vars(module).items() if isinstance(x, nnx.Variable)])
-            raise ConfigError(
-                f"layer_types says that a {kind} keeps its kernel in {known.leaf!r}; the one at "
-                f"{dotted(path)!r} has the Variables {has or 'none'}: name the one that is, "
-                "LayerType(layout, leaf=...) or of_einsum(equation, leaf=...)"
-            )
+            has = [name for name, x in vars(module).items() if isinstance(x, nnx.Variable)]
+            raise absent_kernel(type(module).__name__, path, known.leaf, has)
