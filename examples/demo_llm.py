@@ -188,8 +188,8 @@ def beside_lora(task: Task, randlora: Any, curve: tuning.Curve, accuracy: float)
     lora_curve = task.fit(lora, "LoRA", RATES["LoRA"])
     found = task.accuracy(task.logits(lora, "LoRA"))
     runs = {
-        f"RandLoRA: {accuracy:.3f} of the test documents": curve,
-        f"LoRA: {found:.3f}": lora_curve,
+        f"RandLoRA: {accuracy:.4f} of the test documents": curve,
+        f"LoRA: {found:.4f}": lora_curve,
     }
     style.picture(pictures.curves, OUT / "curves.png", runs)
     deltas, lora_deltas = run_all(
