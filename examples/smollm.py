@@ -57,9 +57,10 @@ def load_tokenizer() -> Any:
 def tunix_base() -> Any:
     """The directory in tunix's Llama 3, float32."""
     config = json.loads((BASE / "config.json").read_text())
+    theta = config.get("rope_parameters", config)["rope_theta"]  # transformers 5 and 4
     # tunix's attention leaves rope_theta to the default of this function, which is Qwen's 1e6,
     # whatever its config says; the model was trained with 1e5.
-    llama3.apply_rope = functools.partial(llama3.apply_rope, rope_theta=config["rope_theta"])
+    llama3.apply_rope = functools.partial(llama3.apply_rope, rope_theta=theta)
     shape = llama3.ModelConfig(
         num_layers=config["num_hidden_layers"],
         vocab_size=config["vocab_size"],
@@ -68,7 +69,7 @@ def tunix_base() -> Any:
         num_heads=config["num_attention_heads"],
         num_kv_heads=config["num_key_value_heads"],
         head_dim=config["head_dim"],
-        rope_theta=int(config["rope_theta"]),
+        rope_theta=int(theta),
         norm_eps=config["rms_norm_eps"],
         weight_tying=config["tie_word_embeddings"],
     )

@@ -53,10 +53,10 @@ SETTINGS = {"r": 6, "randlora_alpha": 24, "target_modules": "all-linear", "task_
 MESH = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
 
 
-def checkpoint(folder: Path) -> Path:
+def checkpoint(folder: Path, config: transformers.LlamaConfig = HUGGING_FACE) -> Path:
     """Of a Llama with random weights, as transformers saves it."""
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(HUGGING_FACE)
+    model = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p) * (p.std() if p.ndim > 1 else 1))
@@ -64,9 +64,11 @@ def checkpoint(folder: Path) -> Path:
     return folder
 
 
-def base_model(folder: Path, mesh: Mesh | None = None) -> llama3.Llama3:
+def base_model(
+    folder: Path, mesh: Mesh | None = None, shape: llama3.ModelConfig = TUNIX
+) -> llama3.Llama3:
     """tunix's model of that checkpoint."""
-    return params.create_model_from_safe_tensors(str(folder), TUNIX, mesh, dtype=jnp.float32)
+    return params.create_model_from_safe_tensors(str(folder), shape, mesh, dtype=jnp.float32)
 
 
 def adapted(folder: Path, mesh: Mesh | None = None, **settings):

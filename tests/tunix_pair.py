@@ -67,11 +67,11 @@ def sizes(config) -> dict:
     }
 
 
-def with_rope(kind, theta, **changes):
+def with_rope(kind, theta, scaling=None, **changes):
     """A config with one rope base, which transformers 4 and 5 spell differently."""
-    rope = {"rope_theta": theta}
+    rope = {"rope_theta": theta, "rope_scaling": scaling}
     if int(transformers.__version__.split(".")[0]) >= 5:
-        rope = {"rope_parameters": {"rope_type": "default", **rope}}
+        rope = {"rope_parameters": {"rope_theta": theta, **(scaling or {"rope_type": "default"})}}
     return kind(**{**WIDTHS, **changes, **rope})
 
 

@@ -234,6 +234,15 @@ def wrap(model: Any, rules: WrapRules) -> AdaptedModel:
     return wrapped
 
 
+def warn_of_another_model(model: Any, differs: str, way_out: str = "") -> None:
+    """Warn where a model does not compute what its configuration asks for."""
+    warn(
+        f"{type(model).__name__} does not compute what its config asks for: {differs}. So it is "
+        "another model than PyTorch's, and an adapter trained on one of them is wrong on the "
+        f"other. {way_out}".rstrip()
+    )
+
+
 @contextmanager
 def given_back(wrapped: AdaptedModel) -> Iterator[None]:
     """If what is done within fails, the base model is what it was before it was wrapped."""

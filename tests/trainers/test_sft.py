@@ -45,14 +45,22 @@ class Trainer(PeftTrainer):
     def custom_checkpoint_metadata(self):
         return {"randlora": self.model.randlora_settings()}
 
+    def close(self):  # the checkpoint that tunix ends with lacks them
+        manager = self.checkpoint_manager
+        if (manager.latest_step() or 0) < self.train_steps:
+            last = self.train_steps, self.model, self.optimizer
+            metadata = self.custom_checkpoint_metadata()
+            manager.save(*last, save_only_lora_params=True, force=True, custom_metadata=metadata)
+        super().close()
 
-def trainer(model, folder):
+
+def trainer(model, folder, save_interval_steps=1):
     config = TrainingConfig(
         eval_every_n_steps=2,
         max_steps=6,
         gradient_accumulation_steps=2,
         checkpoint_root_directory=str(folder),
-        checkpointing_options=ocp.CheckpointManagerOptions(save_interval_steps=1),
+        checkpointing_options=ocp.CheckpointManagerOptions(save_interval_steps=save_interval_steps),
     )
     return Trainer(model, TX, config).with_gen_model_input_fn(inputs)
 
@@ -94,11 +102,19 @@ def test_a_checkpoint_holds_what_trains_and_nothing_else(base, tmp_path):
     assert sum(sizes) == model.get_nb_trainable_parameters()[0]
 
 
-def test_its_checkpoints_tell_settings_that_another_model_lacks(base, tmp_path):
-    trainer(adapted(base), tmp_path).train(batches(2))
-    with ocp.CheckpointManager(tmp_path) as manager:
-        metadata = manager.metadata(manager.latest_step()).custom_metadata
-    model = adapted(base)
-    model.check_randlora_settings(metadata["randlora"])
-    with pytest.raises(ConfigError, match="target_modules"):
-        adapted(base, target_modules=TARGETS).check_randlora_settings(metadata["randlora"])
+@pytest.mark.parametrize("steps", [0, 4, 6])
+def test_its_checkpoints_tell_settings_that_another_model_lacks(base, tmp_path, steps):
+    """The last of 6 steps is off the interval of 4; after 0 there is none."""
+    folder = tmp_path
+    if steps:
+        trainer(adapted(base), folder, save_interval_steps=4).train(batches(2 * steps))
+    model, other = adapted(base), adapted(base, target_modules=TARGETS)
+    with ocp.CheckpointManager(folder) as manager:
+        step = manager.latest_step()
+        if step is not None:  # else it is the first run
+            metadata = manager.metadata(step).custom_metadata
+            model.check_randlora_settings(metadata["randlora"])
+    assert (step or 0) == steps
+    if steps:
+        with pytest.raises(ConfigError, match="target_modules"):
+            other.check_randlora_settings(metadata["randlora"])

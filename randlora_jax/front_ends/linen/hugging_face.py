@@ -14,9 +14,9 @@ from randlora_jax.front_ends.linen.model import InterceptedRandLora, types_with
 from randlora_jax.front_ends.linen.tied import tied_modules
 from randlora_jax.front_ends.linen.tracing import Trace
 from randlora_jax.front_ends.shown_signature import shows_call_of
-from randlora_jax.interop.errors import ConfigError, warn
+from randlora_jax.interop.errors import ConfigError
 from randlora_jax.interop.flax_gaps import not_computed
-from randlora_jax.models.front_end import WrapRules, register_front_end
+from randlora_jax.models.front_end import WrapRules, register_front_end, warn_of_another_model
 from randlora_jax.models.layer_types import LayerTypes, refuse_idle_types
 from randlora_jax.models.names import Path
 from randlora_jax.models.registry import BaseModelInfo
@@ -148,11 +148,11 @@ class HuggingFaceRandLora(InterceptedRandLora):
 def _warn_of_another_model(model: Any) -> None:
     """Warn where the Flax class does not compute what the model's configuration asks for."""
     if gaps := not_computed(model.config):
-        warn(
-            f"{type(model).__name__} does not compute what its config asks for: {'; '.join(gaps)}. "
-            "So it is another model than PyTorch's, and an adapter trained on one of them is "
-            "wrong on the other. Take a model that does compute it, such as google-tunix's of "
-            "flax.nnx (docs/trainers.md); randlora-jax verify tells whether both compute the same"
+        warn_of_another_model(
+            model,
+            "; ".join(gaps),
+            "Take a model that does compute it, such as google-tunix's of flax.nnx "
+            "(docs/trainers.md); randlora-jax verify tells whether both compute the same",
         )
 
 

@@ -26,7 +26,7 @@ from randlora_jax.front_ends.shown_signature import shows_call_of
 from randlora_jax.models import known_models
 from randlora_jax.models.adapter_arrays import Leaves
 from randlora_jax.models.finding import find_layers
-from randlora_jax.models.front_end import WrapRules, register_front_end
+from randlora_jax.models.front_end import WrapRules, register_front_end, warn_of_another_model
 from randlora_jax.models.layer import Layer, LayerRun
 from randlora_jax.models.layer_types import LayerTypes, refuse_idle_types
 from randlora_jax.models.model import RandLoraModel
@@ -69,6 +69,8 @@ class NnxRandLora(RandLoraModel, nnx.Module):
     def __init__(self, model: nnx.Module, rules: WrapRules) -> None:
         refuse_part(model)
         known = known_models.about(model)
+        if known.differs:
+            warn_of_another_model(model, known.differs)
         walked = list(nnx.iter_modules(model))
         make_wrappable(model, walked)
         refuse_idle_types(rules.layer_types, {type(module) for _, module in walked})

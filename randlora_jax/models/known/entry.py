@@ -15,12 +15,14 @@ class KnownModel:
 
     Args:
       info: what PEFT records of the PyTorch twin.
+      differs: what the model computes otherwise than its config says, and so than the twin.
     """
 
     names: Rules = field(default_factory=dict)
     layouts: Mapping[str, str] = field(default_factory=dict)
     layer_types: Table = field(default_factory=dict)
     info: BaseModelInfo = field(default_factory=BaseModelInfo)
+    differs: str = ""
 
 
 # By the full name of a model's class; where its config decides, how to tell.

@@ -4,6 +4,9 @@ Attention holds ``Einsum`` layers with a kernel ``w``; Gemma's keeps keys and va
 in one array. A mixture of experts holds three arrays (expert, in, out) in one module.
 """
 
+import inspect
+import sys
+from dataclasses import replace
 from typing import Any
 
 from randlora_jax.models.known.entry import Entries, KnownModel, twin
@@ -81,10 +84,40 @@ def _known(
     return KnownModel(names, {**_LAYOUTS, **(layouts or {})}, types, info)
 
 
+def _other_positions(package: str, model: Any) -> str:
+    """How attention turns positions otherwise than the config says; "" where it does not.
+
+    tunix 0.1.7's Llama 3 and Qwen 3 leave ``rope_theta`` to a default of ``apply_rope``.
+    """
+    code = sys.modules.get(f"tunix.models.{package}.model")
+    asked = getattr(getattr(model, "config", None), "rope_theta", None)
+    if code is None or asked is None:
+        return ""
+    methods = filter(inspect.isfunction, vars(code.Attention).values())
+    if any("rope_theta" in inspect.unwrap(method).__code__.co_names for method in methods):
+        return ""  # of the config, as other releases may
+    theta = inspect.signature(code.apply_rope).parameters.get("rope_theta")
+    if theta is None or theta.default == asked:
+        return ""
+    return (
+        f"rope_theta {asked} (its attention takes {theta.default}, the default of "
+        f"tunix.models.{package}.model.apply_rope: put functools.partial(apply_rope, "
+        f"rope_theta={asked}) in its place there before the model runs; docs/trainers.md has what "
+        "rope_scaling wants, which Llama 3.1 and 3.2 have besides)"
+    )
+
+
+def _llama3(model: Any) -> KnownModel:
+    known = _known("llama3", _names(), twin("LlamaForCausalLM", "llama"))
+    return replace(known, differs=_other_positions("llama3", model))
+
+
 def _qwen3(model: Any) -> KnownModel:
     if model.config.num_experts is None:
-        return _known("qwen3", _names(), twin("Qwen3ForCausalLM", "qwen3"))
-    return _known("qwen3", _MIXTURE, twin("Qwen3MoeForCausalLM", "qwen3_moe"), _EXPERTS)
+        known = _known("qwen3", _names(), twin("Qwen3ForCausalLM", "qwen3"))
+    else:
+        known = _known("qwen3", _MIXTURE, twin("Qwen3MoeForCausalLM", "qwen3_moe"), _EXPERTS)
+    return replace(known, differs=_other_positions("qwen3", model))
 
 
 def _gemma(model: Any) -> KnownModel:
@@ -100,9 +133,7 @@ def _gemma3(model: Any) -> KnownModel:
 
 
 ENTRIES: Entries = {
-    "tunix.models.llama3.model.Llama3": _known(
-        "llama3", _names(), twin("LlamaForCausalLM", "llama")
-    ),
+    "tunix.models.llama3.model.Llama3": _llama3,
     "tunix.models.qwen2.model.Qwen2": _known("qwen2", _names(), twin("Qwen2ForCausalLM", "qwen2")),
     "tunix.models.qwen3.model.Qwen3": _qwen3,
     "tunix.models.gemma.model.Gemma": _gemma,
