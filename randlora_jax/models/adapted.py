@@ -18,6 +18,8 @@ from randlora_jax.models import (
     coverage,
     files,
     life,
+    saved_whole,
+    selecting,
     stacking,
 )
 from randlora_jax.models.filled import refuse_abstract
@@ -79,7 +81,7 @@ class AdaptedModel(ABC):
         scaling = basis_source.scaling(config, identity, kept)
         spec = AdapterSpec(adapter_name, scaling, config.randlora_dropout, identity, extents)
         state = adapter_arrays.fresh_state(registry, base, config, layers, rngs)
-        files.warn_of_unwritable(registry, adapter_name, state)
+        saved_whole.warn_of_unwritable(registry, adapter_name, state)
         restored = files.Restored(spec, config, state, kept)
         self._add(store, restored, trainable, rngs, autocast_adapter_dtype)
 
@@ -90,7 +92,7 @@ class AdaptedModel(ABC):
         if left_out and every:
             warn(f"{left_out}. model.coverage() lists all that is left out")
         try:
-            return self._registry.select(config)
+            return selecting.select(self._registry, config)
         except TargetError as error:
             if left_out and not every:
                 raise TargetError(f"{error} Besides, {left_out}.") from error

@@ -19,7 +19,7 @@ from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import ConfigError, shown
 from randlora_jax.models import basis_source
 from randlora_jax.models.layer import Layer
-from randlora_jax.models.names import TORCH_LEAF, Names, Path, dotted
+from randlora_jax.models.names import TORCH_LEAF, Path, dotted
 from randlora_jax.models.quantised import are_integers, array_of
 from randlora_jax.models.registry import AdapterRegistry, AdapterState
 
@@ -56,7 +56,7 @@ def fresh_state(
         if key is not None:
             drawn = jax.random.fold_in(key if isinstance(key, jax.Array) else key.params(), i)
         layers[layer.name] = _fresh(layer, config, base[layer.kernel_path], drawn)
-    whole = whole_paths(registry.names, base, config, layers)
+    whole = whole_paths(registry, base, config, layers)
     # arrays of their own, so that they can be donated
     return AdapterState(layers, {path: _copied(base[path]) for path in whole})
 
@@ -91,7 +91,7 @@ def _fresh(
 
 
 def whole_paths(
-    names: Names, base: Leaves, config: RandLoraConfig, adapted: Collection[str]
+    registry: AdapterRegistry, base: Leaves, config: RandLoraConfig, adapted: Collection[str]
 ) -> list[Path]:
     """The base leaves that an adapter trains whole: of modules_to_save, and biases.
 
@@ -100,6 +100,7 @@ def whole_paths(
 
     Raises:
       ConfigError: one holds no floats.
+      TargetError: they are a part of the layers that one array holds.
     """
     patterns = targets.saved_modules(config)
     if config.bias == "none" and not patterns:
@@ -110,7 +111,7 @@ def whole_paths(
             config.bias == "all"
             or (config.bias == "randlora_only" and dotted(path[:-1]) in adapted)
         )
-        return bias or targets.inside_saved(names.first(path[:-1]), patterns)
+        return bias or registry.is_whole(path, patterns)
 
     whole = list(filter(trains, base))
     for path in whole:
@@ -166,11 +167,7 @@ def added_size(registry: AdapterRegistry, adapter_name: str, state: AdapterState
     A module trained whole is a copy beside the original; a bias is the original.
     """
     whole = targets.saved_modules(registry.configs[adapter_name])
-    biases = (
-        leaf.size
-        for path, leaf in state.saved.items()
-        if not targets.inside_saved(registry.names.first(path[:-1]), whole)
-    )
+    biases = (leaf.size for path, leaf in state.saved.items() if not registry.is_whole(path, whole))
     return state.size() - sum(biases)
 
 

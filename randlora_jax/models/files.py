@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from randlora_jax.core.bases import used_extents
-from randlora_jax.core.update import at_least_float32, holds_sums
+from randlora_jax.core.update import holds_sums
 from randlora_jax.interop import promises, targets
 from randlora_jax.interop.adapter import Adapter, Provenance, bases_digest
 from randlora_jax.interop.config import RandLoraConfig
@@ -24,20 +24,14 @@ from randlora_jax.interop.errors import (
     shown,
     warn,
 )
-from randlora_jax.interop.keys import file_key, trained_tensors
 from randlora_jax.interop.peft_dir import read_files
 from randlora_jax.interop.promises import BaseNames
-from randlora_jax.models import adapter_arrays, basis_source
+from randlora_jax.models import adapter_arrays, basis_source, saved_whole, selecting
 from randlora_jax.models.basis_source import KeptPairs
 from randlora_jax.models.finding import LeftArray
 from randlora_jax.models.layer import Layer
-from randlora_jax.models.names import TORCH_LEAF, Path, by_default, dotted, slashed
-from randlora_jax.models.peft_layout import (
-    from_peft_layout,
-    refuse_unwritable,
-    to_peft_layout,
-    torch_keys,
-)
+from randlora_jax.models.names import Path, by_default, slashed
+from randlora_jax.models.peft_layout import torch_keys
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 
 
@@ -66,7 +60,7 @@ def export(registry: AdapterRegistry, adapter_name: str, state: AdapterState) ->
         layers |= {k: (lam, gammas[k]) for k, lam in layer.split(lam).items()}
         owners |= dict.fromkeys(layer.names, layer)
     bases = basis_source.stored_pair(spec.identity, spec.extents, registry.kept_pairs)
-    saved = _saved_tensors(registry, state)
+    saved = saved_whole.tensors_of(registry, state)
     return Adapter(
         config=_written_config(registry, adapter_name, owners, saved),
         layers=layers,
@@ -96,13 +90,7 @@ def _written_config(
       saved: keys of what was trained whole.
     """
     config, info = registry.configs[adapter_name], registry.info
-    modules = {key.rpartition(".")[0] for key in saved}
-    heads = targets.task_heads(config.task_type)
-    whole = [  # a name that is no module's trains nothing, and would promise tensors
-        name
-        for name in targets.saved_modules(config)
-        if name in heads or any(targets.inside_saved(module, [name]) for module in modules)
-    ]
+    whole = saved_whole.written_modules(registry, config, saved)
     base = config.base_model_name_or_path or info.name_or_path
     if info.model_type and not base:
         warn(
@@ -142,18 +130,6 @@ def warn_of_own_names(registry: AdapterRegistry, states: Mapping[str, AdapterSta
         )
 
 
-def warn_of_unwritable(registry: AdapterRegistry, name: str, state: AdapterState) -> None:
-    """Warn before an adapter is trained if what it trains whole cannot be written for PEFT."""
-    try:
-        for path, leaf in state.saved.items():
-            refuse_unwritable(path, registry.layer_of(path), registry.names, leaf)
-    except TargetError as error:
-        warn(
-            f"adapter {name!r} can be trained, and kept by orbax, but save_pretrained will refuse "
-            f"it: {error}"
-        )
-
-
 def warn_if_apart(adapters: Mapping[str, Adapter]) -> None:
     """Warn where PEFT refuses to open these adapters in one model, or would mix them up."""
     first, *others = adapters
@@ -167,17 +143,6 @@ def warn_if_apart(adapters: Mapping[str, Adapter]) -> None:
         reason = f"{biased} all train biases"
     if reason:
         warn(f"PEFT cannot open these adapters in one PyTorch model, only one at a time: {reason}")
-
-
-def _saved_tensors(registry: AdapterRegistry, state: AdapterState) -> dict[str, np.ndarray]:
-    """What is trained whole, by the file's key."""
-    saved: dict[str, np.ndarray] = {}
-    adapted = {name for layer in state.layers for name in registry.layers[layer].names}
-    for path, value in state.saved.items():
-        layer = registry.layer_of(path)
-        for key, tensor in to_peft_layout(value, path, layer, registry.names).items():
-            saved[file_key(key, adapted)] = tensor
-    return saved
 
 
 def restore(
@@ -225,7 +190,7 @@ def restore(
             layer.name: (jnp.asarray(layer.join(lams)), jnp.asarray(layer.join(gammas)))
             for layer in chosen.values()
         }
-        saved = _saved_leaves(registry, base, adapter, directory)
+        saved = saved_whole.leaves_of(registry, base, adapter, directory)
         return Restored(spec, config, AdapterState(layers, saved), kept)
 
 
@@ -257,7 +222,7 @@ def _names(
     layers = registry.owners()
     adapted = {layers[name].name for name in adapter.layers}
     tensors: set[str] = set()
-    for path in adapter_arrays.whole_paths(registry.names, base, adapter.config, adapted):
+    for path in adapter_arrays.whole_paths(registry, base, adapter.config, adapted):
         with suppress(TargetError):  # what has no name in PyTorch is in no file
             tensors |= set(torch_keys(path, registry.layer_of(path), registry.names))
     return BaseNames(tensors, layers, is_whole=True)
@@ -307,7 +272,7 @@ def _to_give(name: str, left: Iterable[LeftArray]) -> str:
 
 def _check_selected(registry: AdapterRegistry, adapter: Adapter, directory: str | FilePath) -> None:
     """The file's layers are what its config selects by the rules of the model's type."""
-    chosen = registry.select(adapter.config)
+    chosen = selecting.select(registry, adapter.config)
     if set(chosen) != set(adapter.layers):
         missing, extra = set(chosen) - set(adapter.layers), set(adapter.layers) - set(chosen)
         raise AdapterFileError(
@@ -315,49 +280,3 @@ def _check_selected(registry: AdapterRegistry, adapter: Adapter, directory: str 
             f"of the file disagree; layers without tensors: {shown(sorted(missing))}, tensors "
             f"without a layer: {shown(sorted(extra))}"
         )
-
-
-def _saved_leaves(
-    registry: AdapterRegistry,
-    base: Mapping[Path, jax.Array],
-    adapter: Adapter,
-    directory: str | FilePath,
-) -> dict[Path, jax.Array]:
-    """What the file holds of modules trained whole, by path."""
-    tensors = trained_tensors(adapter.saved)
-    saved, used = {}, set()
-    for path, leaf in base.items() if tensors else ():
-        layer = registry.layer_of(path)
-        if path[-1] not in TORCH_LEAF and not (layer and path == layer.kernel_path):
-            continue
-        keys = torch_keys(path, layer, registry.names)
-        present = [key for key in keys if key in tensors]
-        if present and len(present) < len(keys):
-            raise TargetError(
-                f"{directory} carries {present}, a part of {dotted(path)!r}, which is one "
-                f"array here: {sorted(set(keys) - set(present))} are missing"
-            )
-        if present:
-            held = [_held(key, tensors[key], leaf, directory) for key in keys]
-            saved[path] = from_peft_layout(held, path, layer, leaf)
-            used |= set(keys)
-    for key in tensors:
-        if key not in used:
-            raise TargetError(
-                f"{directory} carries {shown(key)}, which this model does not have; its parameters "
-                f"of modules_to_save={shown(adapter.config.modules_to_save)} and bias="
-                f"{adapter.config.bias!r} have other names"
-            )
-    return saved
-
-
-def _held(key: str, tensor: np.ndarray, leaf: jax.Array, directory: str | FilePath) -> np.ndarray:
-    """A tensor trained whole, as wide as a model trains `leaf`; what does not fit is said."""
-    held = tensor.astype(at_least_float32(leaf.dtype))
-    if not np.array_equal(held, tensor):
-        warn(
-            f"{directory}: {shown(key)} holds {tensor.dtype} numbers, which this model's "
-            f"{leaf.dtype} array trains in {held.dtype}: they are rounded. To keep them, wrap a "
-            "model that holds this array in float64 (jax_enable_x64)"
-        )
-    return held

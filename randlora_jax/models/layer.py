@@ -1,6 +1,6 @@
 """A layer an adapter can take: where its kernel is, what is known of its type, its names."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 from randlora_jax.core.contraction import LAST_AXES, Contraction
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
-from randlora_jax.interop.errors import ConfigError, shown
+from randlora_jax.interop.errors import ConfigError, TargetError, listed, shown
+from randlora_jax.interop.targets import inside_saved
 from randlora_jax.models.names import Path
 
 
@@ -158,6 +159,24 @@ class Layer:
     def packed(self) -> tuple[int, ...] | None:
         """The shape of its kernel, where the array that holds it has another."""
         return self.shape if self.stored else None
+
+    def is_whole(self, patterns: Sequence[str]) -> bool:
+        """Whether `patterns` of ``modules_to_save`` train it whole.
+
+        A stack that no rule names may be named as one, by its path.
+
+        Raises:
+          TargetError: they take a part of its matrices, which are one array.
+        """
+        if self.stack and not self.has_stated_names and inside_saved(self.name, patterns):
+            return True
+        taken = [name for name in self.names if inside_saved(name, patterns)]
+        if taken and len(taken) < len(self.names):
+            raise TargetError(
+                f"modules_to_save={shown(patterns)} takes {listed(taken)}, a part of "
+                f"{self.name!r}, one array that holds {len(self.names)} layers: take all or none"
+            )
+        return bool(taken)
 
     def split(self, arrays: np.ndarray) -> dict[str, np.ndarray]:
         """(*stack, ...) by canonical name, without the stack axes."""

@@ -31,6 +31,7 @@ TORCH_LEAF = {
 }
 
 
+EMBEDDINGS = ("embedding", "input_embedding")
 # Arrays that are their module's one kernel, by their name.
 KERNEL_LEAVES = ("kernel", "w", "weight")
 

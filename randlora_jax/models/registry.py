@@ -1,6 +1,6 @@
 """What a wrapped model knows (`AdapterRegistry`) and trains (`AdapterState`), in any framework."""
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ from randlora_jax.core.mesh import Parts, on_host
 from randlora_jax.core.update import Update
 from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.interop import targets
-from randlora_jax.interop.config import ALL_LINEAR, RandLoraConfig
+from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import ConfigError, TargetError, listed, shown
 from randlora_jax.models.basis_source import KeptPairs
 from randlora_jax.models.finding import FoundLayers, LeftArray
@@ -171,6 +171,16 @@ class AdapterRegistry:
         """The layer that the leaf at `path` belongs to: as its kernel, or beside it."""
         return self._by_leaf.get(path) or self.layers.get(dotted(path[:-1]))
 
+    def is_whole(self, path: Path, patterns: Sequence[str]) -> bool:
+        """Whether `patterns` of ``modules_to_save`` train the leaf at `path`.
+
+        Raises:
+          TargetError: they take a part of the layers that one array holds.
+        """
+        if layer := self.layer_of(path):
+            return layer.is_whole(patterns)
+        return targets.inside_saved(self.names.first(path[:-1]), patterns)
+
     def renamed(
         self, names: Names, leaves: Iterable[Path], adapted: Container[str]
     ) -> "AdapterRegistry":
@@ -320,69 +330,6 @@ class AdapterRegistry:
                     )
                 found[name] = layer
         return found
-
-    def select(self, config: RandLoraConfig) -> dict[str, Layer]:
-        """The canonical names that `config` adapts, with the layer that holds each.
-
-        Raises:
-          ConfigError: it trains whole what shares its weight with other modules.
-          TargetError: it selects none, or a part of what one array holds, or the model itself.
-        """
-        self._refuse_tied(config)
-        owners = self.owners()
-        if "" in owners and (len(owners) == 1 or config.target_modules == ALL_LINEAR):
-            raise TargetError(
-                "the model itself is a layer, the root, and has no name by which an adapter could "
-                "take it: hold it in a module, such as Sequential, or give it the name that it has "
-                'in PyTorch, get_peft_model(..., names={"": "proj"})'
-            )
-        heads = [name for name in owners if targets.is_output_head(name)]
-        stacks = {  # may be named as one, too, where no rule says what PyTorch has
-            layer.name: layer.names
-            for layer in self.layers.values()
-            if layer.stack and not layer.has_stated_names and layer.name not in owners
-        }
-        named = targets.select(
-            config,
-            [*owners, *stacks],
-            [m for m in self.modules if m not in owners and m not in stacks],
-            model_type=self.info.model_type,
-            output_embedding=heads[0] if heads and self.info.has_output_head else None,
-        )
-        chosen = dict.fromkeys(part for name in named for part in stacks.get(name, (name,)))
-        for name in chosen:
-            if owners[name].refusal:
-                raise TargetError(
-                    f"layer {owners[name].name!r} cannot take an adapter: {owners[name].refusal}. "
-                    "Leave it out of target_modules"
-                )
-        taken = set(chosen)
-        for layer in {owners[name].name: owners[name] for name in chosen}.values():
-            left_out = sorted(set(layer.names) - taken)
-            if left_out:
-                raise TargetError(
-                    f"target_modules takes a part of {layer.name!r}, one array that holds "
-                    f"{len(layer.names)} layers; {left_out} would be left out. Adapt all or none"
-                )
-        return {name: owners[name] for name in chosen}
-
-    def _refuse_tied(self, config: RandLoraConfig) -> None:
-        """Nothing, if all that `config` trains whole has weights of its own.
-
-        PEFT trains a copy of a module whole, apart from those that share its weight; here they are
-        one array, which stays one. So the two sides would compute different things.
-        """
-        whole = targets.saved_modules(config)
-        for group in self.info.tied:
-            taken = [name for name in group if targets.inside_saved(name, whole)]
-            if taken:
-                raise ConfigError(
-                    f"modules_to_save={shown(config.modules_to_save)} trains {listed(taken)} "
-                    f"whole, but {listed(group)} share one weight (they are tied; here it lies in "
-                    f"{group[0]!r}). PEFT trains a copy apart from the others, so its logits would "
-                    "not be ours: leave it out of modules_to_save, or, where only an output head "
-                    "shares it, take a model with config.tie_word_embeddings=False"
-                )
 
     def used_extents(self, spec: AdapterSpec, layers: Mapping[str, object]) -> Extents:
         """What an adapter's `layers`, by their names, slice of its pair."""

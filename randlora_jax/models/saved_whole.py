@@ -1,0 +1,148 @@
+"""What adapters train whole, to and from PEFT's files."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path as FilePath
+
+import jax
+import numpy as np
+
+from randlora_jax.core.update import at_least_float32
+from randlora_jax.interop import targets
+from randlora_jax.interop.adapter import Adapter
+from randlora_jax.interop.config import RandLoraConfig
+from randlora_jax.interop.errors import TargetError, listed, shown, warn
+from randlora_jax.interop.keys import file_key, trained_tensors
+from randlora_jax.models.names import EMBEDDINGS, Path, dotted
+from randlora_jax.models.peft_layout import (
+    from_peft_layout,
+    refuse_unwritable,
+    to_peft_layout,
+    torch_keys,
+)
+from randlora_jax.models.registry import AdapterRegistry, AdapterState
+
+
+def written_modules(
+    registry: AdapterRegistry, config: RandLoraConfig, saved: Iterable[str]
+) -> list[str]:
+    """What ``modules_to_save`` is in the file: `config` has the names that were wrapped with.
+
+    Args:
+      saved: keys of what was trained whole.
+
+    Raises:
+      TargetError: PEFT would train more than was trained here.
+    """
+    keys = [key.rpartition(".") for key in saved]
+    modules = {module for module, _, _ in keys}
+    heads = targets.task_heads(config.task_type)
+    whole = [  # a name that is no module's trains nothing, and would promise tensors
+        name
+        for name in targets.saved_modules(config)
+        if name in heads or any(targets.inside_saved(module, [name]) for module in modules)
+    ]
+    # names= may have been given when saving alone
+    renamed = {
+        module
+        for module, _, leaf in keys
+        if (config.bias == "none" or leaf != "bias") and not targets.inside_saved(module, whole)
+    }
+    whole += sorted(renamed)
+    if renamed:
+        every = {*registry.modules, *registry.owners()}
+        if more := sorted(n for n in every - modules if targets.inside_saved(n, whole)):
+            raise TargetError(
+                f"modules_to_save={shown(whole)}, as names= has them, would train {listed(more)} "
+                "besides in PEFT, which takes every module whose path ends so: give names= when "
+                "wrapping, and modules_to_save in those names"
+            )
+    return whole
+
+
+def tensors_of(registry: AdapterRegistry, state: AdapterState) -> dict[str, np.ndarray]:
+    """What is trained whole, by the file's key."""
+    saved: dict[str, np.ndarray] = {}
+    adapted = {name for layer in state.layers for name in registry.layers[layer].names}
+    for path, value in state.saved.items():
+        _refuse_unopenable(registry, path, value)
+        layer = registry.layer_of(path)
+        for key, tensor in to_peft_layout(value, path, layer, registry.names).items():
+            saved[file_key(key, adapted)] = tensor
+    return saved
+
+
+def warn_of_unwritable(registry: AdapterRegistry, name: str, state: AdapterState) -> None:
+    """Warn before an adapter is trained if what it trains whole cannot be written for PEFT."""
+    try:
+        for path, leaf in state.saved.items():
+            _refuse_unopenable(registry, path, leaf)
+    except TargetError as error:
+        warn(
+            f"adapter {name!r} can be trained, and kept by orbax, but save_pretrained will refuse "
+            f"it: {error}"
+        )
+
+
+def _refuse_unopenable(registry: AdapterRegistry, path: Path, leaf: jax.Array) -> None:
+    """Nothing, if a leaf that is trained whole can be written for PEFT.
+
+    Raises:
+      TargetError: PyTorch's name for it, or its layout there, is unknown; or a scan stacks it.
+    """
+    layer = registry.layer_of(path)
+    refuse_unwritable(path, layer, registry.names, leaf)
+    if layer or leaf.ndim < 2 or path[-1] in EMBEDDINGS:
+        return
+    around = [other for other in registry.layers.values() if other.path[:1] == path[:1]]
+    if any(set(other.stack) & set(leaf.shape) for other in around):
+        raise TargetError(
+            f"{dotted(path)!r} has shape {leaf.shape}: a scan stacks it, as the layers beside it, "
+            "and PyTorch has it in parts, which no kernel names: leave it out of modules_to_save"
+        )
+
+
+def leaves_of(
+    registry: AdapterRegistry,
+    base: Mapping[Path, jax.Array],
+    adapter: Adapter,
+    directory: str | FilePath,
+) -> dict[Path, jax.Array]:
+    """What the file holds of modules trained whole, by path."""
+    tensors = trained_tensors(adapter.saved)
+    saved, used = {}, set()
+    for path, leaf in base.items() if tensors else ():
+        layer = registry.layer_of(path)
+        try:
+            keys = torch_keys(path, layer, registry.names)
+        except TargetError:  # what has no name in PyTorch is in no file
+            continue
+        present = [key for key in keys if key in tensors]
+        if present and len(present) < len(keys):
+            raise TargetError(
+                f"{directory} carries {present}, a part of {dotted(path)!r}, which is one "
+                f"array here: {sorted(set(keys) - set(present))} are missing"
+            )
+        if present:
+            held = [_held(key, tensors[key], leaf, directory) for key in keys]
+            saved[path] = from_peft_layout(held, path, layer, leaf)
+            used |= set(keys)
+    for key in tensors:
+        if key not in used:
+            raise TargetError(
+                f"{directory} carries {shown(key)}, which this model does not have; its parameters "
+                f"of modules_to_save={shown(adapter.config.modules_to_save)} and bias="
+                f"{adapter.config.bias!r} have other names"
+            )
+    return saved
+
+
+def _held(key: str, tensor: np.ndarray, leaf: jax.Array, directory: str | FilePath) -> np.ndarray:
+    """A tensor trained whole, as wide as a model trains `leaf`; what does not fit is said."""
+    held = tensor.astype(at_least_float32(leaf.dtype))
+    if not np.array_equal(held, tensor):
+        warn(
+            f"{directory}: {shown(key)} holds {tensor.dtype} numbers, which this model's "
+            f"{leaf.dtype} array trains in {held.dtype}: they are rounded. To keep them, wrap a "
+            "model that holds this array in float64 (jax_enable_x64)"
+        )
+    return held
