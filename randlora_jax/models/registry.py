@@ -196,7 +196,9 @@ class AdapterRegistry:
         """
         rules = Names({**names.rules, **self.names.rules}, frozenset(self.names.rules))
         paths = [layer.path for layer in self.layers.values()]
+        leaves = list(leaves)
         refuse_idle("names", names.rules, [*paths, *(leaf[:-1] for leaf in leaves)])
+        others = {rules.first(leaf[:-1]) for leaf in leaves if not self.layer_of(leaf)}
         found = {
             name: replace(
                 self.layers[name],
@@ -205,7 +207,8 @@ class AdapterRegistry:
             )
             for name in sorted(self.layers, key=lambda name: name not in adapted)
         }
-        return replace(self, layers={name: found[name] for name in self.layers}, names=rules)
+        layers = {name: found[name] for name in self.layers}
+        return replace(self, layers=layers, modules=tuple(sorted(others)), names=rules)
 
     def spec(self, adapter_name: str) -> AdapterSpec:
         """Of the adapter of that name.

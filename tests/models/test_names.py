@@ -14,7 +14,7 @@ import pytest
 import torch
 from flax import nnx
 
-from randlora_jax import RandLoraConfig, RandLoraModel, TargetError, get_peft_model
+from randlora_jax import AdapterParam, RandLoraConfig, RandLoraModel, TargetError, get_peft_model
 from randlora_jax.models.names import Names
 
 pytestmark = pytest.mark.torch
@@ -206,3 +206,112 @@ def test_what_cannot_be_saved_is_told_before_it_is_trained(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         get_peft_model(model.unload(), dataclasses.replace(config, modules_to_save=None))
+
+
+class Tailed(nnx.Module):
+    """A stack, and a norm and a head that PyTorch calls otherwise."""
+
+    def __init__(self):
+        self.blocks = nnx.vmap(NormedBlock)(jax.random.split(jax.random.key(0), 3))
+        self.last = nnx.LayerNorm(12, epsilon=1e-5, rngs=nnx.Rngs(1))
+        self.head = nnx.Linear(12, 5, rngs=nnx.Rngs(2))
+
+    def __call__(self, x):
+        def step(x, block):
+            return x + block.down(block.norm(x))
+
+        x = nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
+        return self.head(self.last(x))
+
+
+class TorchTailed(torch.nn.Module):
+    def __init__(self, ours):
+        super().__init__()
+        self.h = torch.nn.ModuleList(
+            [
+                torch.nn.ModuleDict(
+                    {"norm": torch.nn.LayerNorm(12, eps=1e-6), "down": torch.nn.Linear(12, 12)}
+                )
+                for _ in range(3)
+            ]
+        )
+        self.ln_f, self.lm_out = torch.nn.LayerNorm(12), torch.nn.Linear(12, 5)
+        with torch.no_grad():
+            for i, block in enumerate(self.h):
+                block["down"].weight.copy_(torch.tensor(np.array(ours.blocks.down.kernel[i].T)))
+            self.lm_out.weight.copy_(torch.tensor(np.array(ours.head.kernel[...].T)))
+            for layer in (self.lm_out, *(block["down"] for block in self.h)):
+                layer.bias.zero_()
+
+    def forward(self, x):
+        for block in self.h:
+            x = x + block["down"](block["norm"](x))
+        return self.lm_out(self.ln_f(x))
+
+
+TAILED = {r"blocks/(.*)": r"h.{}.\1", "last": "ln_f", "head": "lm_out"}
+
+
+@pytest.mark.parametrize("when", ["wrapping", "saving"])
+def test_names_said_when_saving_alone_are_those_of_what_is_trained_whole(tmp_path, when):
+    """And a rule that fits no norm of the stack is none of a file without it."""
+    ours = Tailed()
+    theirs = TorchTailed(ours)
+    whole = ["last", "head"] if when == "saving" else ["ln_f", "lm_out"]
+    config = RandLoraConfig(
+        r=4, randlora_alpha=40, target_modules=["down"], modules_to_save=whole, init_weights=False
+    )
+    names = {"names": TAILED} if when == "wrapping" else {}
+    model = get_peft_model(ours, config, rngs=nnx.Rngs(3), **names)
+    state = nnx.state(model, AdapterParam)
+    moved = jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size).reshape(x.shape)), state)
+    nnx.update(model, moved)
+    base = torch_run(theirs)
+    model.save_pretrained(tmp_path, names=TAILED)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert set(written["modules_to_save"]) == {"ln_f", "lm_out"}
+    opened = peft.PeftModel.from_pretrained(theirs, str(tmp_path))
+    same(np.asarray(model(X)), torch_run(opened), base)
+    with opened.disable_adapter():
+        np.testing.assert_array_equal(torch_run(opened), base)
+    again = RandLoraModel.from_pretrained(Tailed(), tmp_path, names=TAILED)
+    np.testing.assert_array_equal(np.asarray(again(X)), np.asarray(model(X)))
+
+
+def test_names_by_which_peft_would_train_more_are_refused(tmp_path):
+    config = RandLoraConfig(r=4, target_modules=["down"], modules_to_save=["head"])
+    model = get_peft_model(Tailed(), config)
+    with pytest.raises(TargetError, match=r"\['out'\], as names=.* would train 'x.out' besides"):
+        model.save_pretrained(tmp_path, names=TAILED | {"head": "out", "last": "x.out"})
+
+
+@pytest.mark.parametrize(
+    ("saved", "names", "found"),
+    [
+        (["blocks.down"], None, ["head"]),
+        (["down"], None, ["head"]),
+        (["h.1.down"], TAILED, "takes 'h.1.down', a part of 'blocks.down'"),
+        (["blocks.1.down"], None, "takes 'blocks.1.down', a part of 'blocks.down'"),
+        (["blocks.down", "head"], None, "matches no layer|trains whole all that"),
+    ],
+)
+def test_a_stack_is_adapted_or_trained_whole(saved, names, found):
+    config = RandLoraConfig(r=4, target_modules=["down", "head"], modules_to_save=saved)
+    if isinstance(found, str):
+        with pytest.raises(TargetError, match=found):
+            get_peft_model(Tailed(), config, names=names)
+        return
+    model = get_peft_model(Tailed(), config, names=names)
+    assert model.targeted_module_names == found
+    whole = {
+        path for path, _ in nnx.to_flat_state(nnx.state(model, AdapterParam)) if "down" in path
+    }
+    assert len(whole) == 2, "kernel and bias, and no lambda"
+
+
+def test_a_norm_in_a_scan_without_a_rule_is_told_too(tmp_path):
+    config = RandLoraConfig(r=4, target_modules=["down"], modules_to_save=["blocks.norm"])
+    with pytest.warns(UserWarning, match=r"can be trained.*shape \(3, 12\): a scan stacks it"):
+        model = get_peft_model(Tailed(), config)
+    with pytest.raises(TargetError, match="a scan stacks it"):
+        model.save_pretrained(tmp_path)
