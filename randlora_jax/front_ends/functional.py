@@ -94,10 +94,18 @@ class FunctionalRandLora(RandLoraModel):
     def split(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(what an optimizer trains, all other collections): pytrees of arrays.
 
-        ``{**frozen, "randlora": trained}`` is the whole again, what `apply` takes.
+        ``{**frozen, "randlora": trained}`` is the whole again, what `apply` takes. Warns where
+        adapters are applied and none of them trains.
         """
         frozen = self.variables
-        return frozen.pop(TRAINED), frozen
+        trained, applied = frozen.pop(TRAINED), self._registry.applied
+        if applied and not trained and not self._registry.stacks:
+            warn(
+                f"nothing here is to be trained: {listed(applied)} is applied, and frozen. To train "
+                f"it, model.set_adapter({applied[-1]!r}), or open it by "
+                "RandLoraModel.from_pretrained(..., is_trainable=True)"
+            )
+        return trained, frozen
 
     @property
     def _held(self) -> tuple[str, ...]:

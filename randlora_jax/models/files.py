@@ -255,6 +255,9 @@ def _check_sizes(
             )
 
 
+_LINEN = " (in linen, sample_inputs= too, without which no module tells its type)"
+
+
 def _to_give(name: str, left: Iterable[LeftArray]) -> str:
     """What to do about a layer that the model lacks; and the array in its place, if any."""
 
@@ -265,9 +268,11 @@ def _to_give(name: str, left: Iterable[LeftArray]) -> str:
         if bare(name.split(".")) in (bare(array.owner), bare(array.path)):
             return (
                 f"It has an array {slashed(array.path)!r} there: give the layer_types= or views= "
-                "that the adapter was made with"
+                f"that the adapter was made with{_LINEN}"
             )
-    return "Give the names=, layer_types= and views= that the adapter was made with, if any"
+    return (
+        f"Give the names=, layer_types= and views= that the adapter was made with, if any{_LINEN}"
+    )
 
 
 def _check_selected(registry: AdapterRegistry, adapter: Adapter, directory: str | FilePath) -> None:

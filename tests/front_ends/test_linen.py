@@ -351,3 +351,11 @@ def test_a_layer_quantised_by_qwix_changes_by_x_delta(dtype, tile):
     np.testing.assert_allclose(model(X) - before, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ConfigError, match="float update cannot join"):
         model.merge_adapter()
+
+
+def test_splitting_what_is_frozen_tells_that_nothing_trains():
+    """As a model that was opened without is_trainable is."""
+    model = get_peft_model(Net().bind(Net().init(jax.random.key(0), X)), CONFIG)
+    model.set_adapter("default", inference_mode=True)
+    with pytest.warns(UserWarning, match=r"'default' is applied, and frozen.*is_trainable=True"):
+        assert model.split()[0] == {}

@@ -67,7 +67,7 @@ ELSEWHERE = {
     "maxtext": ("tests/code_bases/test_maxtext_page.py", 1),
     "quantised": ("tests/front_ends/test_quantised_page.py", 4),
     "scale": ("tests/training/test_scale.py", 1),
-    "trainers": ("tests/trainers/test_page.py", 11),
+    "trainers": ("tests/trainers/test_page.py", 13),
 }
 
 
