@@ -143,7 +143,7 @@ def _expanded(pattern: str, match: re.Match[str], template: str) -> str:
             f"names rule {pattern!r}: {template!r} cannot be filled in ({error}): it may refer to "
             "the groups of the expression alone"
         ) from None
-    if not is_path(name):
+    if not is_path(name) and (name or match.string):  # the model itself has none
         raise TargetError(
             f"names rule {pattern!r} gives {name!r}, which is no PyTorch module path that a file "
             "could hold: join printable parts by single dots, as in 'model.layers.0.mlp', none of "

@@ -315,3 +315,24 @@ def test_a_norm_in_a_scan_without_a_rule_is_told_too(tmp_path):
         model = get_peft_model(Tailed(), config)
     with pytest.raises(TargetError, match="a scan stacks it"):
         model.save_pretrained(tmp_path)
+
+
+class Rooted(nnx.Module):
+    def __init__(self):
+        self.proj = nnx.Linear(12, 12, rngs=nnx.Rngs(0))
+        self.token = nnx.Param(jnp.zeros(12))
+
+    def __call__(self, x):
+        return self.proj(x + self.token)
+
+
+@pytest.mark.parametrize("when", ["wrapping", "saving"])
+def test_a_rule_for_every_path_may_meet_arrays_of_the_model_itself(tmp_path, when):
+    same = {"names": {".*": r"\g<0>"}}
+    config = RandLoraConfig(r=4, target_modules=["proj"])
+    model = get_peft_model(Rooted(), config, **same if when == "wrapping" else {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path, **same if when == "saving" else {})
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["target_modules"] == ["proj"]
