@@ -264,9 +264,10 @@ def _warn_of_surprises(config: RandLoraConfig, linear: Sequence[str], chosen: li
     targets = config.target_modules or ()
     idle = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in chosen)]
     if idle:
+        says = "adapts no layer: it matches" if len(idle) == 1 else "adapt no layer: they match"
         warn(
-            f"target_modules: {listed(idle)} adapt no layer: they match none, or one that is "
-            f"trained whole.{_near(idle, linear)} Layers of this model: {listed(linear)}."
+            f"target_modules: {listed(idle)} {says} none, or one that is trained whole."
+            f"{_near(idle, linear)} Layers of this model: {listed(linear)}."
         )
     beyond = [n for n in chosen if n in targets and not _in_layers(config, n)]
     if beyond:
@@ -282,10 +283,8 @@ def _warn_of_idle_modules(config: RandLoraConfig, modules: Iterable[str]) -> Non
     wanted = [name for name in config.modules_to_save or () if name not in heads]
     idle = [name for name in wanted if not any(matches_saved(n, [name]) for n in names)]
     if idle:
-        warn(
-            f"modules_to_save: {listed(idle)} take no module, and train nothing. Near: "
-            f"{nearest(idle[0], names)}."
-        )
+        says = "names no module, and trains" if len(idle) == 1 else "name no module, and train"
+        warn(f"modules_to_save: {listed(idle)} {says} nothing. Near: {nearest(idle[0], names)}.")
 
 
 def write_targets(adapted: Iterable[str], all_modules: Iterable[str]) -> tuple[str, ...] | str:

@@ -81,10 +81,13 @@ def _entry_fault(entry: Any, base: int, size: int) -> str | None:
     if not _are_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1]:
         return "data_offsets must be two increasing positions"
     nbytes = prod(shape) * DTYPES[code].itemsize
-    if nbytes != offsets[1] - offsets[0] or base + offsets[1] > size:
+    if nbytes != offsets[1] - offsets[0]:
+        return f"{code} {shape} takes {nbytes} bytes; its offsets are {offsets}"
+    if base + offsets[1] > size:
         return (
             f"{code} {shape} takes {nbytes} bytes; its offsets are {offsets} in a file of {size} "
-            "bytes"
+            f"bytes, and it ends at byte {base + offsets[1]}: the file is cut off; copy or "
+            "download it again"
         )
     return None
 

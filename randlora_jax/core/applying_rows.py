@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from randlora_jax.core.contraction import as_output, as_rows, for_each_matrix
 from randlora_jax.core.cost import Sizes, row_order
 from randlora_jax.core.hoisting import is_traced
-from randlora_jax.core.layer_call import Arguments, LayerCall, RunningLayer, naming
+from randlora_jax.core.layer_call import Arguments, LayerCall, Run, RunningLayer, naming
 from randlora_jax.core.rows import RowOrder, RowUpdates
 from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.interop.errors import ConfigError
@@ -71,11 +71,8 @@ def _run_rows(
 ) -> jax.Array:
     """The layer's output, each row with its own adapters."""
     assert call.axes is not None
-    out = (
-        _each_row(call, by_row, arguments)
-        if any(by_row)
-        else call.run(arguments.kernel, arguments.x, *arguments.read)
-    )
+    own = replace(call, run=_each_row(call.run, by_row)) if any(by_row) else call
+    out = own.output(arguments.kernel, arguments.x, *arguments.read)
     sizes = call.layout.out_sizes(call.packed or arguments.kernel.shape)
     x = arguments.x.astype(call.dtype)
     made = [
@@ -104,14 +101,13 @@ def _row_order(call: LayerCall, x: jax.Array, update: RowUpdates) -> RowOrder:
     return order
 
 
-def _each_row(call: LayerCall, by_row: Sequence[bool], arguments: Arguments) -> jax.Array:
+def _each_row(run: Run, by_row: Sequence[bool]) -> Run:
     """The untouched layer, with what it reads of each row's own."""
 
-    def row(x: jax.Array, *read: jax.Array) -> jax.Array:
-        return call.run(arguments.kernel, x[None], *read)[0]
+    def row(kernel: jax.Array, x: jax.Array, *read: jax.Array) -> jax.Array:
+        return run(kernel, x[None], *read)[0]
 
-    mapped = jax.vmap(row, (0, *(0 if own else None for own in by_row)))
-    return mapped(arguments.x, *arguments.read)
+    return jax.vmap(row, (None, 0, *(0 if own else None for own in by_row)))
 
 
 def _through(

@@ -20,9 +20,10 @@ from randlora_jax.interop.errors import ConfigError, shown
 
 @dataclass(frozen=True)
 class CallAxes:
-    """The axes of one call: of its input and output, and the kernel's by their role."""
+    """The axes of one call: of its input, kernel and output, and the kernel's by their role."""
 
     x: str
+    kernel: str
     out: str
     stack: str
     n_in: str
@@ -38,6 +39,13 @@ class CallAxes:
         """Axes of the input that the kernel does not have: its tokens."""
         return "".join(c for c in self.x if c not in self.stack + self.n_in)
 
+    def extents(self, x: tuple[int, ...], kernel: tuple[int, ...]) -> dict[str, int] | None:
+        """Of every axis, from the shapes of both; None where these do not fit each other."""
+        if len(self.x) != len(x):
+            return None
+        held, seen = dict(zip(self.kernel, kernel, strict=True)), dict(zip(self.x, x, strict=True))
+        return held | seen if all(held.get(c, n) == n for c, n in seen.items()) else None
+
 
 @dataclass(frozen=True)
 class Contraction:
@@ -46,7 +54,7 @@ class Contraction:
     Args:
       equation: with ``...`` for any number of axes, in the input and the output. Without one, the
         layer sums over its input's last axes, in the order of the kernel's in axes, and puts the
-        kernel's out axes in their place.
+        kernel's other axes in their place.
 
     Raises:
       ConfigError: `equation` is none of two arrays with a result, or a letter is twice in one.
@@ -74,18 +82,41 @@ class Contraction:
         x, kernel, out = re.split(",|->", (self.equation or ",->").replace(" ", ""))
         return x, kernel, out
 
+    def fits(self, layout: KernelLayout) -> bool:
+        """Whether a layout and the equation mean the same kernel."""
+        if self.equation is None:
+            return True
+        x, kernel, out = self.parts
+        meant = {
+            "i": set(x) - set(out),
+            "o": set(out) - set(x),
+            "s": set(out),  # several layers side by side in the output, too
+        }
+        return len(layout.axes) == len(kernel) and all(
+            letter in meant[axis] for axis, letter in zip(layout.axes, kernel, strict=True)
+        )
+
+    def parts_for(self, layout: KernelLayout) -> tuple[str, str, str]:
+        """`parts`, also where there is no equation."""
+        if self.equation is not None:
+            return self.parts
+        kernel = string.ascii_letters[: len(layout.axes)]
+        ins = _of(layout, kernel, "i")
+        return f"...{ins}", kernel, "..." + "".join(c for c in kernel if c not in ins)
+
     def axes(self, layout: KernelLayout, ndim: int) -> CallAxes:
         """The axes of a call whose input has `ndim`, of a layer whose kernel has `layout`."""
-        if self.equation is None:
-            kernel = string.ascii_letters[: len(layout.axes)]
-            ins, outs = (_of(layout, kernel, side) for side in "io")
-            x, out = f"...{ins}", f"...{outs}"
-        else:
-            x, kernel, out = self.parts
+        x, kernel, out = self.parts_for(layout)
         free = [c for c in string.ascii_letters if c not in x + kernel + out]
-        dots = "".join(free[: ndim - len(x.replace("...", ""))])
+        dots = "".join(free[: max(0, ndim - len(x.replace("...", "")))])
         x, out = x.replace("...", dots), out.replace("...", dots)
-        return CallAxes(x, out, *(_of(layout, kernel, side) for side in "sio"))
+        return CallAxes(x, kernel, out, *(_of(layout, kernel, side) for side in "sio"))
+
+    def input_of(self, layout: KernelLayout, shape: tuple[int, ...]) -> str:
+        """The shape of an input, for a message, that a kernel of `shape` takes."""
+        x, kernel, _ = self.parts_for(layout)
+        held = dict(zip(kernel, shape, strict=True))
+        return f"({', '.join(str(held.get(c, c)) for c in re.findall(r'[.]{3}|.', x))})"
 
 
 LAST_AXES = Contraction()

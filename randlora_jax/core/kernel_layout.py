@@ -85,6 +85,16 @@ class KernelLayout:
         gone = tuple(stacks[:taken])  # a shard's own extents
         return tuple(i for i in range(len(self.axes)) if i not in gone)
 
+    def without_stacks(self, ndim: int) -> list["KernelLayout"]:
+        """The layouts of `ndim` axes that scans over stack axes may leave."""
+        stacks = [i for i, axis in enumerate(self.axes) if axis == "s"]
+        taken = len(self.axes) - ndim
+        left = (
+            "".join(axis for i, axis in enumerate(self.axes) if i not in gone)
+            for gone in (combinations(stacks, taken) if taken >= 0 else ())
+        )
+        return [KernelLayout(axes) for axes in dict.fromkeys(left)]
+
     def along_stack(self, stacked: jax.Array) -> jax.Array:
         """(*stack, a, b) with its stack axes where a kernel has them, for scans to take.
 

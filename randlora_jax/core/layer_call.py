@@ -91,6 +91,21 @@ def naming(layer: str) -> Iterator[None]:
         raise ConfigError(f"layer {layer!r}: {error}") from None
 
 
+def _not_its_input(
+    layer: str, x: tuple[int, ...], kernel: Kernel, contraction: Contraction
+) -> ConfigError:
+    """What to say of an input of shape `x` that a kernel does not take."""
+    axes, shape = kernel.layout.axes, kernel.shape
+    by = f"equation {contraction.equation!r}" if contraction.equation else f"layout {axes!r}"
+    return ConfigError(
+        f"layer {layer!r} got x of shape {x}, and its kernel of shape {shape} takes "
+        f"{contraction.input_of(kernel.layout, shape)} by its {by}. Where the layer itself takes "
+        "such an x, its type says otherwise than it computes: state the layout in which i is the "
+        "axis that x has, too, layer_types={...: LayerType(KernelLayout('i o'), leaf=...)}, or its "
+        "equation, of_einsum(equation, leaf=...), or call=None where it is no such product"
+    )
+
+
 @dataclass(frozen=True)
 class LayerCall:
     """What decides how a layer is run, but for the way of each pass: a value without arrays.
@@ -105,6 +120,7 @@ class LayerCall:
         them as it lies, but first transposes a copy to sum over several, as the gradient of delta
         does. On a mesh such axes may be cut, and cannot be merged in place.
       packed: the shape of its kernel, where that is not its array's.
+      returns: the shape of its output, if it is the contraction that it is said to be.
     """
 
     run: Run
@@ -114,32 +130,58 @@ class LayerCall:
     dtype: jnp.dtype
     merge_rows: bool
     packed: tuple[int, ...] | None
+    returns: tuple[int, ...] | None
 
     @classmethod
     def of(cls, layer: RunningLayer, x: jax.Array, options: ExecutionOptions) -> "LayerCall":
-        """Of a layer called with `x`."""
-        axes, kernel = None, layer.kernel
+        """Of a layer called with `x`.
+
+        Raises:
+          ConfigError: by what the layer is said to compute, its kernel takes no such input.
+        """
+        axes, returns, kernel = None, None, layer.kernel
         placement = kernel.placement
         if layer.contraction is not None:
             axes = layer.contraction.axes(kernel.layout, x.ndim)
+            extents = axes.extents(x.shape, kernel.shape)
+            if extents is None:
+                raise _not_its_input(layer.name, x.shape, kernel, layer.contraction)
+            returns = tuple(extents[axis] for axis in axes.out)
             if placement:
                 rows = as_rows(x, axes)
                 placement = placement.of_rows(rows, len(axes.shared), options.token_axes)
         merge_rows = kernel.placement is None and off_mesh(x)
         dtype = jnp.dtype(layer.dtype)
-        return cls(layer.run, kernel.layout, placement, axes, dtype, merge_rows, kernel.packed)
+        where = kernel.layout, placement, axes
+        return cls(layer.run, *where, dtype, merge_rows, kernel.packed, returns)
+
+    def output(self, kernel: jax.Array, x: jax.Array, *read: jax.Array) -> jax.Array:
+        """What the layer returns.
+
+        Raises:
+          ConfigError: it has another shape, so it is not the sum that it is said to be.
+        """
+        out = self.run(kernel, x, *read)
+        if self.returns not in (None, out.shape):
+            raise _NotTheSum(
+                f"it returned the shape {out.shape}, and x times its kernel has {self.returns} by "
+                "what its type is said to compute: state its equation, layer_types={...: "
+                "LayerType(layout, Contraction(equation))} or of_einsum(equation, leaf=...), or "
+                "call=None where it is no such product"
+            )
+        return out
 
     def in_kernel(self, arguments: Arguments, updates: Sequence[Update]) -> jax.Array:
         """The layer once, with W + delta."""
         kernel = Kernel(arguments.kernel, self.layout, self.placement)
         whole = kernel.taking(updates, formed_in(self.dtype))
-        return self.run(whole, arguments.x, *arguments.read)
+        return self.output(whole, arguments.x, *arguments.read)
 
     def beside(
         self, arguments: Arguments, updates: Sequence[Update], *, factored: bool
     ) -> jax.Array:
         """The untouched layer, and beside it what each adapter makes of its input."""
-        out = self.run(arguments.kernel, arguments.x, *arguments.read)
+        out = self.output(arguments.kernel, arguments.x, *arguments.read)
         sizes = self.layout.out_sizes(self.packed or arguments.kernel.shape)
         seen = [arguments.x if x is None else x for x in arguments.seen]
         made = [
@@ -149,18 +191,7 @@ class LayerCall:
         return self.added(out, made)
 
     def added(self, out: jax.Array, made: Sequence[jax.Array]) -> jax.Array:
-        """The layer's output with what adapters make of its input.
-
-        Raises:
-          ConfigError: the layer returns another shape, so it is not the sum that it is said to be.
-        """
-        if any(y.shape != out.shape for y in made):
-            raise _NotTheSum(
-                f"it returned the shape {out.shape}, and x times its kernel has {made[0].shape} by "
-                "what its type is said to compute: state its equation, layer_types={...: "
-                "LayerType(layout, Contraction(equation))} or of_einsum(equation, leaf=...), or "
-                "call=None where it is no such product"
-            )
+        """The layer's output with what adapters make of its input."""
         return (out + sum(made[1:], made[0])).astype(out.dtype)
 
     def _through(

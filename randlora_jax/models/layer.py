@@ -22,9 +22,9 @@ class LayerType:
     """What is known of a type of layer.
 
     Args:
-      layout: of its kernel, without the axes along which scans stack layers.
-      call: what it computes, without its bias; None where that is no sum over axes of its input:
-        then adapters can only run with delta in the kernel.
+      layout: of its kernel, without the axes along which scans stack layers (or with, as ``s``).
+      call: what it computes in one step of a scan, without its bias; None where that is no sum over
+        axes of its input: then adapters can only run with delta in the kernel.
       fan_in_fan_out: its PyTorch twin is a Conv1D, which holds (in, out).
       leaf: the kernel's name in the layer.
       shape: of the kernel, where `leaf` holds its numbers packed, in an array of another shape;
@@ -33,7 +33,7 @@ class LayerType:
 
     Raises:
       ConfigError: one of them is something else, or the call's kernel or `shape` has another number
-        of axes than the layout.
+        of axes than the layout, but for stack axes.
     """
 
     layout: KernelLayout
@@ -69,22 +69,16 @@ class LayerType:
             )
 
     def _check_call(self, call: Contraction) -> None:
-        """The layout and the equation of a call mean the same kernel."""
+        """The layout and the equation of a call mean the same kernel, but for what scans take."""
         x, kernel, out = call.parts
-        meant = {
-            "i": set(x) - set(out),
-            "o": set(out) - set(x),
-            "s": set(out),  # several layers side by side in the output, too
-        }
         axes = self.layout.axes
-        fits = len(axes) == len(kernel) and all(
-            letter in meant[axis] for axis, letter in zip(axes, kernel, strict=True)
-        )
+        fits = any(map(call.fits, self.layout.without_stacks(len(kernel))))
         if not fits or set(x) - set(kernel) - set(out):
             raise ConfigError(
                 f"LayerType: the layout {axes!r} does not fit the call {call.equation!r}: an axis "
                 "of the kernel is i where input and kernel have it, o where kernel and output have "
-                "it, s where the output has it besides, and nothing else may be summed. "
+                "it, s where the output has it besides (or, with no letter in the call, where "
+                "scans stack such layers), and nothing else may be summed. "
                 "randlora_jax.layer_types.of_einsum(equation) makes a LayerType of an equation; "
                 "call=None leaves the call unknown"
             )
@@ -229,7 +223,8 @@ class Layer:
           known: of the running layer's class, whose name is `kind`.
 
         Raises:
-          ConfigError: nothing is known of the class, or its layout is not this layer's.
+          ConfigError: nothing is known of the class, or its layout is not this layer's, or its
+            equation has another kernel.
         """
         layout = self.layout.within(self.shape, shape)
         if known is None and self.type is not None:
@@ -246,6 +241,17 @@ class Layer:
         if not layout.splits(theirs):
             raise ConfigError(
                 f"layer {self.name!r} was taken for {layout.axes!r}, but a {kind} holds its kernel "
-                f"as {theirs.axes!r}; state views={{...}} accordingly"
+                f"as {theirs.axes!r}; state views={{...}} accordingly, or layer_types={{...}} with "
+                "a letter for each axis of the kernel that it sees"
+            )
+        if known.call and not known.call.fits(layout):
+            kernel = known.call.parts[1]
+            raise ConfigError(
+                f"layer {self.name!r}, a {kind}, runs with a kernel of shape {shape}, whose "
+                f"{len(shape)} axes are {layout.axes!r}, and its type says "
+                f"{known.call.equation!r}, with {len(kernel)} axes {kernel!r}: expected the "
+                "equation that the layer itself computes, with a letter for each axis of the "
+                "kernel that it sees, and none for those along which scans or vmaps stack layers: "
+                "layer_types={...: of_einsum(equation, leaf=...)}"
             )
         return layout, known.call

@@ -270,7 +270,7 @@ CONTAINERS = {
     ),
     "a hole": (packed({"a": entry(offsets=(4, 8))}, b"12345678"), "'a': its bytes begin at"),
     "beyond the end": (packed({"a": entry(offsets=(4, 8))}, b"1234"), "'a': F32 [1] takes 4"),
-    "cut short": (packed({"a": entry()}, b"123"), "'a': F32 [1] takes 4"),
+    "cut short": (packed({"a": entry()}, b"123"), "the file is cut off; copy or download it again"),
     "something appended": (packed({"a": entry()}, b"12345"), "or something was appended"),
     "metadata of numbers": (packed({"__metadata__": {"a": 1}}), "__metadata__"),
     "a name of a megabyte": (packed({"a" * 10**6: 1}), "(1000000 characters)"),

@@ -1,6 +1,7 @@
 """Which layers are adapted, against what PEFT does with the same names and models."""
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import peft
@@ -280,10 +281,10 @@ def test_state_space_projections_are_refused() -> None:
 
 def test_a_target_without_effect_is_reported() -> None:
     linear = ["m.layers.0.q", "m.layers.1.q", "m.head"]
-    with pytest.warns(UserWarning, match=r"'v' adapt no layer"):
+    with pytest.warns(UserWarning, match="'v' adapts no layer: it matches"):
         assert select(RandLoraConfig(target_modules=["q", "v"]), linear) == linear[:2]
     named = ["layers.0.query", "layers.0.value"]
-    with pytest.warns(UserWarning, match=r"'vlaue' adapt no layer.* Near: 'value'\."):
+    with pytest.warns(UserWarning, match=r"'vlaue' adapts no layer.* Near: 'value'\."):
         assert select(RandLoraConfig(target_modules=["query", "vlaue"]), named) == named[:1]
     config = RandLoraConfig(target_modules=["q", "m.layers.1.q"], layers_to_transform=0)
     with pytest.warns(UserWarning, match=r"does not keep out 'm\.layers\.1\.q'"):
@@ -340,8 +341,12 @@ def test_saved_names_are_plain_suffixes() -> None:
 
 def test_a_name_in_modules_to_save_that_is_no_modules_is_said() -> None:
     config = RandLoraConfig(target_modules=["q"], modules_to_save=["haed", "norm", "layers.0"])
-    with pytest.warns(UserWarning, match=r"modules_to_save: 'haed' take no module.*'head'"):
+    said = r"modules_to_save: 'haed' names no module, and trains nothing.*'head'"
+    with pytest.warns(UserWarning, match=said):
         select(config, ["layers.0.q", "layers.1.q", "head"], ["norm"])
+    config = replace(config, modules_to_save=["haed", "nrom"])
+    with pytest.warns(UserWarning, match="'haed', 'nrom' name no module, and train nothing"):
+        select(config, ["layers.0.q", "head"], ["norm"])
     heads = RandLoraConfig(
         target_modules=["q"], modules_to_save=["classifier", "score"], task_type="SEQ_CLS"
     )

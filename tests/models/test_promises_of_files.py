@@ -113,7 +113,7 @@ def test_a_model_without_such_a_head_needs_none(tmp_path):
     config = RandLoraConfig(
         r=2, target_modules=["up"], modules_to_save=["top", "tpo"], task_type="SEQ_CLS"
     )
-    with pytest.warns(UserWarning, match="'tpo' take no module"):
+    with pytest.warns(UserWarning, match="'tpo' names no module, and trains nothing"):
         model = get_peft_model(Net(), config)
     model.save_pretrained(tmp_path, names={"(.*)": r"\1"})
     written = json.loads((tmp_path / CONFIG).read_text())
