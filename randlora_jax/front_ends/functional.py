@@ -101,8 +101,8 @@ class FunctionalRandLora(RandLoraModel):
         trained, applied = frozen.pop(TRAINED), self._registry.applied
         if applied and not trained and not self._registry.stacks:
             warn(
-                f"nothing here is to be trained: {listed(applied)} is applied, and frozen. To train "
-                f"it, model.set_adapter({applied[-1]!r}), or open it by "
+                f"nothing here is to be trained: {listed(applied)} is applied, and frozen. To "
+                f"train it, model.set_adapter({applied[-1]!r}), or open it by "
                 "RandLoraModel.from_pretrained(..., is_trainable=True)"
             )
         return trained, frozen
