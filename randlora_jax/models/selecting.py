@@ -12,7 +12,7 @@ def select(registry: AdapterRegistry, config: RandLoraConfig) -> dict[str, Layer
 
     Raises:
       ConfigError: it trains whole what shares its weight with other modules.
-      TargetError: it selects none, or a part of what one array holds, or the model itregistry.
+      TargetError: it selects none, or a part of what one array holds, or the model itself.
     """
     _refuse_tied(registry.info, config)
     owners = registry.owners()
