@@ -48,14 +48,13 @@ def written_modules(
         if (config.bias == "none" or leaf != "bias") and not targets.inside_saved(module, whole)
     }
     whole += sorted(renamed)
-    if renamed:
-        every = {*registry.modules, *registry.owners()}
-        if more := sorted(n for n in every - modules if targets.inside_saved(n, whole)):
-            raise TargetError(
-                f"modules_to_save={shown(whole)}, as names= has them, would train {listed(more)} "
-                "besides in PEFT, which takes every module whose path ends so: give names= when "
-                "wrapping, and modules_to_save in those names"
-            )
+    others = {*registry.modules, *registry.owners()} - modules
+    if more := sorted(name for name in others if targets.inside_saved(name, whole)):
+        raise TargetError(
+            f"modules_to_save={shown(whole)}, as names= has them, would train {listed(more)} "
+            "besides in PEFT, which takes every module whose path ends so: give names= when "
+            "wrapping, and modules_to_save in those names"
+        )
     return whole
 
 

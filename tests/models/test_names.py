@@ -278,11 +278,13 @@ def test_names_said_when_saving_alone_are_those_of_what_is_trained_whole(tmp_pat
     np.testing.assert_array_equal(np.asarray(again(X)), np.asarray(model(X)))
 
 
-def test_names_by_which_peft_would_train_more_are_refused(tmp_path):
+@pytest.mark.parametrize("head", ["out", "head"])
+def test_names_by_which_peft_would_train_more_are_refused(tmp_path, head):
     config = RandLoraConfig(r=4, target_modules=["down"], modules_to_save=["head"])
     model = get_peft_model(Tailed(), config)
-    with pytest.raises(TargetError, match=r"\['out'\], as names=.* would train 'x.out' besides"):
-        model.save_pretrained(tmp_path, names=TAILED | {"head": "out", "last": "x.out"})
+    words = rf"\['{head}'\], as names=.* would train 'x.{head}' besides"
+    with pytest.raises(TargetError, match=words):
+        model.save_pretrained(tmp_path, names=TAILED | {"head": head, "last": f"x.{head}"})
 
 
 @pytest.mark.parametrize(
