@@ -9,7 +9,7 @@
 #   make bench   what a step costs beside PEFT, JAX LoRA and full fine-tuning; about 17 minutes
 #   make bench-gpu PYTHON=...  the like on a GPU, by a Python that has a CUDA jax; installs nothing
 #   make profile  where the time of those steps goes
-#   make compare  RandLoRA beside LoRA, the head alone and full fine-tuning; five hours
+#   make compare  RandLoRA beside LoRA, the head alone and full fine-tuning; six hours
 #   make fit     how near each kind of adapter comes to given matrices
 #   make low-precision  how a bfloat16 model learns, by the ways to apply an adapter; loss curves
 #   make tpu     what XLA's TPU compiler makes of a bfloat16 step; no TPU needed

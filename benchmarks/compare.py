@@ -1,6 +1,6 @@
 """Quality for the price: RandLoRA beside LoRA, the head alone and full fine-tuning.
 
-    make compare                      some five hours on two cores; prints tables, writes
+    make compare                      some six hours on two cores; prints tables, writes
                                       out/compare/; goes on where it was stopped
     python benchmarks/compare.py chat    one task of three: R8, R52, chat
 

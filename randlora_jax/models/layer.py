@@ -154,15 +154,18 @@ class Layer:
         """The shape of its kernel, where the array that holds it has another."""
         return self.shape if self.stored else None
 
+    @property
+    def is_named_as_one(self) -> bool:
+        """A stack may be named by its path, where no rule says what PyTorch has."""
+        return bool(self.stack) and not self.has_stated_names
+
     def is_whole(self, patterns: Sequence[str]) -> bool:
         """Whether `patterns` of ``modules_to_save`` train it whole.
-
-        A stack that no rule names may be named as one, by its path.
 
         Raises:
           TargetError: they take a part of its matrices, which are one array.
         """
-        if self.stack and not self.has_stated_names and inside_saved(self.name, patterns):
+        if self.is_named_as_one and inside_saved(self.name, patterns):
             return True
         taken = [name for name in self.names if inside_saved(name, patterns)]
         if taken and len(taken) < len(self.names):

@@ -12,6 +12,7 @@ from randlora_jax.interop.adapter import Adapter
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import TargetError, listed, shown, warn
 from randlora_jax.interop.keys import file_key, trained_tensors
+from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import EMBEDDINGS, Path, dotted
 from randlora_jax.models.peft_layout import (
     from_peft_layout,
@@ -63,8 +64,8 @@ def tensors_of(registry: AdapterRegistry, state: AdapterState) -> dict[str, np.n
     saved: dict[str, np.ndarray] = {}
     adapted = {name for layer in state.layers for name in registry.layers[layer].names}
     for path, value in state.saved.items():
-        _refuse_unopenable(registry, path, value)
         layer = registry.layer_of(path)
+        _refuse_stacked(registry, path, layer, value)
         for key, tensor in to_peft_layout(value, path, layer, registry.names).items():
             saved[file_key(key, adapted)] = tensor
     return saved
@@ -74,7 +75,9 @@ def warn_of_unwritable(registry: AdapterRegistry, name: str, state: AdapterState
     """Warn before an adapter is trained if what it trains whole cannot be written for PEFT."""
     try:
         for path, leaf in state.saved.items():
-            _refuse_unopenable(registry, path, leaf)
+            layer = registry.layer_of(path)
+            refuse_unwritable(path, layer, registry.names, leaf)
+            _refuse_stacked(registry, path, layer, leaf)
     except TargetError as error:
         warn(
             f"adapter {name!r} can be trained, and kept by orbax, but save_pretrained will refuse "
@@ -82,14 +85,14 @@ def warn_of_unwritable(registry: AdapterRegistry, name: str, state: AdapterState
         )
 
 
-def _refuse_unopenable(registry: AdapterRegistry, path: Path, leaf: jax.Array) -> None:
-    """Nothing, if a leaf that is trained whole can be written for PEFT.
+def _refuse_stacked(
+    registry: AdapterRegistry, path: Path, layer: Layer | None, leaf: jax.Array
+) -> None:
+    """Nothing, if a leaf that is trained whole is no stack without a kernel that tells its names.
 
     Raises:
-      TargetError: PyTorch's name for it, or its layout there, is unknown; or a scan stacks it.
+      TargetError: a scan stacks it, and it is no linear layer's.
     """
-    layer = registry.layer_of(path)
-    refuse_unwritable(path, layer, registry.names, leaf)
     if layer or leaf.ndim < 2 or path[-1] in EMBEDDINGS:
         return
     around = [other for other in registry.layers.values() if other.path[:1] == path[:1]]

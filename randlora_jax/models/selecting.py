@@ -23,10 +23,10 @@ def select(registry: AdapterRegistry, config: RandLoraConfig) -> dict[str, Layer
             'in PyTorch, get_peft_model(..., names={"": "proj"})'
         )
     heads = [name for name in owners if targets.is_output_head(name)]
-    stacks = {  # may be named as one, too, where no rule says what PyTorch has
+    stacks = {
         layer.name: layer.names
         for layer in registry.layers.values()
-        if layer.stack and not layer.has_stated_names and layer.name not in owners
+        if layer.is_named_as_one and layer.name not in owners
     }
     named = targets.select(
         config,
