@@ -68,11 +68,9 @@ class KernelLayout:
         Raises:
           ConfigError: which axes were taken cannot be told from the extents.
         """
-        taken = len(self.axes) - len(shape)
-        stacks = [i for i, axis in enumerate(self.axes) if axis == "s"]
+        every = self._left_by_scans(len(shape))
         left: dict[str, tuple[int, ...]] = {}
-        for gone in combinations(stacks, taken):
-            kept = tuple(i for i in range(len(self.axes)) if i not in gone)
+        for kept in every:
             if [whole[i] for i in kept] == list(shape):
                 left.setdefault("".join(self.axes[i] for i in kept), kept)
         if len(left) > 1:
@@ -82,18 +80,24 @@ class KernelLayout:
             )
         for kept in left.values():
             return kept
-        gone = tuple(stacks[:taken])  # a shard's own extents
-        return tuple(i for i in range(len(self.axes)) if i not in gone)
+        if every:
+            return every[0]  # a shard's own extents
+        return tuple(i for i, axis in enumerate(self.axes) if axis != "s")
 
     def without_stacks(self, ndim: int) -> list["KernelLayout"]:
         """The layouts of `ndim` axes that scans over stack axes may leave."""
-        stacks = [i for i, axis in enumerate(self.axes) if axis == "s"]
-        taken = len(self.axes) - ndim
-        left = (
-            "".join(axis for i, axis in enumerate(self.axes) if i not in gone)
-            for gone in (combinations(stacks, taken) if taken >= 0 else ())
-        )
+        if ndim > len(self.axes):
+            return []
+        left = ("".join(self.axes[i] for i in kept) for kept in self._left_by_scans(ndim))
         return [KernelLayout(axes) for axes in dict.fromkeys(left)]
+
+    def _left_by_scans(self, ndim: int) -> list[tuple[int, ...]]:
+        """Every choice of `ndim` axes that scans over stack axes may leave, the last ones first."""
+        stacks = [i for i, axis in enumerate(self.axes) if axis == "s"]
+        return [
+            tuple(i for i in range(len(self.axes)) if i not in gone)
+            for gone in combinations(stacks, len(self.axes) - ndim)
+        ]
 
     def along_stack(self, stacked: jax.Array) -> jax.Array:
         """(*stack, a, b) with its stack axes where a kernel has them, for scans to take.
