@@ -1,6 +1,6 @@
 """A plan for Llama 8B on 8 chips and 70B on 64, from compiled programs of the real shapes.
 
-    make scale      a quarter of an hour on two shared cores; writes out/scale/results.json, too
+    make scale      five minutes on two cores; writes out/scale/results.json, too
 
 No TPU is needed, and no array is made: steps are compiled for chips that are not here. Of each, one
 of one layer and one of two are compiled; what the second has more is a layer's share, and what is

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
 from randlora_jax.interop.config import RandLoraConfig
-from randlora_jax.interop.errors import AdapterFileError, shown
+from randlora_jax.interop.errors import AdapterFileError, listed, shown
 from randlora_jax.interop.tensor_file import Tensor
 
 TOP = "base_model."
@@ -193,12 +193,18 @@ def _check_unique(roles: dict[str, Role], fail: Fail) -> None:
 def _check_partners(roles: dict[str, Role], fail: Fail) -> None:
     present = set(roles.values())
     partner = {"lambda": "gamma", "gamma": "lambda", "A": "B", "B": "A"}
-    for key, role in roles.items():
-        if role.part in partner and Role(partner[role.part], role.name) not in present:
-            fail(
-                f"{shown(key)}: expected randlora_{partner[role.part]} beside it, found none: the "
-                "file is incomplete; fetch it again"
-            )
+    alone = {
+        key: partner[role.part]
+        for key, role in roles.items()
+        if role.part in partner and Role(partner[role.part], role.name) not in present
+    }
+    for key, part in alone.items():
+        others = [other for other in alone if roles[other].part == part]
+        renamed = f", or a name was changed, for {listed(others)} is alone, too" if others else ""
+        fail(
+            f"{shown(key)}: expected randlora_{part} beside it, found none: the file is "
+            f"incomplete{renamed}; fetch it again"
+        )
     for key, role in roles.items():
         if role.part in BASE_PARTS and role.name and Role("lambda", role.name) not in present:
             fail(

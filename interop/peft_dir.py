@@ -166,7 +166,7 @@ def _missing(folder: Path) -> AdapterFileError:
     hint = f"; it has adapters in subfolders, open one of them: {listed(inside)}" if inside else ""
     return AdapterFileError(
         f"{folder}: expected {CONFIG_NAME} and {WEIGHTS_NAME}, found no {' and no '.join(absent)}"
-        f"{hint}"
+        f"{hint or '; name the directory that save_pretrained wrote, or copy it again'}"
     )
 
 

@@ -96,6 +96,8 @@ def _numbers(data: dict[str, Any]) -> Iterator[str]:
     numbers = data["numbers"]
     for key, bad in numbers["not_finite"].items():
         yield f"NOT FINITE: {plain(key)}: {bad} numbers are NaN or infinite"
+    if numbers["not_finite"]:
+        yield "training diverged or the file was damaged: use an earlier save"
     if not numbers["not_finite"]:
         yield "all numbers are finite"
     yield (

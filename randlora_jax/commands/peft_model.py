@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,16 @@ class PeftTwin:
         """delta_W of one of `layers`, (out, in) in float32."""
         found = _numpy(layer.get_delta_weight("default"))
         return found.T if layer.fan_in_fan_out else found
+
+    @contextmanager
+    def merged(self) -> Iterator[Any]:
+        """`model` with the adapter in its weights meanwhile, as PEFT merges it."""
+        with quiet():
+            self.model.merge_adapter()
+        try:
+            yield self.model
+        finally:
+            self.model.unmerge_adapter()
 
     def saved(self, keys: Collection[str]) -> dict[str, np.ndarray]:
         """What it has of these parameters of the base model; of two copies the trained one."""

@@ -260,7 +260,8 @@ def test_inspect_reports_numbers_that_others_refuse(tmp_path, capsys, part, valu
     assert all(part in key and bad == 3 for key, bad in report["numbers"]["not_finite"].items())
     assert len(report["numbers"]["not_finite"]) == (3 if part == "randlora_gamma" else 1)
     assert main(["inspect", str(tmp_path / "src")]) == 1
-    assert "NOT FINITE" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "NOT FINITE" in told and "use an earlier save" in told
     assert main(["compact", str(tmp_path / "src"), str(tmp_path / "dst")]) == 1
     assert "NaN or infinite" in capsys.readouterr().err and not (tmp_path / "dst").exists()
 

@@ -1,5 +1,6 @@
 """randlora-jax verify: agreement is found, and every kind of disagreement."""
 
+import importlib
 import json
 import sys
 
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch_files import load_file
 
 from randlora_jax import RandLoraConfig, get_peft_model
+from randlora_jax.commands.flax_twin import FlaxTwin
 from randlora_jax.commands.main import main
 from randlora_jax.commands.verify import difference, verify
 
@@ -211,3 +213,34 @@ def test_without_pytorch_it_says_what_to_install(pair, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
     assert main(["verify", str(pair / "adapter"), "--base", str(pair / "base")]) == 2
     assert "pip install '.[torch,hf]' in a clone" in capsys.readouterr().err
+
+
+def test_rounding_that_pefts_own_ways_show_is_no_disagreement(tmp_path, monkeypatch):
+    save_base("llama", tmp_path / "base")
+    save_adapter("llama", tmp_path / "base", tmp_path / "adapter", randlora_alpha=300)
+    monkeypatch.setattr(importlib.import_module("randlora_jax.commands.verify"), "LOGITS", 0.0)
+    ways = []
+    monkeypatch.setattr(FlaxTwin, "logits_of", keeping(FlaxTwin.logits_of, ways))
+
+    def logits():
+        report = verify(tmp_path / "adapter", base=tmp_path / "base")
+        (found,) = (d for d in report.data["differences"] if d["kind"] == "logits")
+        return found
+
+    found = logits()
+    _, peft, merged = ways
+    apart = abs(merged - peft).max() / abs(peft).max()
+    twins = found["allowed"] - 2 * apart
+    assert 0 < apart < 1e-4 and abs(twins) < 1e-9, (found, apart)
+    assert found["good"]
+    for factor in (1.001, 3.0):
+        monkeypatch.setattr(FlaxTwin, "adapted", lambda *_, x=factor * peft: x)
+        assert not logits()["good"]
+
+
+def keeping(method, found):
+    def kept(*args):
+        found.append(method(*args))
+        return found[-1]
+
+    return kept

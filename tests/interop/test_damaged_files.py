@@ -68,6 +68,10 @@ A, B = f"{P}x.1.randlora_A", f"{P}x.1.randlora_B"
 TENSOR_DAMAGE = {
     "lambda without gamma": ({GAMMA: None}, (LAMBDA, "expected randlora_gamma beside it")),
     "gamma without lambda": ({LAMBDA: None}, (GAMMA, "expected randlora_lambda beside it")),
+    "a lambda renamed": (
+        {f"{P}x.I.randlora_lambda": np.ones((2, 3), np.float32), LAMBDA: None},
+        (GAMMA, "expected randlora_lambda", "name was changed", f"{P}x.I.randlora_lambda"),
+    ),
     "A without B": ({B: None}, (A, "expected randlora_B beside it")),
     "bases under a strange layer": (
         {f"{P}y.randlora_A": np.ones((2, 1, 5)), f"{P}y.randlora_B": np.ones((9, 3, 2))},

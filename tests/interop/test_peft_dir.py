@@ -248,7 +248,7 @@ def test_missing_files_are_named(tmp_path):
     with pytest.raises(AdapterFileError, match=r"adapters in subfolders.*: 'second'$"):
         read_adapter(tmp_path / "nested")
     (tmp_path / "nested" / "second" / WEIGHTS).unlink()
-    with pytest.raises(AdapterFileError, match=f"found no {WEIGHTS}"):
+    with pytest.raises(AdapterFileError, match=f"found no {WEIGHTS}; name the directory"):
         read_adapter(tmp_path / "nested" / "second")
 
 
