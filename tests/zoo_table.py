@@ -35,7 +35,8 @@ REMARKS = {
     "bloom": "query, key and value in one matrix on both sides",
     "gemma": "right for rope_theta 1e4 without scaling",
     "gpt2": "Conv1D",
-    "llama": "right for rope_theta 1e4 without scaling or MLP biases; for others use nnx models",
+    "llama": "right for rope_theta 1e4 without scaling or MLP biases; "
+    "for others use [nnx models](trainers.md#fine-tuning)",
     "longt5": "needs `jnp.clip(a_max=)`, which new JAX has not; local attention",
     "mistral": "as llama; sliding_window must be set",
     "mt5": "needs `jnp.clip(a_max=)`, which new JAX has not",
