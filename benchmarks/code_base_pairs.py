@@ -125,7 +125,9 @@ def main() -> None:
         str(args.folder.resolve() / path) for key in BASES for path in code_base(key).paths
     ]
     print(
-        "| model | twin | unadapted | ours in PEFT | the adapter moves it by |\n" + "|---" * 5 + "|"
+        "| model | class in PyTorch | unadapted | ours in PEFT | the adapter moves it by |\n"
+        + "|---" * 5
+        + "|"
     )
     for name in args.names or PAIRS:
         torch.manual_seed(0)

@@ -53,19 +53,19 @@ def _entry(model, tokens=None, **more):
 
 def llama3():
     m = _package("llama3.model")
-    config = m.ModelConfig(**SIZES, vocab_size=61, rope_theta=10000, norm_eps=1e-6)
+    config = m.ModelConfig(**SIZES, vocab_size=61, rope_theta=1_000_000, norm_eps=1e-6)
     return _entry(m.Llama3(config, rngs=nnx.Rngs(0)))
 
 
 def qwen2():
     m = _package("qwen2.model")
-    config = m.ModelConfig(**SIZES, vocab_size=61, rope_theta=10000, norm_eps=1e-6)
+    config = m.ModelConfig(**SIZES, vocab_size=61, rope_theta=1_000_000, norm_eps=1e-6)
     return _entry(m.Qwen2(config, rngs=nnx.Rngs(0)))
 
 
 def qwen3(**experts):
     m = _package("qwen3.model")
-    config = m.ModelConfig(**SIZES, vocab_size=61, rope_theta=10000, norm_eps=1e-6, **experts)
+    config = m.ModelConfig(**SIZES, vocab_size=61, rope_theta=1_000_000, norm_eps=1e-6, **experts)
     return _entry(m.Qwen3(config, rngs=nnx.Rngs(0)))
 
 

@@ -108,12 +108,12 @@ def left_out(registry: AdapterRegistry, hint: str = "") -> str:
     if kinds:
         ways.append("layer_types={" + ", ".join(f"{kind}: LayerType(...)" for kind in kinds) + "}")
     shown = [f"{slashed(array.path)} {array.shape}" for array in left]
-    what = f"{len(left)} arrays that look like kernels"
+    what, them = f"{len(left)} arrays that look like kernels", "them"
     if len(left) == 1:
-        what = "1 array that looks like a kernel"
+        what, them = "1 array that looks like a kernel", "it"
     return (
         f"the adapter leaves out {what}: {listed(shown)}. "
-        f"{hint}To have them, state how their axes form matrices (i in, o out, s stack; check each "
+        f"{hint}To have {them}, state how the axes form matrices (i in, o out, s stack; check each "
         f"letter, and put one for each ?): {', or '.join(ways)}"
     )
 

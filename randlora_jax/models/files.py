@@ -121,8 +121,11 @@ def warn_of_own_names(registry: AdapterRegistry, states: Mapping[str, AdapterSta
         blank = "...".join(["", *["{}"] * len(first.stack), ""])
         here = {slashed(first.path): by_default(first.path, ["{}"] * len(first.stack))}
         same = here if first.stack else r"{'.*': r'\g<0>'}"
+        what = f"{len(own)} adapted layers are saved by their paths"
+        if len(own) == 1:
+            what = "1 adapted layer is saved by its path"
         warn(
-            f"{len(own)} adapted layers are saved by their paths in the JAX model, such as "
+            f"{what} in the JAX model, such as "
             f"{first.names[0]!r}. PEFT finds them only in a PyTorch model that has these very "
             "names, and else hardly says so. Say what they are called there: "
             f"save_pretrained(..., names={{{slashed(first.path)!r}: {blank!r}}}), or names= when "
