@@ -98,7 +98,7 @@ def _numbers(data: dict[str, Any]) -> Iterator[str]:
         yield f"NOT FINITE: {plain(key)}: {bad} numbers are NaN or infinite"
     if numbers["not_finite"]:
         yield "training diverged or the file was damaged: use an earlier save"
-    if not numbers["not_finite"]:
+    else:
         yield "all numbers are finite"
     yield (
         f"largest lambda {numbers['largest_lambda']:.3g}, "

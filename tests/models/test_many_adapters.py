@@ -12,7 +12,7 @@ from many_nets import CONFIGS, IDS, NAMES, Net, adapted, by_row, same_rows, stac
 from randlora_jax import ConfigError, RandLoraConfig, get_peft_model
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*saved by (their paths|its path) in the JAX model"),
+    pytest.mark.filterwarnings("ignore:.*are saved by their paths in the JAX model"),
     pytest.mark.filterwarnings("ignore:base_model_name_or_path is unknown"),
     pytest.mark.filterwarnings("ignore:PEFT cannot open these adapters in one PyTorch model"),
 ]

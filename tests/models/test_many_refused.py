@@ -9,7 +9,7 @@ from many_nets import CONFIGS, IDS, NAMES, Net, adapted, by_row, move, same_rows
 
 from randlora_jax import ConfigError, RandLoraConfig, get_peft_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(saved by .* path|PEFT cannot open)")
+pytestmark = pytest.mark.filterwarnings("ignore:.*(are saved by their paths|PEFT cannot open)")
 
 
 def refused(act, match):
