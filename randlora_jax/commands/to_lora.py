@@ -179,6 +179,8 @@ def _report(found: dict[str, Factors], output: Output) -> Report:
     lines = [f"{'layer':{width}}  rank  energy kept"]
     lines += [f"{name:{width}}  {x.rank:4}  {x.share:.4%}" for name, x in found.items()]
     out, kept = output.folder, f"{share:.4%} of the energy of delta_W"
+    if share < 1 - 1e-6:  # more than rounding
+        kept += "; what is lost moves the logits, so compare what both say before you serve it"
     lines += [f"{out}: LoRA of {len(found)} layers, keeps {kept}", *output.lines()]
     layers = {name: {"rank": x.rank, "energy_kept": x.share} for name, x in found.items()}
     data = {"energy_kept": share, "layers": layers}

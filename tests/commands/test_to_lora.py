@@ -95,7 +95,11 @@ def test_ranks_by_energy(tmp_path, capsys):
     for name, module in lora.base_model.model.named_modules():
         if name in ranks:
             assert module.r["default"] == ranks[name] and module.scaling["default"] == 1
+    capsys.readouterr()
+    assert run(tmp_path, "--energy", "0.9", "--force") == 0
+    assert "what is lost moves the logits" in capsys.readouterr().out
     assert run(tmp_path, "--energy", "1", "--force") == 0
+    assert "what is lost" not in capsys.readouterr().out
     full = open_lora("llama", tmp_path)
     assert_same_logits(logits(full), logits(model), logits(load("llama", base)))
 
