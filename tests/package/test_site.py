@@ -75,18 +75,66 @@ def test_messages_are_read_as_the_source_builds_them(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(DOCS)
     import messages
 
-    source = """
+    (tmp_path / "source.py").write_text('''"""What it is about."""
+from elsewhere import quietly
+
+WHY = "whatever it is, none is wanted"
+
 def check(x):
     if x:
-        raise ConfigError(f"x={x!r}: expected " "none, found " + str(x))
+        found = f"there is {quietly(x)} after all"
+        raise ConfigError(f"x={x!r}: expected " "none, found " + str(x) + found)
+    if x is None:
+        raise refusal("x", "none", x)
+    warn(f"mind {WHY}")
     return TargetError("other")
-"""
-    (tmp_path / "source.py").write_text(source)
-    first, second = messages.messages(tmp_path / "source.py")
-    assert first == ("ConfigError", "x={x}: expected none, found {str(x)}", "check")
-    assert second == ("TargetError", "other", "check")
-    page = messages.page()
-    assert page.count("**ConfigError**") > 100 and "call unmerge_adapter()" in page
+
+def refusal(name, expected, found, remedy="Try again."):
+    """The error of a setting."""
+    return AdapterFileError(f"{name}: expected {expected}, found {shown(found)}. {remedy}")
+
+def unheard(x):
+    return "nobody says this where something is wrong"
+''')
+    (tmp_path / "elsewhere.py").write_text('''
+def quietly(x) -> str:
+    """How it is said."""
+    return f"{x} which nobody had asked for"
+''')
+    read = {name: messages.Source.read(tmp_path / f"{name}.py") for name in ("source", "elsewhere")}
+    found = "found {shown(found)}"
+    assert [message for _, message in messages.messages(read)] == [
+        ("part of a message", "there is {quietly(x)} after all", "check"),
+        ("ConfigError", "x={x}: expected none, found {str(x)}{found}", "check"),
+        ("AdapterFileError", f"x: expected none, {found}. Try again.", "check"),
+        ("warning", "mind whatever it is, none is wanted", "check"),
+        ("TargetError", "other", "check"),
+        (
+            "AdapterFileError",
+            "{name}: expected {expected}, found {shown(found)}. {remedy}",
+            "refusal",
+        ),
+        ("part of a message", "{x} which nobody had asked for", "quietly"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "call unmerge_adapter()",
+        "there is no field",
+        "Only RandLoRA adapters open.",
+        "allow with --force",
+        "add --plot FILE",
+        "expected a rank of at least 1",
+        "the adapter leaves out",
+    ],
+)
+def test_the_page_of_errors_has_whatever_is_said(said, monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    import messages
+
+    assert said in messages.page()
 
 
 def test_no_message_tells_to_install_what_no_index_has():
