@@ -1,6 +1,6 @@
 """What a training step costs: PEFT, JAX LoRA, full fine-tuning and this library, side by side.
 
-    make bench        20 minutes at most; prints a table, writes out/bench/report.json and bench.png
+    make bench        12 to 17 minutes; prints a table, writes out/bench/report.json and bench.png
 
 Every contestant takes its steps in turn, so that whatever else the machine does falls on all alike;
 what counts is the ratio of medians within one run. `make` pins the C allocator for all of them.

@@ -1,6 +1,6 @@
 """How a bfloat16 base model learns, by the ways to apply an adapter and in PEFT: loss curves.
 
-    make low-precision       about 10 minutes; writes out/low_precision/
+    make low-precision       some five minutes; writes out/low_precision/
 
 MiniLM-L6 on Reuters R8, all linear layers and the head, weights and arithmetic in bfloat16, trained
 numbers in float32. Every run starts from the same adapter file, sees the same batches and takes
