@@ -94,7 +94,7 @@ def replacing_files(
         file has to be.
       OSError: as from any writing.
     """
-    target = Path(directory).resolve()
+    target = _resolved(Path(directory))
     missing = [place for place in (target, *target.parents) if not place.exists()]
     staged = target / f".{entry}.randlora-saving"
     try:
@@ -121,6 +121,18 @@ def replacing_files(
             with suppress(OSError):
                 folder.rmdir()
         raise
+
+
+def _resolved(path: Path) -> Path:
+    """What a path leads to.
+
+    Raises:
+      OSError: links lead in a circle. (pathlib raises another error for it, or none.)
+    """
+    if path.is_symlink():
+        with suppress(FileNotFoundError):  # a link to nowhere is followed, and made there
+            path.stat()
+    return path.resolve()
 
 
 def current_file(directory: Path, name: str, *, entry: str) -> Path:

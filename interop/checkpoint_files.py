@@ -7,6 +7,7 @@ rests of an earlier save besides.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,12 @@ def weight_files(folder: Path, config: Mapping[str, Any]) -> WeightFiles:
         return WeightFiles(folder, [SINGLE])
     if (folder / INDEX).is_file():
         return _listed(folder, INDEX)
+    for name in (SINGLE, INDEX):
+        if (folder / name).is_symlink() and not (folder / name).exists():
+            raise AdapterFileError(
+                f"{folder / name}: a link to {os.readlink(folder / name)}, which is not there (the "
+                "hub's cache may have been cleared): download the model again"
+            )
     raise AdapterFileError(
         f"{folder}: expected {SINGLE} or {INDEX}, found neither{_instead(folder, config)}"
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
 from randlora_jax.interop.errors import AdapterFileError, listed, shown
-from randlora_jax.interop.peft_dir import WEIGHTS_NAME
+from randlora_jax.interop.peft_dir import PICKLE_NAME, WEIGHTS_NAME
 
 CARD_NAME = "README.md"
 FILE_NAMES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)
@@ -29,7 +29,7 @@ def local_directory(
 
     Raises:
       AdapterFileError: there is no such directory, and the hub has no such repository or cannot be
-        reached; or it has no such subfolder.
+        reached; or it has no such subfolder, or no safetensors there.
     """
     if not isinstance(source, str | Path) or not str(source).strip():
         raise AdapterFileError(
@@ -60,7 +60,14 @@ def local_directory(
             f"no folder {source!r} here ({Path.cwd()}), nor does the hub give a repository of this "
             f"id (revision {revision or 'main'}): {error}"
         ) from None  # its own causes are a hundred lines that say no more
-    return _there(Path(found), inside)
+    fetched = _there(Path(found), inside)
+    if (fetched / CONFIG_NAME).exists() and not (fetched / WEIGHTS_NAME).exists():
+        raise AdapterFileError(
+            f"{source}: expected {WEIGHTS_NAME} beside {CONFIG_NAME}, found none. A pickle, "
+            f"{PICKLE_NAME}, is not fetched; if the repository has one: hf download {source} "
+            "--local-dir my-adapter, and open my-adapter, which tells how to convert it"
+        )
+    return fetched
 
 
 def _inside(subfolder: str | None) -> Path:

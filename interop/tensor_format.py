@@ -75,7 +75,10 @@ def _entry_fault(entry: Any, base: int, size: int) -> str | None:
         return "its header entry needs dtype, shape and data_offsets"
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        return f"dtype {shown(code)} is none of {', '.join(DTYPES)}"
+        return (
+            f"dtype {shown(code)} is none of {', '.join(DTYPES)}: store it as one of these, for "
+            "instance by loading it in PyTorch and saving it again in BF16"
+        )
     if not _are_sizes(shape) or len(shape) > MAX_RANK or max(shape, default=0) > size:
         return f"its shape is impossible in a file of {size} bytes"
     if not _are_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1]:

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from itertools import pairwise
@@ -17,7 +17,7 @@ import numpy as np
 
 from randlora_jax.commands.inputs import add_inputs, deltas_of, read_showing_progress
 from randlora_jax.commands.merge_plan import MergePlan, plan
-from randlora_jax.commands.output import Output, holds_an_adapter
+from randlora_jax.commands.output import Output, are_weights, holds_an_adapter
 from randlora_jax.commands.report import (
     Commands,
     Misuse,
@@ -50,7 +50,7 @@ rows of one tensor are in memory at a time. A merge into tied word embeddings is
 change both sides.
 
 The base model's weights in other formats (.bin, .onnx, .gguf, ...) would be those without the
-adapter, so they are left out."""
+adapter, so they are left out; so are hidden files and folders."""
 
 # What transformers loads a model from, which goes with an old model: nothing that begins alike.
 _SHARD = f"-{'[0-9]' * 5}-of-{'[0-9]' * 5}"
@@ -64,10 +64,14 @@ _MODEL_FILES = [
     }.items()
     for part in (end, f"{_SHARD}{end}", f"{end}.index.json")
 ]
-# The base model's weights besides those that are merged; and an adapter, which transformers would
-# load on top. The second kind in subfolders, too, where the first is part of a pipeline.
-_OTHER_WEIGHTS = ("*.safetensors*", "pytorch_model*", "tf_model*", "flax_model*", "*.pt", "*.pth")
-_ANYWHERE = ("*.onnx*", "*.gguf", "openvino_*", "adapter_*")
+# The base model's weights in other programs' formats; and an adapter, which transformers would load
+# on top. In subfolders, too, where what transformers itself loads (`are_weights`) is part of a
+# pipeline.
+_ANYWHERE = (
+    *("*.onnx*", "*.gguf", "openvino_*", "adapter_*", "ggml-*", "*.ot", "*.tflite"),
+    *("weights.npz", "*.mlmodel", "*.nemo", "*.engine"),
+)
+_FOLDERS = ("coreml", "*.mlpackage", "*.mlmodelc")
 
 
 def add_parser(commands: Commands) -> argparse.ArgumentParser:
@@ -116,7 +120,7 @@ def merge(
     """
     output = Output(out, force=force, refusal=holds_an_adapter)
     out = output.folder
-    if out.resolve().is_relative_to(Path(base).resolve()):
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(base)):
         raise Misuse(f"{out} is the base model or inside it; name a directory of its own")
     old = [path.name for pattern in _MODEL_FILES for path in out.glob(pattern)]
     output.expect([MODEL_CONFIG, *old])
@@ -238,13 +242,25 @@ def _other_files(base: BaseModel) -> tuple[list[Path], list[Path]]:
         name = path.name
         if str(path) in (*base.files, base.index):
             continue
-        patterns = _ANYWHERE if path.parent != Path(".") else (*_ANYWHERE, *_OTHER_WEIGHTS)
-        (leave if any(fnmatch(name, pattern) for pattern in patterns) else keep).append(path)
+        other = _like(name, _ANYWHERE) or any(_like(part, _FOLDERS) for part in path.parts[:-1])
+        at_top = path.parent == Path(".")
+        (leave if other or (at_top and are_weights(name)) else keep).append(path)
     return keep, leave
 
 
+def _like(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
 def _walk(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
+    """Its files, hidden ones apart; in linked folders, too, each once."""
+    met = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in met:
+            folders.clear()
+            continue
+        met.add(place)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith("."):

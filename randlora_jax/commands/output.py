@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from randlora_jax.interop.config import CONFIG_NAME
 # Files that hold a model's weights, in any format; an adapter's and a trainer's own are not such.
 _WEIGHTS = (
     *("*.safetensors", "*.bin", "*.h5", "*.msgpack", "*.index.json"),
-    *("*.gguf", "*.onnx", "*.pt", "*.pth", "*.ckpt*"),
+    *("*.gguf", "*.onnx", "*.pt", "*.pth", "*.ckpt*", "*.safetensors.*"),
 )
 _NO_WEIGHTS = (
     *("adapter_*", "non_lora_trainables*", "training_args.*"),
@@ -49,12 +50,15 @@ class Output:
 
         Raises:
           Misuse: `folder` is no place for them, or has one and `force` is not set.
+          OSError: nobody can tell what it is.
         """
         for place in (self.folder, *self.folder.parents):
             if place.exists() and not place.is_dir():
                 raise Misuse(
                     f"{self.folder}: expected a directory, but {place} is a file; name another"
                 )
+        with suppress(FileNotFoundError):
+            self.folder.stat()  # links that lead in a circle
         if why := self.refusal(self.folder):
             raise Misuse(f"{self.folder} {why}; name another directory")
         there = [name for name in names if os.path.lexists(self.folder / name)]
@@ -91,7 +95,7 @@ def holds_a_model(folder: Path) -> str:
     """Why no adapter may be written to `folder`."""
     if not (folder / MODEL_CONFIG).exists():
         return ""
-    weights = [name for name in sorted(os.listdir(folder)) if _are_weights(name)]
+    weights = [name for name in sorted(os.listdir(folder)) if are_weights(name)]
     if not weights:
         return ""
     return (
@@ -107,7 +111,8 @@ def holds_an_adapter(folder: Path) -> str:
     return "holds an adapter, which transformers would load on top of the merged model"
 
 
-def _are_weights(name: str) -> bool:
+def are_weights(name: str) -> bool:
+    """Whether a file's name is that of a model's weights, or of a part of them."""
     return any(fnmatch(name, pattern) for pattern in _WEIGHTS) and not any(
         fnmatch(name, pattern) for pattern in _NO_WEIGHTS
     )

@@ -62,17 +62,9 @@ def named(text: str) -> Path:
     return Path(text)
 
 
-def existing_directory(text: str) -> Path:
-    """An argument that must name a directory."""
-    found = named(text)
-    if not found.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: no such directory")
-    return found
-
-
 def adapter_directory(text: str) -> Path:
     """An argument that must name a directory, and no base model's."""
-    found = existing_directory(text)
+    found = _local(text, "adapter")
     if (found / MODEL_CONFIG).exists() and not any(found.rglob("adapter_*")):
         raise argparse.ArgumentTypeError(
             f"{text}: this is a base model; the adapter goes first, the model to --base"
@@ -81,14 +73,20 @@ def adapter_directory(text: str) -> Path:
 
 
 def model_directory(text: str) -> Path:
-    """An argument that must name a base model's directory; hubs are not asked."""
-    try:
-        return existing_directory(text)
-    except argparse.ArgumentTypeError as error:
+    """An argument that must name a base model's directory."""
+    return _local(text, "model")
+
+
+def _local(text: str, what: str) -> Path:
+    """An argument that must name a directory; hubs are not asked."""
+    found = named(text)
+    if not found.is_dir():
+        given = f"--base my-{what}" if what == "model" else f"my-{what}"
         raise argparse.ArgumentTypeError(
-            f"{error}, and a hub name is not fetched: download it first "
-            f"(hf download NAME --local-dir my-model), and give --base my-model"
-        ) from error
+            f"{text}: no such directory, and a hub name is not fetched: download it first "
+            f"(hf download NAME --local-dir my-{what}), and give {given}"
+        )
+    return found
 
 
 @contextmanager

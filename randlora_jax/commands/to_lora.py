@@ -188,14 +188,17 @@ def _report(found: dict[str, Factors], output: Output) -> Report:
 
 
 def _rank(text: str) -> int:
-    rank = int(text)
+    rank = int(text) if text.isdecimal() else 0
     if rank < 1:
         raise argparse.ArgumentTypeError(f"expected a rank of at least 1, found {text}")
     return rank
 
 
 def _share(text: str) -> float:
-    share = float(text)
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
     if not 0 < share <= 1:
         raise argparse.ArgumentTypeError(f"expected a share above 0 and up to 1, found {text}")
     return share

@@ -1,9 +1,6 @@
 """Kernels of any rank seen as (in, out) matrices.
 
-A layout is a string with one letter an axis: ``i`` belongs to the input, ``o`` to the output and
-``s`` stacks layers. ``"i o"`` is a Dense kernel, ``"o i"`` a transposed one, ``"i o o"`` a
-projection to (heads, head_dim), ``"s i o"`` the kernels of scanned layers. That is all the core
-needs to know about a layer: "run it with W + delta_W" works for every type.
+That is all the core needs to know about a layer: "run it with W + delta_W" works for every type.
 """
 
 import math
@@ -18,7 +15,12 @@ from randlora_jax.interop.errors import ConfigError, shown
 
 @dataclass(frozen=True)
 class KernelLayout:
-    """How the axes of a kernel form matrices; see the module's text.
+    """How the axes of a kernel form matrices.
+
+    Args:
+      axes: one letter for each: ``i`` belongs to the input, ``o`` to the output and ``s`` stacks
+        layers. ``"i o"`` is a Dense kernel, ``"o i"`` a transposed one, ``"i o o"`` a projection to
+        (heads, head_dim), ``"s i o"`` the kernels of scanned layers.
 
     Raises:
       ConfigError: a letter other than i, o, s, or no input or no output axis; no string.
@@ -42,7 +44,11 @@ class KernelLayout:
         object.__setattr__(self, "axes", letters)
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
-        """(stack extents, in, out) of a kernel of `shape`."""
+        """(stack extents, in, out) of a kernel of `shape`.
+
+        Raises:
+          ConfigError: it has another number of axes.
+        """
         if len(shape) != len(self.axes):
             raise ConfigError(
                 f"kernel layout {self.axes!r} describes {len(self.axes)} axes, the kernel has "

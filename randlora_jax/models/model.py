@@ -251,12 +251,19 @@ class RandLoraModel(ManyAdapters):
                     write_text(card, text, overwrite=False)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str | None:
-        """Saves to the Hugging Face hub, in one commit; see `interop.hub.push` for the options.
+        """Saves to the Hugging Face hub, in one commit; a repository that is missing is made.
 
         Of several processes all call this, and the first one pushes.
 
+        Args:
+          options: ``token`` and ``private``, and whatever else ``HfApi.upload_folder`` takes, such
+            as ``revision`` and ``commit_message``.
+
         Returns:
           the address of the commit; None in the other processes.
+
+        Raises:
+          RandLoraError: as `save_pretrained`; or huggingface_hub is not installed.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
@@ -281,6 +288,8 @@ class RandLoraModel(ManyAdapters):
         Args:
           directory: or the id of a hub repository, at `revision`; the adapter at its root, or in
             its `subfolder`.
+          is_trainable: its numbers are trained on; else they are frozen like the base, as in PEFT.
+          rngs: as for `add_adapter`: what adapter dropout draws from, in nnx.
           autocast_adapter_dtype: as for `add_adapter`; False rounds what the file holds.
           torch_generation: for a file without bases (``save_projection=False``), the draw of the
             torch release it was trained under, such as "bf16-8bit" (``docs/torch-generations.md``).
@@ -337,11 +346,17 @@ class RandLoraModel(ManyAdapters):
 
         Args:
           model: as for `get_peft_model`.
-          is_trainable: the adapter's numbers are trained on; else they are frozen like the base.
+          directory, adapter_name, is_trainable: as for `load_adapter`.
           apply, token_axes, rngs, views, names, layer_types, optional, sample_inputs: as for
             `get_peft_model`.
           autocast_adapter_dtype, torch_generation, base_dtype, revision, subfolder: as for
             `load_adapter`.
+
+        Returns:
+          the wrapped model, as `get_peft_model`.
+
+        Raises:
+          RandLoraError: as `get_peft_model` and `load_adapter`.
         """
         rules = WrapRules.stated(
             apply, token_axes, views, names, layer_types, optional, sample_inputs

@@ -255,9 +255,15 @@ def test_other_files_are_kept_and_other_weights_are_not(pair, tmp_path, capsys):
     for path in (pair / "base").iterdir():
         (base / path.name).symlink_to(path)  # as the hub's cache has them
     kept = {"tokenizer.json", "README.md", "1_Pooling/config.json", "2_Dense/model.safetensors"}
+    kept |= {"training_args.bin", "linked/prompt.txt"}
     stale = {"pytorch_model.bin", "model.onnx", "onnx/model.onnx", "q4.gguf", "adapter_config.json"}
+    stale |= {"rust_model.ot", "64.tflite", "weights.npz", "model.bin", "ggml-model-q4_0.bin"}
+    stale |= {"coreml/text/weights/weight.bin", "Model.mlpackage/Data/model.mil"}
+    (tmp_path / "elsewhere").mkdir()
+    (base / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/round").symlink_to(tmp_path / "elsewhere")  # as links may
     for name in kept | stale:
-        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
         (base / name).write_text(name)
     assert run(pair, tmp_path / "out", "--json", base=base) == 0
     data = json.loads(capsys.readouterr().out)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from peft_side import save_adapter, save_base
+from randlora_jax.interop.atomic import replacing_files
 from randlora_jax.interop.tensor_file import TensorFile
 
 from randlora_jax.commands.compact import compact
@@ -195,6 +196,18 @@ def test_merge_writes_through_no_link(sources, tmp_path, capsys):
     assert main(words) == 0
     assert contents(elsewhere) == {"config.json": b"elsewhere"}
     assert not list(out.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["compact", "convert", "to-lora", "merge"])
+def test_links_that_lead_in_a_circle_are_told(name, sources, tmp_path, capsys):
+    (tmp_path / "out").symlink_to(tmp_path / "out")
+    status, report = ask(capsys, *command(name, sources, tmp_path / "out"))
+    assert status == 2 and "Too many levels of symbolic links" in report["error"]
+    with (
+        pytest.raises(OSError, match="Too many levels"),
+        replacing_files(tmp_path / "out", entry="config.json"),
+    ):
+        pass
 
 
 # --force.

@@ -1,6 +1,7 @@
 """randlora-jax to-lora: what PEFT computes with the LoRA it writes, and how good that can be."""
 
 import json
+import re
 from functools import partial
 
 import numpy as np
@@ -78,6 +79,16 @@ def test_no_lora_of_that_rank_is_closer(family, tmp_path, capsys):
         kept.append((s[:13].sum(), s.sum()))
     kept, total = np.sum(kept, 0)
     assert report["energy_kept"] == pytest.approx(kept / total, rel=1e-6)
+
+
+@pytest.mark.parametrize("option", ["--rank", "--energy"])
+@pytest.mark.parametrize("value", ["x", "-1", "0", "nan"])
+def test_ranks_and_shares_that_are_none(option, value, tmp_path, capsys):
+    for name in ("adapter", "base"):
+        (tmp_path / name).mkdir()
+    assert run(tmp_path, f"{option}={value}") == 2
+    said = capsys.readouterr().err
+    assert re.search(f"{option}: expected a (rank|share) .*, found {value}", said)
 
 
 def test_ranks_by_energy(tmp_path, capsys):

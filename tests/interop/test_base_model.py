@@ -100,6 +100,10 @@ def test_directories_that_are_no_checkpoint(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(AdapterFileError, match=r"found neither$"):
         base_shapes(tmp_path, [])
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs" / "a1b2")
+    with pytest.raises(AdapterFileError, match=r"a link to .*a1b2, .*: download the model again"):
+        base_shapes(tmp_path, [])
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(AdapterFileError, match=r"but pytorch_model\.bin"):
         base_shapes(tmp_path, [])

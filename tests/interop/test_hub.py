@@ -80,6 +80,14 @@ def test_what_is_not_there_is_said(cache, tmp_path):
         )
 
 
+def test_a_repository_of_a_pickle_is_told(cache, tmp_path):
+    snapshot = tmp_path / "hub/models--me--my-adapter/snapshots" / ("a" * 40)
+    (snapshot / "adapter_model.safetensors").unlink()
+    told = r"adapter_model\.bin, is not fetched; .* hf download"
+    with pytest.raises(AdapterFileError, match=told):
+        hub.local_directory("me/my-adapter")
+
+
 def test_push_uploads_one_whole_directory(monkeypatch):
     """Everything but the network: the hub's client is replaced by one that looks at the folder."""
     seen = {}
