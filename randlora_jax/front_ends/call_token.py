@@ -1,8 +1,8 @@
-"""What stands for all that a wrapped model's call depends on and that no array among a layer's tells.
+"""What stands for all that a call of a wrapped model depends on, and that its arguments do not tell.
 
-A transformation inside the model (``nnx.jit``, ``nn.jit``, ``nnx.remat``) keeps what it traced for
-every later call of equal arguments, of whatever model. The bases and what rows choose enter there by
-closure, so a token lies beside the arguments: calls that may share a trace have the same one.
+A transformation inside the model (``nnx.jit``, ``nnx.remat``, ``nn.jit``) keeps what it traced for
+every later call of equal arguments, of whatever model. The bases and what rows choose enter there
+by closure. So a token lies among the arguments: calls that may share a trace have the same one.
 """
 
 import weakref
