@@ -158,6 +158,30 @@ def test_a_second_model_of_a_class_is_reached_and_has_its_own_bases(transform):
 
 
 @every
+def test_bases_that_change_are_those_of_the_next_call(transform):
+    model, plain = with_two(net_class(transform)), with_two(net_class(PLAIN))
+    for factor in (1, 2, 3):
+        for pair in model.randlora_bases.values():
+            pair["B"].set_value(pair["B"][...] * factor)
+        nnx.update(plain, nnx.state(model))
+        assert_same(model(X), plain(X))
+
+
+@every
+def test_a_call_between_steps_is_traced_once(transform):
+    """Though a step under nnx.jit hands back the bases as other arrays."""
+    traced, found = [], []
+    model = with_two(net_class(transform, traced))
+    for _ in range(3):
+        model(X)
+        found.append(len(traced))
+        for pair in model.randlora_bases.values():
+            for held in pair.values():
+                held.set_value(jnp.copy(held[...]))
+    assert found[0] == found[2] > 0
+
+
+@every
 def test_calls_that_are_equal_share_a_trace(transform, expected):
     traced = []
     model = with_two(net_class(transform, traced))

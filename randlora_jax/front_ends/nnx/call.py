@@ -106,6 +106,7 @@ def opened(context: CallContext) -> Iterator[None]:
         _open.reset(token)
 
 
+@dataclass(frozen=True)
 class OpenCalls:
     """Part of every layer: shows transformations which calls are open when they take the layer.
 
