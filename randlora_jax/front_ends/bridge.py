@@ -12,10 +12,10 @@ from flax import nnx
 
 from randlora_jax.core.applying_rows import BY_VMAP
 from randlora_jax.core.ways import ExecutionOptions
+from randlora_jax.front_ends.call_token import TokenOfCalls
 from randlora_jax.front_ends.collections import GAMMA, LAMBDA, TRAINED
 from randlora_jax.front_ends.linen.beside import (
     Rows,
-    TokenOfCalls,
     cleared,
     laid_beside,
 )
@@ -120,7 +120,7 @@ class _Joined:
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the module's own."""
         registry, pairs, choice = self.registry, self.context.pairs, self.context.rows
-        token = self.calls.of(registry, pairs, choice)
+        token = self.calls.of(pairs, choice, registry)
         rows = Rows(registry.stacks, choice) if choice else None
         held = {**variables, TRAINED: self.trees}
         whole = laid_beside(held, registry.layers, token, applied=True, rows=rows)

@@ -4,22 +4,20 @@ There, and only there, ``nn.scan``, ``nn.vmap`` and ``nn.remat`` slice and carry
 they do the kernels they belong to, and ``nn.jit`` sees that a call is another one.
 """
 
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 from flax.core import unfreeze
 
-from randlora_jax.core.bases import BasisPair
-from randlora_jax.core.hoisting import is_traced
+from randlora_jax.front_ends.call_token import CallToken
 from randlora_jax.front_ends.collections import adapter_trees, base_collections, state_of
 from randlora_jax.front_ends.params import flat, place_beside, unboxed, with_entries, with_leaves
 from randlora_jax.models import adapter_arrays, stacking
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, slashed
-from randlora_jax.models.registry import AdapterRegistry, AdapterState
+from randlora_jax.models.registry import AdapterState
 from randlora_jax.models.slots import RowChoice, Stack, slots_in_rows
 
 BESIDE = "randlora"  # its name among the params of a module
@@ -28,14 +26,6 @@ SHARES, TOLD = "shares", "told"  # the parts of what lies there
 WHOLE = "whole"  # one more, where rows of the batch choose
 
 Shares = Mapping[str, tuple[jax.Array, jax.Array]]  # lambda and gamma by adapter, or by stack
-
-
-@dataclass(frozen=True, eq=False)
-class CallToken:
-    """Stands for all that a call depends on and that no array tells, compared by identity.
-
-    ``nn.jit`` keeps what it compiled for every later call of equal arguments, of whatever model.
-    """
 
 
 @jax.tree_util.register_static
@@ -52,33 +42,6 @@ class Told:
     leaves: tuple[tuple[str, Path], ...]
     token: CallToken
     whole: tuple[tuple[Path, str, tuple[int, ...]], ...] = ()
-
-
-class TokenOfCalls:
-    """Gives equal calls of one model one token; of many different ones those of late."""
-
-    MOST = 1024
-
-    def __init__(self) -> None:
-        self._pairs: list[jax.Array] = []
-        self._tokens: dict[Hashable, CallToken] = {}
-
-    def of(
-        self,
-        registry: AdapterRegistry,
-        pairs: Mapping[str, BasisPair],
-        choice: RowChoice | None = None,
-    ) -> CallToken:
-        """Of a call that depends on these; of none but it, where they are traced."""
-        now = jax.tree.leaves(pairs)
-        chosen = jax.tree.leaves(dict(choice.chosen)) if choice else []
-        if is_traced((now, chosen)) or not all(x.is_fully_addressable for x in chosen):
-            return CallToken()
-        if list(map(id, now)) != list(map(id, self._pairs)) or len(self._tokens) >= self.MOST:
-            self._pairs, self._tokens = now, {}
-        rows = choice and (choice.rows, choice.beams)
-        numbers = tuple((x.shape, np.asarray(x).tobytes()) for x in chosen)
-        return self._tokens.setdefault((registry, rows, numbers), CallToken())
 
 
 @dataclass(frozen=True)

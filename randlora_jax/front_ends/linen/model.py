@@ -12,6 +12,7 @@ import jax
 from flax.core import unfreeze
 from flax.errors import ScopeParamShapeError
 
+from randlora_jax.front_ends.call_token import TokenOfCalls
 from randlora_jax.front_ends.collections import (
     CollectionStore,
     adapter_trees,
@@ -20,7 +21,6 @@ from randlora_jax.front_ends.collections import (
 from randlora_jax.front_ends.functional import FunctionalRandLora
 from randlora_jax.front_ends.linen.beside import (
     Rows,
-    TokenOfCalls,
     cleared,
     laid_beside,
 )
@@ -118,7 +118,7 @@ class InterceptedRandLora(FunctionalRandLora):
           kinds: takes down the classes of modules that run.
         """
         registry, pairs = self._registry, self._pairs_of(variables)
-        token = self._token.of(registry, pairs, choice)
+        token = self._token.of(pairs, choice, registry)
         rows = Rows(registry.row_stacks, choice) if choice else None
         applied = bool(registry.applied or rows)
         whole = laid_beside(variables, registry.layers, token, applied=applied, rows=rows)

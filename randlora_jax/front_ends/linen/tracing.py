@@ -15,10 +15,10 @@ from flax.core import DenyList, meta
 from flax.errors import ScopeParamShapeError
 
 from randlora_jax.core.hoisting import Hoisted
+from randlora_jax.front_ends.call_token import CallToken
 from randlora_jax.front_ends.linen.beside import (
     BESIDE,
     TOLD,
-    CallToken,
     Told,
     without,
 )

@@ -8,10 +8,14 @@ layers take them, under whatever transformation they run.
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import jax
+
 from randlora_jax.core.bases import BasisPair, used_extents
+from randlora_jax.front_ends.call_token import CallToken, TokenOfCalls
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.registry import AdapterSpec
@@ -33,11 +37,13 @@ class ModelToken:
       kind: class of the base model.
       depth: how many wrapped models lie one within another in it.
       reached: names of the layers that some call did reach.
+      calls: gives tokens to its calls.
     """
 
     kind: type
     depth: int
     reached: set[str] = field(default_factory=set, compare=False)
+    calls: TokenOfCalls = field(default_factory=TokenOfCalls, compare=False)
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,11 @@ class CallContext:
     def by_row(self) -> RowChoice | None:
         """What each row takes of stacked adapters; None where all are alike."""
         return self.rows if self.rows and not self.rows.alike else None
+
+    @functools.cached_property
+    def token(self) -> CallToken:
+        """What stands for it in caches of traces."""
+        return self.model.calls.of(self.pairs, self.rows)
 
     def serves(self, model: ModelToken, applied: Applied) -> bool:
         """Whether it is of such a model, and has the bases that its layers slice."""
@@ -93,6 +104,21 @@ def opened(context: CallContext) -> Iterator[None]:
         yield
     finally:
         _open.reset(token)
+
+
+@dataclass(frozen=True)
+class OpenCalls:
+    """Part of every layer: shows transformations which calls are open when they take the layer.
+
+    A pytree without leaves, whose structure says so. Outside of any call it is always the same.
+    """
+
+
+def _shown(_: OpenCalls) -> tuple[tuple[()], tuple[CallToken, ...]]:
+    return (), tuple(context.token for context in _open.get())
+
+
+jax.tree_util.register_pytree_node(OpenCalls, _shown, lambda shown, leaves: OpenCalls())
 
 
 def open_for(model: ModelToken, applied: Applied) -> CallContext | None:

@@ -12,7 +12,7 @@ from randlora_jax.core.contraction import Contraction
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.ways import ExecutionOptions
-from randlora_jax.front_ends.nnx.call import ModelToken
+from randlora_jax.front_ends.nnx.call import ModelToken, OpenCalls
 from randlora_jax.front_ends.nnx.held import array_at
 from randlora_jax.front_ends.nnx.running import refuse_abstract
 from randlora_jax.front_ends.nnx.variables import retyped
@@ -63,6 +63,7 @@ class AdapterLeaves(nnx.Module):
         self.trained_leaves: dict[str, Leaves] = nnx.data({})
         self.randlora_dropout: dict[str, nnx.Dropout] = nnx.data({})
         self.settings = settings
+        self.randlora_calls: OpenCalls = nnx.data(OpenCalls())
 
     def held(self) -> tuple[dict[str, Any], ...]:
         """Everything that is kept by adapter name."""
