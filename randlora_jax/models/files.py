@@ -1,7 +1,7 @@
 """Between a model's adapter and its PEFT directory: names, layouts, whose the bases are."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
@@ -82,7 +82,7 @@ def _written_config(
     registry: AdapterRegistry,
     adapter_name: str,
     owners: Mapping[str, Layer],
-    saved: Iterable[str],
+    saved: Collection[str],
 ) -> RandLoraConfig:
     """What PEFT's file says of an adapter whose layers have the canonical names of `owners`.
 
@@ -90,7 +90,7 @@ def _written_config(
       saved: keys of what was trained whole.
     """
     config, info = registry.configs[adapter_name], registry.info
-    whole = saved_whole.written_modules(registry, config, saved)
+    whole = saved_whole.modules_of(registry, config, saved)
     base = config.base_model_name_or_path or info.name_or_path
     if info.model_type and not base:
         warn(
