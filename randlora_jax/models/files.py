@@ -181,9 +181,9 @@ def restore(
                     f"need {(extents.max, extents.min)} in this model, and PEFT would refuse "
                     "anything else: it was trained on another model"
                 )
-        dtype = kernel_dtype(base, chosen.values())
+        dtypes = {kernel_dtype(base, layer) for layer in chosen.values()}
         identity, kept, config = basis_source.of_adapter(
-            adapter, extents, dtype, torch_generation, base_dtype, directory
+            adapter, extents, dtypes, torch_generation, base_dtype, directory
         )
         scaling = basis_source.scaling(config, identity, kept)
         spec = AdapterSpec(adapter_name, scaling, config.randlora_dropout, identity, extents)
@@ -208,14 +208,10 @@ def _about(directory: str | FilePath) -> Iterator[None]:
         raise type(error)(f"{directory}: {error}") from error
 
 
-def kernel_dtype(base: Mapping[Path, jax.Array], layers: Iterable[Layer]) -> np.dtype:
-    """The dtype of the kernels of `layers`, to which PEFT casts PyTorch's bases.
-
-    PEFT moves one shared pair along layer by layer, so the last layer decides; here they agree.
-    """
-    dtypes = {base[layer.kernel_path].dtype for layer in layers}
-    alike = len(dtypes) == 1 and all(map(holds_sums, dtypes))
-    return np.dtype(dtypes.pop()) if alike else np.dtype(np.float32)
+def kernel_dtype(base: Mapping[Path, jax.Array], layer: Layer) -> np.dtype:
+    """The dtype of a layer's kernel, to which PEFT casts PyTorch's bases; float32 if quantised."""
+    dtype = base[layer.kernel_path].dtype
+    return np.dtype(dtype if holds_sums(dtype) else np.float32)
 
 
 def _names(
