@@ -17,6 +17,7 @@ from randlora_jax.interop.checkpoint_names import CheckpointNames, spelling
 from randlora_jax.interop.conv1d import is_conv1d
 from randlora_jax.interop.errors import TargetError, nearest, shown
 from randlora_jax.interop.expert_stacks import StoredMatrix, expert_matrices
+from randlora_jax.interop.keys import file_key, trained_tensors
 from randlora_jax.interop.strict_json import read_object
 from randlora_jax.interop.tensor_file import Tensor, TensorFile
 
@@ -196,8 +197,8 @@ class BaseModel:
         """Every layer of `adapter`, its numbers checked against the base model's shapes.
 
         Raises:
-          TargetError: a layer is missing or of another size, or it is unclear which side of its
-            weight is in.
+          TargetError: a layer is missing or of another size, also by what else of it the adapter
+            carries, or it is unclear which side of its weight is in.
         """
         self.names.fit(adapter.layers)
         found = {name: self.layer(name) for name in adapter.layers}
@@ -218,10 +219,37 @@ class BaseModel:
                     f"{recorded.get(name, f'one whose smaller side is {smallest}')}: another base "
                     "model"
                 )
+        self._check_carried(adapter, found)
         if adapter.config.fan_in_fan_out and not any(layer.conv1d for layer in found.values()):
             square = (name for name, layer in found.items() if len(set(layer.shape)) == 1)
             raise self._undecided(next(square, next(iter(found))))
         return found
+
+    def _check_carried(self, adapter: Adapter, found: Mapping[str, BaseLayer]) -> None:
+        """Hold the layers against what the file has besides: gamma tells their smaller side alone.
+
+        PEFT writes the weight of an adapted output head (a resized vocabulary is why), the biases
+        it trains, and embeddings, which have a row for each of that head's outputs.
+        """
+        for name, layer in found.items():
+            for leaf, shape in (("weight", layer.torch_shape), ("bias", layer.shape[:1])):
+                carried = adapter.saved.get(file_key(f"{name}.{leaf}", [name]))
+                if carried is not None and carried.shape != shape:
+                    raise self.resized(f"{name}.{leaf}", list(shape), carried.shape)
+        heads = [layer for name, layer in found.items() if name.split(".")[-1] in LM_HEADS]
+        for key, value in trained_tensors(adapter.saved).items() if heads else ():
+            place = self.find(key)
+            here = self.tensor(place).shape if place in self.home else ()
+            if len(here) == 2 and here != value.shape and here[0] in [h.shape[0] for h in heads]:
+                raise self.resized(key, list(here), value.shape)
+
+    def resized(self, key: str, here: object, carried: tuple[int, ...]) -> TargetError:
+        """The error of a tensor that has another shape in the adapter than in the base model."""
+        return TargetError(
+            f"{self.folder}: {shown(key)} is {here}, and the adapter carries {list(carried)} in "
+            "its place. Resize the base model as it was for training (its labels, its vocabulary), "
+            "save it and give that directory"
+        )
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:

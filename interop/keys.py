@@ -120,6 +120,11 @@ def file_key(key: str, adapted: Collection[str]) -> str:
     return f"{module}{_ADAPTED}{leaf}" if module in adapted else key
 
 
+def is_of_adapted(key: str) -> bool:
+    """Whether a file's key is of an adapted layer's own weight or bias."""
+    return f"{_ADAPTED}{key.rpartition('.')[2]}" in key
+
+
 def _randlora_role(key: str) -> tuple[Role, str | None] | None:
     for prefix, has_module in ((PREFIX, True), (TOP, False)):
         match = _RANDLORA.fullmatch(key.removeprefix(prefix)) if key.startswith(prefix) else None

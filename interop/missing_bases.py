@@ -7,9 +7,10 @@ digest to check; PEFT's do not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from randlora_jax.interop.adapter import (
@@ -19,11 +20,13 @@ from randlora_jax.interop.adapter import (
     StoredPair,
     bases_digest,
 )
+from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import AdapterFileError, ConfigError, shown, warn
 from randlora_jax.interop.progress import Progress, silent
 from randlora_jax.interop.torch_rng import (
     Generation,
     TorchDraw,
+    rounding_dtype,
     torch_bases,
     torch_draw,
     word_bytes,
@@ -31,6 +34,7 @@ from randlora_jax.interop.torch_rng import (
 
 ASSUMED = Generation.BF16_24BIT
 CHOOSE = "torch_generation= or, on the command line, --torch-generation"
+_F16, _BF16 = map(np.dtype, (np.float16, ml_dtypes.bfloat16))
 CHOOSE_DTYPE = "base_dtype= or, on the command line, --base-dtype"
 
 
@@ -52,7 +56,7 @@ def draw_missing(
     adapter: Adapter,
     MIN: int,
     MAX: int,
-    dtypes: Sequence[np.dtype],
+    dtypes: Collection[np.dtype],
     generation: str | None,
     where: object,
     progress: Progress = silent,
@@ -64,43 +68,36 @@ def draw_missing(
     Dense bases are drawn as `generation` says, else as the adapter's metadata does, else, with a
     warning, as torch 2.12 and later draw them. All torch releases draw sparse ones alike. PEFT
     rounds them to the dtype that the base model was loaded in: `base_dtype`, else the one that the
-    metadata's digest tells, else, with a warning where it matters, the first of `dtypes`.
+    metadata's digest tells, else, with a warning where it matters, as `rounding_dtype` has it.
 
     Args:
       adapter: without bases.
       MIN, MAX: the extents that PEFT gives the pair in this base model.
-      dtypes: of the base model's layers, the likeliest first.
+      dtypes: of the base model's adapted layers.
       generation: a `Generation` or None.
       where: the adapter's directory, or another name for it, for messages.
       progress: shows how far the draw is.
       base_dtype: float32, float16 or bfloat16, or None.
 
     Raises:
-      AdapterFileError: the draw is not what the metadata recorded, or the bases were not PyTorch's.
+      AdapterFileError: the draw is not what the metadata recorded, the bases were not PyTorch's, or
+        they depend on which of `dtypes` comes first in the model.
       ConfigError: `generation` or `base_dtype` is none, or PyTorch has no finite bases of these
         extents.
     """
     config, recorded = adapter.config, adapter.provenance
     chosen = _generation(adapter, generation, where)
-    # PEFT casts to no other dtypes: not to integers, and float64 holds what float32 does
-    possible = dict.fromkeys(x if x in BASE_DTYPES else np.dtype(np.float32) for x in dtypes)
-    tried = list(possible) if recorded else list(possible)[:1]
+    likeliest = rounding_dtype(chosen, dtypes)
+    tried = [likeliest, *(x for x in BASE_DTYPES if recorded and x != likeliest)]
     if base_dtype is not None:
         tried = [_known_dtype(base_dtype)]
     elif recorded is None:
-        _warn_of_dtype(TorchDraw(config.kind, chosen, tried[0]), where)
+        _warn_of_dtype(TorchDraw(config.kind, chosen, likeliest), where)
+        if config.kind != "dense" and {_F16, _BF16} <= set(dtypes):
+            by_way = _drawn(config, MIN, MAX, chosen, _F16, progress)
+            _refuse_order(by_way, _drawn(config, MIN, MAX, chosen, _BF16, progress), where)
     for dtype in tried:
-        with progress("drawing PyTorch's bases", word_bytes(config.r, MIN, MAX)) as advance:
-            pair = torch_bases(
-                config.projection_prng_key,
-                config.r,
-                MIN,
-                MAX,
-                kind=config.kind,
-                generation=chosen,
-                base_dtype=dtype,
-                advance=advance,
-            )
+        pair = _drawn(config, MIN, MAX, chosen, dtype, progress)
         if recorded is None or bases_digest(*pair) == recorded.digest:
             return DrawnPair(pair, torch_draw(config.kind, chosen, dtype))
     assert recorded is not None
@@ -111,6 +108,42 @@ def draw_missing(
         f"{shown(recorded.digest[:16])}...): choose another {CHOOSE}, or the dtype that the base "
         f"model was trained in: {CHOOSE_DTYPE}"
     )
+
+
+def _refuse_order(by_way: StoredPair, at_once: StoredPair, where: object) -> None:
+    """Refuse ternary bases that bfloat16 has otherwise by way of float16 than at once."""
+    for name, *both in zip("AB", by_way, at_once, strict=True):
+        one, other = (float(max(x.max(), -x.min())) for x in both)
+        if float(np.float32(one).astype(_BF16)) != other:
+            raise AdapterFileError(
+                f"{where} holds a key instead of its bases, and adapts layers in float16 and in "
+                "bfloat16: PEFT rounds the bases to each in turn, and an entry of randlora_"
+                f"{name} is {float(np.float32(one).astype(_BF16))} if float16 comes first, else "
+                f"{other}, which no file tells. Save the adapter with its bases "
+                f"(save_projection=True); or, if it was trained in one dtype, say it: "
+                f"{CHOOSE_DTYPE}"
+            )
+
+
+def _drawn(
+    config: RandLoraConfig,
+    MIN: int,
+    MAX: int,
+    generation: Generation | None,
+    dtype: np.dtype,
+    progress: Progress,
+) -> StoredPair:
+    with progress("drawing PyTorch's bases", word_bytes(config.r, MIN, MAX)) as advance:
+        return torch_bases(
+            config.projection_prng_key,
+            config.r,
+            MIN,
+            MAX,
+            kind=config.kind,
+            generation=generation,
+            base_dtype=dtype,
+            advance=advance,
+        )
 
 
 def refuse_in_vain(adapter: Adapter, generation: object, base_dtype: object) -> None:

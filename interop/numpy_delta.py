@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-from randlora_jax.interop.adapter import BASE_DTYPES, Adapter, StoredPair
+from randlora_jax.interop.adapter import Adapter, StoredPair
 from randlora_jax.interop.base_model import BaseModel
 from randlora_jax.interop.errors import AdapterFileError, shown
 from randlora_jax.interop.missing_bases import draw_missing, refuse_in_vain
@@ -43,7 +43,7 @@ class Deltas:
           generation: how PyTorch drew bases that the adapter lacks, see `torch_rng.Generation`.
           progress: shows how far a draw is.
           base_dtype: the dtype that the base model was loaded in for training, to which PEFT casts
-            such bases; None: as the adapter's record says, else the one it is stored in.
+            such bases; None: as the adapter's record says, else as its layers are stored.
 
         Raises:
           TargetError: the base model has other layers.
@@ -58,12 +58,11 @@ class Deltas:
         shapes = [layer.shape for layer in self.layers.values()]
         MIN, MAX = sorted(max(sides) for sides in zip(*shapes, strict=True))
         if adapter.bases is None:
-            stored = next(iter(self.layers.values())).tensor.dtype
             drawn = draw_missing(
                 adapter,
                 MIN,
                 MAX,
-                (stored, *BASE_DTYPES),
+                {layer.tensor.dtype for layer in self.layers.values()},
                 generation,
                 "the adapter",
                 progress,

@@ -15,6 +15,7 @@ from functools import partial
 from os import fstat
 from os.path import samestat
 from pathlib import Path
+from typing import NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -95,7 +96,8 @@ def write_adapter(
       allow: the last to be asked, as `replacing_files` does.
 
     Raises:
-      AdapterFileError: the adapter is unsound, holds NaN or infinity, or `directory` is a file.
+      AdapterFileError: the adapter is unsound, holds NaN or infinity or what its config does not
+        name, or `directory` is a file.
       ConfigError: the bases can neither be written nor drawn again by a reader.
     """
     folder = saving_folder(directory)
@@ -111,6 +113,7 @@ def write_adapter(
         metadata[METADATA_KEY] = provenance.to_json()
 
     arrays, dtypes = _file_tensors(adapter, bases)
+    _check_readable(config, arrays, folder)
     with replacing_files(folder, entry=CONFIG_NAME, allow=allow) as staged:
         config.save_pretrained(staged)
         write_tensors(staged / WEIGHTS_NAME, arrays, metadata, dtypes)
@@ -343,6 +346,18 @@ def _file_tensors(
             key = f"{PREFIX}{first}.randlora_{part}"
             arrays[key], dtypes[key] = array, narrowest(array)
     return arrays, dtypes
+
+
+def _check_readable(config: RandLoraConfig, arrays: Mapping[str, np.ndarray], where: Path) -> None:
+    """Hold what is to be written against the reader's own rules of keys and targets."""
+
+    def fail(message: str) -> NoReturn:
+        raise AdapterFileError(f"{where}: nothing is written that could not be read: {message}")
+
+    tensors = [Tensor(key, "", x.shape, 0, x.nbytes) for key, x in arrays.items()]
+    roles = roles_of(tensors, config, fail)
+    layers = {role.name for role in roles.values() if role.part == "lambda"}
+    promises.settled_config(config, layers, where)
 
 
 def narrowest(array: np.ndarray) -> np.dtype:

@@ -29,6 +29,7 @@ from randlora_jax.interop.targets import (
     task_heads,
 )
 
+# A module named so in modules_to_save may be a head that a task does not know by that name.
 _HEAD = re.compile(r"head|class|cls|score|logit|pred|proj|output|summary")
 
 
@@ -99,9 +100,14 @@ def check(adapter: Adapter, where: object, base: BaseNames | None) -> Adapter:
     Raises:
       AdapterFileError: naming what is missing.
     """
-    trained = set(trained_tensors(adapter.saved))
-    _check_modules(adapter, trained, where, base)
-    _check_biases(adapter, trained, where, base)
+    refuse_incomplete(adapter, where, base)
+    asked, found, _ = _biases(adapter, base)
+    if asked and not found:
+        warn(
+            f"{where}: bias={adapter.config.bias!r} says that biases were trained, and the file "
+            "has none. PEFT before 0.21 did not save them: unless the model has no biases at all, "
+            "what was trained is lost, and the base model's stay"
+        )
     if _needs_a_model(adapter.config):
         return adapter
     if base is None:
@@ -119,6 +125,21 @@ def check(adapter: Adapter, where: object, base: BaseNames | None) -> Adapter:
             "file in target_modules"
         )
     return adapter
+
+
+def refuse_incomplete(adapter: Adapter, where: object, base: BaseNames | None) -> None:
+    """Of `check`, what concerns modules trained whole and biases, without a warning.
+
+    Raises:
+      AdapterFileError: naming what is missing.
+    """
+    _check_modules(adapter, set(trained_tensors(adapter.saved)), where, base)
+    _, found, missing = _biases(adapter, base)
+    if found and missing:
+        raise AdapterFileError(
+            f"{where}: expected {listed(sorted(missing))}, since bias={adapter.config.bias!r} and "
+            "biases of the same kind are there; found none. The file is incomplete: fetch it again"
+        )
 
 
 # Layers.
@@ -222,12 +243,11 @@ def _check_modules(
         )
 
 
-def _check_biases(
-    adapter: Adapter, trained: set[str], where: object, base: BaseNames | None
-) -> None:
-    config = adapter.config
+def _biases(adapter: Adapter, base: BaseNames | None) -> tuple[set[str], set[str], set[str]]:
+    """Biases that ``bias`` asks for, those of its kind in the file, and those that are missing."""
+    config, trained = adapter.config, trained_tensors(adapter.saved)
     if config.bias == "none":
-        return
+        return set(), set(), set()
     whole = saved_modules(config)
 
     def is_promised(key: str) -> bool:
@@ -239,21 +259,9 @@ def _check_biases(
     found = set(filter(is_promised, trained))
     if base is None:
         asked = {f"{name}.bias" for name in adapter.layers}
-        missing = {key for key in asked - found if _is_alike(adapter, key, found)}
-    else:
-        asked = set(filter(is_promised, base.tensors))
-        missing = _certain(asked - found, found, base)
-    if asked and not found:
-        warn(
-            f"{where}: bias={config.bias!r} says that biases were trained, and the file has none. "
-            "PEFT before 0.21 did not save them: unless the model has no biases at all, what was "
-            "trained is lost, and the base model's stay"
-        )
-    elif missing:
-        raise AdapterFileError(
-            f"{where}: expected {listed(sorted(missing))}, since bias={config.bias!r} and biases "
-            "of the same kind are there; found none. The file is incomplete: fetch it again"
-        )
+        return asked, found, {key for key in asked - found if _is_alike(adapter, key, found)}
+    asked = set(filter(is_promised, base.tensors))
+    return asked, found, _certain(asked - found, found, base)
 
 
 def _promised_modules(config: RandLoraConfig) -> Iterator[tuple[str, ...]]:
@@ -265,9 +273,12 @@ def _promised_modules(config: RandLoraConfig) -> Iterator[tuple[str, ...]]:
 
 
 def _has_head_of_its_own(config: RandLoraConfig, trained: Iterable[str]) -> bool:
-    """Whether modules_to_save names a head that a task's own names do not, such as BART's."""
-    others = set(config.modules_to_save or ()) - set(task_heads(config.task_type))
-    heads = [name for name in others if _HEAD.search(name.split(".")[-1])]
+    """Whether modules_to_save names a head that a task's own names do not, such as BART's.
+
+    PEFT writes a task's own names there: where they are not, the head may be called anything.
+    """
+    named, known = set(config.modules_to_save or ()), set(task_heads(config.task_type))
+    heads = [x for x in named - known if not named & known or _HEAD.search(x.split(".")[-1])]
     return any(_root(key, heads) for key in trained)
 
 

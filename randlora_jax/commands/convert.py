@@ -27,13 +27,15 @@ from randlora_jax.commands.report import (
 from randlora_jax.interop.adapter import Adapter
 from randlora_jax.interop.base_model import BaseModel
 from randlora_jax.interop.config import CONFIG_NAME
-from randlora_jax.interop.errors import AdapterFileError, ConfigError, shown
+from randlora_jax.interop.errors import AdapterFileError, ConfigError, listed, shown
 from randlora_jax.interop.expressions import fault
 from randlora_jax.interop.keys import file_key, is_path, trained_tensors
 from randlora_jax.interop.missing_bases import DrawnPair, refuse_in_vain
 from randlora_jax.interop.peft_dir import WEIGHTS_NAME, write_adapter
+from randlora_jax.interop.promises import refuse_incomplete
 from randlora_jax.interop.strict_json import read_object
-from randlora_jax.interop.targets import naming_in_full
+from randlora_jax.interop.targets import inside_saved, naming_in_full, saved_modules, task_heads
+from randlora_jax.interop.written_modules import taken, written_modules
 
 DESCRIPTION = """\
 Rename the layers of the adapter in SRC and make it whole, and write it to DST. What it computes
@@ -102,6 +104,7 @@ def run(args: argparse.Namespace) -> Report:
             f"{args.src} has its bases and no --names are given: nothing to convert. "
             "randlora-jax compact writes it smaller"
         )
+    refuse_incomplete(adapter, f"{args.dst}, as it would be written", None)
     write_adapter(args.dst, adapter, allow=output.allow)
     lines = [f"{args.src} -> {args.dst}", *notes, *output.lines()]
     data = {"layers": sorted(adapter.layers), "notes": notes}
@@ -170,18 +173,42 @@ def rename(adapter: Adapter, rules: Mapping[str, str]) -> Adapter:
     if len(set(names.values())) < len(names):
         raise AdapterFileError("these rules give two modules one name")
     layers = {names[name]: arrays for name, arrays in adapter.layers.items()}
-    saved = {
-        file_key(names[_module(key)] + key[len(_module(key)) :], layers): x
-        for key, x in trained.items()
+    keys = {
+        key: file_key(names[_module(key)] + key[len(_module(key)) :], layers) for key in trained
     }
-    whole = sorted({names[_module(key)] for key in trained if not key.endswith(".bias")})
-    config = replace(adapter.config, modules_to_save=whole or None)
+    config = replace(adapter.config, modules_to_save=_whole(adapter, names, keys) or None)
     config = naming_in_full(config, layers)
     recorded = adapter.provenance
     if recorded is not None:
         shapes = {names[name]: shape for name, shape in recorded.shapes.items()}
         recorded = replace(recorded, shapes=shapes)
+    saved = {keys[key]: x for key, x in trained.items()}
     return replace(adapter, config=config, layers=layers, saved=saved, provenance=recorded)
+
+
+def _whole(adapter: Adapter, names: Mapping[str, str], keys: Mapping[str, str]) -> list[str]:
+    """``modules_to_save`` in new `names`, of modules, where `keys` has those of the file's tensors.
+
+    The embeddings that PEFT writes of its own accord are named by it neither before nor after.
+
+    Raises:
+      Misuse: PEFT would train more.
+    """
+    config, heads = adapter.config, task_heads(adapter.config.task_type)
+    before = {module for module in names if inside_saved(module, saved_modules(config))}
+    before -= adapter.layers.keys()
+    others = {names[module] for module in names.keys() - before}
+    keys_of_whole = [key for old, key in keys.items() if _module(old) in before]
+    found = written_modules(config, keys_of_whole, others)
+    if more := taken(found, others):
+        raise Misuse(
+            f"by these rules {listed(found)} are trained whole (modules_to_save, and "
+            f"task_type={config.task_type!r}), and PEFT would train {listed(more)} so, too, since "
+            "it takes every module whose path ends so: give other names"
+        )
+    if taken(heads, before) and not taken(heads, [names[module] for module in before]):
+        return [name for name in found if name not in heads]  # the head is called otherwise now
+    return found
 
 
 def backwards(rules: Mapping[str, str]) -> dict[str, str]:

@@ -82,11 +82,7 @@ def plan(deltas: Deltas, base: BaseModel) -> MergePlan:
             continue
         _refuse_part(base, key, place, sums)
         if base.tensor(place).shape != value.shape:
-            raise TargetError(
-                f"{base.folder}: {shown(place)} is {base.tensor(place)}, and the adapter carries "
-                f"{list(value.shape)} in its place. Resize the base model as it was for training "
-                "(its labels, its vocabulary), save it and merge into that"
-            )
+            raise base.resized(place, base.tensor(place), value.shape)
         # PEFT writes embeddings that were not trained as well, both sides of tied ones
         if not np.array_equal(base.read(place), value):
             _refuse_tied(base, key, base.tied(key, has_head=has_head))

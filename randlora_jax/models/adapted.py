@@ -76,8 +76,8 @@ class AdaptedModel(ABC):
         layers = list({layer.name: layer for layer in self._selected(config).values()}.values())
         base = store.base_leaves()
         extents = basis_source.pair_extents([layer.matrix for layer in layers], config.r)
-        dtype = files.kernel_dtype(base, layers)
-        identity, kept = basis_source.fresh(config, extents, dtype)
+        dtypes = {files.kernel_dtype(base, layer) for layer in layers}
+        identity, kept = basis_source.fresh(config, extents, dtypes)
         scaling = basis_source.scaling(config, identity, kept)
         spec = AdapterSpec(adapter_name, scaling, config.randlora_dropout, identity, extents)
         state = adapter_arrays.fresh_state(registry, base, config, layers, rngs)

@@ -5,7 +5,7 @@ own standard deviation), so they are kept whole in host memory, by identity.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import jax
 import ml_dtypes
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from jax.sharding import NamedSharding
 
 from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents, draw, used_extents
-from randlora_jax.interop.adapter import BASE_DTYPES, Adapter, StoredPair, bases_digest
+from randlora_jax.interop.adapter import Adapter, StoredPair, bases_digest
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.interop.missing_bases import draw_missing, refuse_in_vain
@@ -24,6 +24,7 @@ from randlora_jax.interop.torch_rng import (
     Generation,
     TorchDraw,
     identify,
+    rounding_dtype,
     torch_bases,
     torch_draw,
 )
@@ -42,12 +43,12 @@ def pair_extents(matrices: Iterable[tuple[int, int]], r: int) -> Extents:
 
 
 def fresh(
-    config: RandLoraConfig, extents: Extents, dtype: npt.DTypeLike
+    config: RandLoraConfig, extents: Extents, dtypes: Collection[np.dtype]
 ) -> tuple[BasisIdentity, KeptPairs]:
     """The pair a new adapter of PEFT's `extents` uses, and what of it must be kept.
 
     Args:
-      dtype: of the base model's adapted kernels, to which PEFT casts PyTorch's pair.
+      dtypes: of the base model's adapted kernels, to which PEFT casts PyTorch's pair.
 
     Raises:
       ConfigError: `config.projection_source` names no draw.
@@ -67,6 +68,7 @@ def fresh(
             f"'torch:{Generation.BF16_8BIT}' for 2.2 to 2.11"
         )
     known = Generation(generation) if generation else None
+    dtype = rounding_dtype(known, dtypes)
     pair = torch_bases(
         config.projection_prng_key,
         config.r,
@@ -76,13 +78,13 @@ def fresh(
         generation=known,
         base_dtype=dtype,
     )
-    return _kept(config, torch_draw(config.kind, known, np.dtype(dtype)), pair)
+    return _kept(config, torch_draw(config.kind, known, dtype), pair)
 
 
 def of_adapter(
     adapter: Adapter,
     extents: Extents,
-    dtype: np.dtype,
+    dtypes: Collection[np.dtype],
     generation: str | None,
     base_dtype: npt.DTypeLike | None,
     where: object,
@@ -93,7 +95,7 @@ def of_adapter(
     `interop.missing_bases` for how they are drawn.
 
     Args:
-      dtype: of the kernels in this model.
+      dtypes: of the adapted kernels in this model.
       generation, base_dtype: what the user says of the draw, or None.
 
     Raises:
@@ -107,7 +109,7 @@ def of_adapter(
             adapter,
             extents.min,
             extents.max,
-            (dtype, *BASE_DTYPES),
+            dtypes,
             generation,
             where,
             base_dtype=base_dtype,

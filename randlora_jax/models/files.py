@@ -1,7 +1,7 @@
 """Between a model's adapter and its PEFT directory: names, layouts, whose the bases are."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
@@ -82,7 +82,7 @@ def _written_config(
     registry: AdapterRegistry,
     adapter_name: str,
     owners: Mapping[str, Layer],
-    saved: Iterable[str],
+    saved: Collection[str],
 ) -> RandLoraConfig:
     """What PEFT's file says of an adapter whose layers have the canonical names of `owners`.
 
@@ -90,7 +90,7 @@ def _written_config(
       saved: keys of what was trained whole.
     """
     config, info = registry.configs[adapter_name], registry.info
-    whole = saved_whole.written_modules(registry, config, saved)
+    whole = saved_whole.modules_of(registry, config, saved)
     base = config.base_model_name_or_path or info.name_or_path
     if info.model_type and not base:
         warn(
@@ -181,9 +181,9 @@ def restore(
                     f"need {(extents.max, extents.min)} in this model, and PEFT would refuse "
                     "anything else: it was trained on another model"
                 )
-        dtype = kernel_dtype(base, chosen.values())
+        dtypes = {kernel_dtype(base, layer) for layer in chosen.values()}
         identity, kept, config = basis_source.of_adapter(
-            adapter, extents, dtype, torch_generation, base_dtype, directory
+            adapter, extents, dtypes, torch_generation, base_dtype, directory
         )
         scaling = basis_source.scaling(config, identity, kept)
         spec = AdapterSpec(adapter_name, scaling, config.randlora_dropout, identity, extents)
@@ -208,14 +208,10 @@ def _about(directory: str | FilePath) -> Iterator[None]:
         raise type(error)(f"{directory}: {error}") from error
 
 
-def kernel_dtype(base: Mapping[Path, jax.Array], layers: Iterable[Layer]) -> np.dtype:
-    """The dtype of the kernels of `layers`, to which PEFT casts PyTorch's bases.
-
-    PEFT moves one shared pair along layer by layer, so the last layer decides; here they agree.
-    """
-    dtypes = {base[layer.kernel_path].dtype for layer in layers}
-    alike = len(dtypes) == 1 and all(map(holds_sums, dtypes))
-    return np.dtype(dtypes.pop()) if alike else np.dtype(np.float32)
+def kernel_dtype(base: Mapping[Path, jax.Array], layer: Layer) -> np.dtype:
+    """The dtype of a layer's kernel, to which PEFT casts PyTorch's bases; float32 if quantised."""
+    dtype = base[layer.kernel_path].dtype
+    return np.dtype(dtype if holds_sums(dtype) else np.float32)
 
 
 def _names(

@@ -57,7 +57,7 @@ class RandLoraModel(ManyAdapters):
         return {
             layer.name: LayerRun(
                 layer.type.call if layer.type else None,
-                files.kernel_dtype(base, [layer]),
+                files.kernel_dtype(base, layer),
             )
             for layer in layers
         }

@@ -1,17 +1,17 @@
 """What adapters train whole, to and from PEFT's files."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path as FilePath
 
 import jax
 import numpy as np
 
 from randlora_jax.core.update import at_least_float32
-from randlora_jax.interop import targets
 from randlora_jax.interop.adapter import Adapter
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import TargetError, listed, shown, warn
 from randlora_jax.interop.keys import file_key, trained_tensors
+from randlora_jax.interop.written_modules import taken, written_modules
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import EMBEDDINGS, Path, dotted
 from randlora_jax.models.peft_layout import (
@@ -23,8 +23,8 @@ from randlora_jax.models.peft_layout import (
 from randlora_jax.models.registry import AdapterRegistry, AdapterState
 
 
-def written_modules(
-    registry: AdapterRegistry, config: RandLoraConfig, saved: Iterable[str]
+def modules_of(
+    registry: AdapterRegistry, config: RandLoraConfig, saved: Collection[str]
 ) -> list[str]:
     """What ``modules_to_save`` is in the file: `config` has the names that were wrapped with.
 
@@ -34,29 +34,15 @@ def written_modules(
     Raises:
       TargetError: PEFT would train more than was trained here.
     """
-    keys = [key.rpartition(".") for key in saved]
-    modules = {module for module, _, _ in keys}
-    heads = targets.task_heads(config.task_type)
-    whole = [  # a name that is no module's trains nothing, and would promise tensors
-        name
-        for name in targets.saved_modules(config)
-        if name in heads or any(targets.inside_saved(module, [name]) for module in modules)
-    ]
-    # names= may have been given when saving alone
-    renamed = {
-        module
-        for module, _, leaf in keys
-        if (config.bias == "none" or leaf != "bias") and not targets.inside_saved(module, whole)
-    }
-    whole += sorted(renamed)
-    others = {*registry.modules, *registry.owners()} - modules
-    if more := sorted(name for name in others if targets.inside_saved(name, whole)):
+    others = {*registry.modules, *registry.owners()} - {key.rpartition(".")[0] for key in saved}
+    names = written_modules(config, saved, others)
+    if more := taken(names, others):
         raise TargetError(
-            f"modules_to_save={shown(whole)}, as names= has them, would train {listed(more)} "
+            f"modules_to_save={shown(names)}, as names= has them, would train {listed(more)} "
             "besides in PEFT, which takes every module whose path ends so: give names= when "
             "wrapping, and modules_to_save in those names"
         )
-    return whole
+    return names
 
 
 def tensors_of(registry: AdapterRegistry, state: AdapterState) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from peft_side import save_adapter, save_base
+from peft_side import load, save_adapter, save_base, save_both
 from randlora_jax.interop.peft_dir import read_adapter
 from torch_files import load_file
 
@@ -103,6 +103,19 @@ def test_merge_and_convert_take_it_too(tmp_path, capsys):
     np.testing.assert_array_equal(read_adapter(tmp_path / "out").bases[1], theirs)
     assert run("inspect", tmp_path, "--base-dtype", "float32") == 0
     assert "assuming" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("second", [0, 1])
+def test_of_layers_in_several_dtypes_the_coarsest_counts(second, tmp_path, capsys):
+    """PEFT casts the one pair that they share layer after layer."""
+    save_base("llama", tmp_path / "base")
+    model = load("llama", tmp_path / "base")
+    model.model.layers[second].to(torch.bfloat16)
+    config = {"target_modules": ["q_proj", "down_proj"], "sparse": True, "save_projection": False}
+    expected = deltas(save_both(model, tmp_path, **config))
+    assert run("to-lora", tmp_path) == 0
+    assert "assuming bfloat16, " in capsys.readouterr().err
+    assert furthest(lora(tmp_path), expected) <= 1e-5
 
 
 def test_dense_bases_may_depend_on_it_in_float16_alone(tmp_path, capsys):

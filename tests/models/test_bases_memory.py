@@ -69,7 +69,9 @@ def test_saving_and_opening_again(kind, tmp_path):
 def of_file(bases, **more):
     """What a model keeps of the pair of a file that holds `bases`."""
     adapter = Adapter(config(**more), {}, bases=bases)
-    _, kept, _ = basis_source.of_adapter(adapter, EXTENTS, np.dtype(np.float32), None, None, "here")
+    _, kept, _ = basis_source.of_adapter(
+        adapter, EXTENTS, {np.dtype(np.float32)}, None, None, "here"
+    )
     return kept
 
 
