@@ -3,17 +3,20 @@
     {"params": ...,                       the base model, frozen, untouched
      "randlora": {adapter: tree},         what an optimizer trains
      "randlora_frozen": {adapter: tree},  adapters that are applied but not trained
-     "randlora_bases": {identity: pair}}  the shared bases, once
+     "randlora_bases": {identity: pair},  the shared bases, once
+     "randlora_specs": Specs}             what no array tells of these adapters
 
 For front ends of functional libraries, whose models are functions of such a tree.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import serialization
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -32,7 +35,27 @@ Tree = Any
 LAMBDA, GAMMA = "randlora_lambda", "randlora_gamma"
 TRAINED, FROZEN, PAIRS = "randlora", "randlora_frozen", "randlora_bases"
 SLOTS = "randlora_slots"  # what the slots of stacked adapters stand for
-OURS = TRAINED, FROZEN, PAIRS, SLOTS
+SPECS = "randlora_specs"
+OURS = TRAINED, FROZEN, PAIRS, SLOTS, SPECS
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Specs:
+    """What no array tells of the adapters in `variables`: their strength, dropout and bases.
+
+    A pytree without leaves, so that nothing trains it, while variables of other adapters, whatever
+    their names, are another tree: a compiled function notices by itself.
+
+    Args:
+      adapters: in the order of the model's, which numbers their slots where rows choose.
+    """
+
+    adapters: tuple[AdapterSpec, ...] = ()
+
+
+# flax's own files of variables hold nothing of it either
+serialization.register_serialization_state(Specs, lambda specs: {}, lambda specs, state: specs)
 
 
 class CollectionStore(ArrayStore):
