@@ -42,16 +42,18 @@ OURS = TRAINED, FROZEN, PAIRS, SLOTS, SPECS
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Specs:
-    """What no array tells of the adapters in `variables`: their strength, dropout and bases.
+    """What no array tells of `variables`: the strength, dropout and bases of their adapters.
 
     A pytree without leaves, so that nothing trains it, while variables of other adapters, whatever
     their names, are another tree: a compiled function notices by itself.
 
     Args:
       adapters: in the order of the model's, which numbers their slots where rows choose.
+      merged: names of adapters whose deltas the kernels hold.
     """
 
     adapters: tuple[AdapterSpec, ...] = ()
+    merged: tuple[str, ...] = ()
 
 
 # flax's own files of variables hold nothing of it either

@@ -38,6 +38,7 @@ from randlora_jax.front_ends.variable_checks import (
     WHOLE,
     check_kind,
     check_leaves,
+    check_merged,
     check_pair,
     check_spec,
 )
@@ -76,7 +77,7 @@ class FunctionalRandLora(RandLoraModel):
 
         Raises:
           ConfigError: what is assigned lacks something, holds what is not this model's as it is
-            now, or is from before `merge_adapter`.
+            now, or is from before `merge_adapter` or `unmerge_adapter`.
         """
         return self._variables_with(self._held or self._registry.applied)
 
@@ -89,7 +90,7 @@ class FunctionalRandLora(RandLoraModel):
                 f"the variables lack the collections {listed(lost)}, which would be lost: {WHOLE}"
             )
         self._check_adapters(variables)
-        self._refuse_unmerged(adapter_trees(variables))
+        check_merged(self._merged, self._merged_in(variables))
         store = self._collections
         if self._registry.stacks:
             store.set_slots(self._table_in(as_arrays(variables), now=True))
@@ -130,7 +131,8 @@ class FunctionalRandLora(RandLoraModel):
         frozen = {n: tree for n, tree in trees.items() if n not in trained}
         table = store.slots() if registry.stacks else None
         slots = {SLOTS: table._asdict()} if table else {}  # in stacks, strengths are numbers there
-        specs = Specs(tuple(spec for name, spec in registry.specs.items() if name in trees))
+        held = tuple(spec for name, spec in registry.specs.items() if name in trees)
+        specs = Specs(held, self._merged)
         ours = {TRAINED: trained, FROZEN: frozen, PAIRS: dict(store.pairs()), SPECS: specs}
         return {**store.base, **ours, **slots}
 
@@ -175,7 +177,8 @@ class FunctionalRandLora(RandLoraModel):
         if registry.stacks or adapter_names is not None:
             self._check_stacked(variables)
             return variables
-        lost = [n for n in registry.applied if n not in registry.merged and n not in given]
+        merged = self._merged_in(variables)
+        lost = [n for n in registry.applied if n not in merged and n not in given]
         if lost:
             homes = {n: TRAINED if n in registry.training else FROZEN for n in lost}
             gone = [name for name in dict.fromkeys(homes.values()) if name not in variables]
@@ -249,7 +252,7 @@ class FunctionalRandLora(RandLoraModel):
                 )
             if not self._registry.stacks:
                 check_spec(self._registry.specs[name], variables.get(SPECS))
-            merged = name in self._registry.merged
+            merged = name in self._merged_in(variables)
             check_leaves(name, tree, self._collections.trees[name], merged=merged)
             state = state_of(tree)
             if state.layers:
@@ -262,20 +265,15 @@ class FunctionalRandLora(RandLoraModel):
                     f"{name!r} adapts or trains whole: {WHOLE}"
                 )
 
-    def _refuse_unmerged(self, trees: Mapping[str, Any]) -> None:
-        """Nothing, if variables with these trees of adapters hold the kernels as they are merged.
+    @property
+    def _merged(self) -> tuple[str, ...]:
+        """The adapters whose deltas the kernels hold, whenever they were merged."""
+        return tuple(sorted(self._registry.merged))
 
-        Raises:
-          ConfigError: a merged adapter is not there, or its lambda is: its delta would be lost.
-        """
-        for name in self._registry.merged:
-            if name not in trees or state_of(trees[name]).layers:
-                raise ConfigError(
-                    f"adapter {name!r} is merged into the kernels of this model, and these "
-                    "variables are not from after that: their kernels would put the base model "
-                    "in its place. Call unmerge_adapter() first, or assign what was taken of "
-                    "model.variables since; model.apply takes either"
-                )
+    def _merged_in(self, variables: Mapping[str, Any]) -> tuple[str, ...]:
+        """The same of the kernels in `variables`: those of the model, where they do not say."""
+        specs = variables.get(SPECS)
+        return specs.merged if isinstance(specs, Specs) else self._merged
 
     @property
     def _kept_specs(self) -> Mapping[str, AdapterSpec]:

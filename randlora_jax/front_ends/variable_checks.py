@@ -1,6 +1,6 @@
 """What the parts of a model's variables must be, where users may have put them together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -68,23 +68,41 @@ def check_spec(ours: AdapterSpec, found: Any) -> None:
             )
 
 
+def check_merged(ours: Sequence[str], theirs: Sequence[str]) -> None:
+    """The kernels in variables hold the deltas of the adapters that a model has merged."""
+    if ours != theirs:
+        raise ConfigError(
+            f"the kernels of these variables have merged the adapters {listed(theirs) or 'none'}, "
+            f"and those of this model {listed(ours) or 'none'}: the variables were taken before "
+            "merge_adapter or unmerge_adapter was called, and a delta would be lost, or be there "
+            "twice. Undo that call first, or assign what was taken of model.variables since. (To "
+            "run them without assigning them is right.)"
+        )
+
+
 def check_leaves(name: str, tree: Any, kept: Mapping[str, Any], *, merged: bool) -> None:
     """An adapter's tree has the leaves and the shapes of the one that is kept.
 
     Args:
-      merged: lambda and gamma may be left out, since their delta is in the kernels.
+      merged: all but lambda and gamma, since their delta is in the kernels.
     """
     found = {path: np.shape(x) for path, x in flatten_dict(unfreeze(tree)).items()}
-    expected = {path: np.shape(x) for path, x in flatten_dict(kept).items()}
-    needed = [p for p in expected if not (merged and p[-1] in (LAMBDA, GAMMA))]
-    for path in [*needed, *found]:
+    expected = {
+        path: np.shape(x)
+        for path, x in flatten_dict(kept).items()
+        if not (merged and path[-1] in (LAMBDA, GAMMA))
+    }
+    for path in [*expected, *found]:
         theirs, ours = (
             f"of shape {shapes[path]}" if path in shapes else "none" for shapes in (found, expected)
         )
         if theirs != ours:
+            why = "these are the leaves of another adapter, or not all of them"
+            if merged and path[-1] in (LAMBDA, GAMMA):
+                why = "the kernels of these variables have it merged, so its delta would be twice"
             raise ConfigError(
-                f"adapter {name!r}: {dotted(path)!r}: expected {ours}, found {theirs}: these are "
-                f"the leaves of another adapter, or not all of them; {WHOLE}"
+                f"adapter {name!r}: {dotted(path)!r}: expected {ours}, found {theirs}: {why}; "
+                f"{WHOLE}"
             )
 
 
