@@ -4,7 +4,7 @@
      "randlora": {adapter: tree},         what an optimizer trains
      "randlora_frozen": {adapter: tree},  adapters that are applied but not trained
      "randlora_bases": {identity: pair},  the shared bases, once
-     "randlora_specs": Specs}             what no array tells of these adapters
+     "randlora_specs": {adapter: Known}}  what no array tells of them
 
 For front ends of functional libraries, whose models are functions of such a tree.
 """
@@ -41,23 +41,24 @@ OURS = TRAINED, FROZEN, PAIRS, SLOTS, SPECS
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class Specs:
-    """What no array tells of `variables`: the strength, dropout and bases of their adapters.
+class Known:
+    """What no array tells of an adapter in `variables`: its strength, dropout and bases.
 
-    A pytree without leaves, so that nothing trains it, while variables of other adapters, whatever
-    their names, are another tree: a compiled function notices by itself.
+    A pytree without leaves, so that nothing trains it, while variables of another adapter of that
+    name are another tree: a compiled function notices by itself.
 
     Args:
-      adapters: in the order of the model's, which numbers their slots where rows choose.
-      merged: names of adapters whose deltas the kernels hold.
+      place: among the adapters of these variables, which numbers their slots where rows choose.
+      merged: the kernels hold its delta.
     """
 
-    adapters: tuple[AdapterSpec, ...] = ()
-    merged: tuple[str, ...] = ()
+    spec: AdapterSpec
+    place: int
+    merged: bool
 
 
 # flax's own files of variables hold nothing of it either
-serialization.register_serialization_state(Specs, lambda specs: {}, lambda specs, state: specs)
+serialization.register_serialization_state(Known, lambda known: {}, lambda known, state: known)
 
 
 class CollectionStore(ArrayStore):

@@ -25,7 +25,7 @@ from randlora_jax.front_ends.collections import (
     SPECS,
     TRAINED,
     CollectionStore,
-    Specs,
+    Known,
     adapter_trees,
     as_arrays,
     base_arrays,
@@ -131,8 +131,8 @@ class FunctionalRandLora(RandLoraModel):
         frozen = {n: tree for n, tree in trees.items() if n not in trained}
         table = store.slots() if registry.stacks else None
         slots = {SLOTS: table._asdict()} if table else {}  # in stacks, strengths are numbers there
-        held = tuple(spec for name, spec in registry.specs.items() if name in trees)
-        specs = Specs(held, self._merged)
+        told = [n for n in registry.specs if n in trees or n in registry.merged]
+        specs = {n: Known(registry.specs[n], i, n in registry.merged) for i, n in enumerate(told)}
         ours = {TRAINED: trained, FROZEN: frozen, PAIRS: dict(store.pairs()), SPECS: specs}
         return {**store.base, **ours, **slots}
 
@@ -251,7 +251,7 @@ class FunctionalRandLora(RandLoraModel):
                     f"has {listed(sorted(self._kept_specs))}: add it first"
                 )
             if not self._registry.stacks:
-                check_spec(self._registry.specs[name], variables.get(SPECS))
+                check_spec(self._registry.specs[name], variables.get(SPECS, {}))
             merged = name in self._merged_in(variables)
             check_leaves(name, tree, self._collections.trees[name], merged=merged)
             state = state_of(tree)
@@ -272,8 +272,9 @@ class FunctionalRandLora(RandLoraModel):
 
     def _merged_in(self, variables: Mapping[str, Any]) -> tuple[str, ...]:
         """The same of the kernels in `variables`: those of the model, where they do not say."""
-        specs = variables.get(SPECS)
-        return specs.merged if isinstance(specs, Specs) else self._merged
+        if SPECS not in variables:
+            return self._merged
+        return tuple(sorted(name for name, known in variables[SPECS].items() if known.merged))
 
     @property
     def _kept_specs(self) -> Mapping[str, AdapterSpec]:

@@ -16,7 +16,7 @@ from randlora_jax.front_ends.collections import (
     PAIRS,
     SPECS,
     TRAINED,
-    Specs,
+    Known,
 )
 from randlora_jax.interop.errors import ConfigError, listed, shown
 from randlora_jax.models.names import dotted
@@ -30,32 +30,30 @@ WHOLE = (
 
 def check_kind(variables: Any) -> None:
     """A dict of collections, params among them; the adapters' own are dicts."""
+    kinds = {TRAINED: Mapping, FROZEN: Mapping, PAIRS: Mapping | tuple, SPECS: Known}
     if not isinstance(variables, Mapping) or "params" not in variables:
         found = listed(sorted(variables)) if isinstance(variables, Mapping) else shown(variables)
         raise ConfigError(
             f"variables: expected a dict of collections, 'params' among them, found {found}: "
             f"{WHOLE}"
         )
-    for collection in (TRAINED, FROZEN, PAIRS):
+    for collection, kind in kinds.items():
         held = variables.get(collection, {})
-        kinds = Mapping | tuple if collection == PAIRS else Mapping  # a pair is a tuple
-        if not (isinstance(held, Mapping) and all(isinstance(x, kinds) for x in held.values())):
-            raise ConfigError(
-                f"variables: {collection!r}: expected a dict of trees, found {shown(held)}"
-            )
+        if not (isinstance(held, Mapping) and all(isinstance(x, kind) for x in held.values())):
+            what = "what model.variables has there" if kind is Known else "a dict of trees"
+            raise ConfigError(f"variables: {collection!r}: expected {what}, found {shown(held)}")
 
 
-def check_spec(ours: AdapterSpec, found: Any) -> None:
+def check_spec(ours: AdapterSpec, found: Mapping[str, Known]) -> None:
     """Variables were taken of an adapter with the strength, dropout and bases that it has now."""
-    held = found.adapters if isinstance(found, Specs) else ()
-    theirs = next((spec for spec in held if spec.name == ours.name), None)
-    if theirs is None:
+    if ours.name not in found:
         raise ConfigError(
-            f"variables: {SPECS!r}: expected what it has in model.variables of adapter "
-            f"{ours.name!r}, found {'others' if held else shown(found)}: without it a compiled "
+            f"variables: {SPECS!r}: expected what model.variables has there of adapter "
+            f"{ours.name!r}, found {listed(sorted(found)) or 'none'}: without it a compiled "
             "function would go on with the strength of an earlier adapter of that name. "
             f"{{**variables, {SPECS!r}: model.variables[{SPECS!r}]}} is whole"
         )
+    theirs = found[ours.name].spec
     for field in fields(ours):
         mine, its = getattr(ours, field.name), getattr(theirs, field.name)
         if mine != its:

@@ -15,7 +15,6 @@ from flax.serialization import from_bytes, to_bytes
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from randlora_jax import ConfigError, RandLoraConfig, get_peft_model
-from randlora_jax.front_ends.collections import Specs
 
 X = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
 CONFIG = RandLoraConfig(
@@ -156,11 +155,14 @@ FAULTS = {
         lambda v: {**v, "randlora_bases": {k: p._asdict() for k, p in v["randlora_bases"].items()}},
         "as a dict, not as the BasisPair",
     ),
-    "no specs": (lambda v: without(v, "randlora_specs"), "'randlora_specs'.*found None: without"),
-    "restored specs": (lambda v: {**v, "randlora_specs": {}}, r"'randlora_specs'.*found \{\}"),
+    "no specs": (lambda v: without(v, "randlora_specs"), "'randlora_specs'.*found none: without"),
+    "restored specs": (
+        lambda v: {**v, "randlora_specs": {"default": None}},
+        "'randlora_specs': expected what model.variables has there, found {'default': None}",
+    ),
     "specs of others": (
-        lambda v: {**v, "randlora_specs": specs_with(v, name="other")},
-        "'randlora_specs'.*'default', found others",
+        lambda v: {**v, "randlora_specs": {"other": v["randlora_specs"]["default"]}},
+        "'randlora_specs'.*of adapter 'default', found 'other'",
     ),
     "another scale": (
         lambda v: {**v, "randlora_specs": specs_with(v, scale=2.0)},
@@ -171,8 +173,9 @@ FAULTS = {
 
 def specs_with(variables, **changes):
     """What the variables say of their one adapter, changed."""
-    (spec,) = variables["randlora_specs"].adapters
-    return Specs((dataclasses.replace(spec, **changes),))
+    known = variables["randlora_specs"]["default"]
+    changed = dataclasses.replace(known.spec, **changes)
+    return {"default": dataclasses.replace(known, spec=changed)}
 
 
 def cut(bases):
@@ -311,7 +314,7 @@ def test_a_hugging_face_model_takes_its_collections_alike():
             model.params = nothing
     with pytest.raises(ConfigError, match="'params': expected a dict, found 5"):
         model(ids, params={**model.params, "params": 5})
-    with pytest.raises(ConfigError, match=r"'randlora_specs'.*found None: without"):
+    with pytest.raises(ConfigError, match=r"'randlora_specs'.*found none: without"):
         model(ids, params=without(model.params, "randlora_specs"))
     before = model.params
     model.merge_adapter()
