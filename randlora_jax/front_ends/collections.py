@@ -3,17 +3,20 @@
     {"params": ...,                       the base model, frozen, untouched
      "randlora": {adapter: tree},         what an optimizer trains
      "randlora_frozen": {adapter: tree},  adapters that are applied but not trained
-     "randlora_bases": {identity: pair}}  the shared bases, once
+     "randlora_bases": {identity: pair},  the shared bases, once
+     "randlora_specs": {adapter: Known}}  what no array tells of them
 
 For front ends of functional libraries, whose models are functions of such a tree.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import serialization
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -32,7 +35,30 @@ Tree = Any
 LAMBDA, GAMMA = "randlora_lambda", "randlora_gamma"
 TRAINED, FROZEN, PAIRS = "randlora", "randlora_frozen", "randlora_bases"
 SLOTS = "randlora_slots"  # what the slots of stacked adapters stand for
-OURS = TRAINED, FROZEN, PAIRS, SLOTS
+SPECS = "randlora_specs"
+OURS = TRAINED, FROZEN, PAIRS, SLOTS, SPECS
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Known:
+    """What no array tells of an adapter in `variables`: its strength, dropout and bases.
+
+    A pytree without leaves, so that nothing trains it, while variables of another adapter of that
+    name are another tree: a compiled function notices by itself.
+
+    Args:
+      place: among the adapters of these variables, which numbers their slots where rows choose.
+      merged: the kernels hold its delta.
+    """
+
+    spec: AdapterSpec
+    place: int
+    merged: bool
+
+
+# flax's own files of variables hold nothing of it either
+serialization.register_serialization_state(Known, lambda known: {}, lambda known, state: known)
 
 
 class CollectionStore(ArrayStore):

@@ -14,7 +14,7 @@ from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from randlora_jax.core.abstract import is_abstract
-from randlora_jax.core.bases import BasisPair, Extents
+from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.frozen import never_trained
 from randlora_jax.front_ends.collections import (
     FROZEN,
@@ -22,8 +22,10 @@ from randlora_jax.front_ends.collections import (
     LAMBDA,
     PAIRS,
     SLOTS,
+    SPECS,
     TRAINED,
     CollectionStore,
+    Known,
     adapter_trees,
     as_arrays,
     base_arrays,
@@ -32,17 +34,20 @@ from randlora_jax.front_ends.collections import (
     state_of,
 )
 from randlora_jax.front_ends.params import flat
+from randlora_jax.front_ends.variable_checks import (
+    WHOLE,
+    check_kind,
+    check_leaves,
+    check_merged,
+    check_pair,
+    check_spec,
+)
 from randlora_jax.interop.errors import ConfigError, listed, shown, warn
 from randlora_jax.models import stacking
 from randlora_jax.models.model import RandLoraModel
 from randlora_jax.models.names import Path, dotted
-from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
+from randlora_jax.models.registry import AdapterSpec
 from randlora_jax.models.slots import RowChoice, SlotTable
-
-_WHOLE = (
-    "{**frozen, 'randlora': trained} is whole, where trained, frozen = model.split(), and so is "
-    "model.variables"
-)
 
 _TRAINED_ALONE = (
     "with an optimizer of all variables it is being trained. For the adapter alone: differentiate "
@@ -66,20 +71,26 @@ class FunctionalRandLora(RandLoraModel):
     def variables(self) -> dict[str, Any]:
         """Every collection; assign it back after training.
 
-        Stacks (`stack_adapters`) are frozen, by their names, and "randlora_slots" tells what their
-        slots stand for.
+        "randlora_specs" has no leaves: it makes variables of other adapters, or of the same at
+        another scale, another tree for ``jit``. Stacks (`stack_adapters`) are frozen, by their
+        names, and "randlora_slots" tells what their slots stand for.
+
+        Raises:
+          ConfigError: what is assigned lacks something, holds what is not this model's as it is
+            now, or is from before `merge_adapter` or `unmerge_adapter`.
         """
         return self._variables_with(self._held or self._registry.applied)
 
     @variables.setter
     def variables(self, variables: Mapping[str, Any]) -> None:
-        _check_kind(variables)
+        check_kind(variables)
         lost = [name for name, held in self.variables.items() if held and name not in variables]
         if lost:
             raise ConfigError(
-                f"the variables lack the collections {listed(lost)}, which would be lost: {_WHOLE}"
+                f"the variables lack the collections {listed(lost)}, which would be lost: {WHOLE}"
             )
         self._check_adapters(variables)
+        check_merged(self._merged, self._merged_in(variables))
         store = self._collections
         if self._registry.stacks:
             store.set_slots(self._table_in(as_arrays(variables), now=True))
@@ -119,8 +130,11 @@ class FunctionalRandLora(RandLoraModel):
         trained = {n: tree for n, tree in trees.items() if n in registry.training}
         frozen = {n: tree for n, tree in trees.items() if n not in trained}
         table = store.slots() if registry.stacks else None
-        slots = {SLOTS: table._asdict()} if table else {}
-        return {**store.base, TRAINED: trained, FROZEN: frozen, PAIRS: dict(store.pairs()), **slots}
+        slots = {SLOTS: table._asdict()} if table else {}  # in stacks, strengths are numbers there
+        told = [n for n in registry.specs if n in trees or n in registry.merged]
+        specs = {n: Known(registry.specs[n], i, n in registry.merged) for i, n in enumerate(told)}
+        ours = {TRAINED: trained, FROZEN: frozen, PAIRS: dict(store.pairs()), SPECS: specs}
+        return {**store.base, **ours, **slots}
 
     def _variables_for(self, adapter_names: Any) -> dict[str, Any]:
         """The model's own, with all from which rows of a call may choose."""
@@ -157,20 +171,21 @@ class FunctionalRandLora(RandLoraModel):
 
         Warns where the trained leaves are missing, so that the base model runs.
         """
-        _check_kind(variables)
+        check_kind(variables)
         refuse_abstract(variables)
         registry, given = self._registry, adapter_trees(variables)
         if registry.stacks or adapter_names is not None:
             self._check_stacked(variables)
             return variables
-        lost = [n for n in registry.applied if n not in registry.merged and n not in given]
+        merged = self._merged_in(variables)
+        lost = [n for n in registry.applied if n not in merged and n not in given]
         if lost:
             homes = {n: TRAINED if n in registry.training else FROZEN for n in lost}
             gone = [name for name in dict.fromkeys(homes.values()) if name not in variables]
             what = f"no collection {listed(gone)}" if gone else "nothing of them"
             warn(
                 f"the variables have {what}, so the model runs without the adapters "
-                f"{listed(lost)}: {_WHOLE}. (To run the base model, call it within "
+                f"{listed(lost)}: {WHOLE}. (To run the base model, call it within "
                 "model.disable_adapter())"
             )
         if registry.applied:
@@ -187,7 +202,7 @@ class FunctionalRandLora(RandLoraModel):
         held = [name for stack in registry.row_stacks for name in stack.held]
         lost = [name for name in held if name not in given and name not in registry.merged]
         if lost and registry.stacks:
-            raise ConfigError(f"the variables lack the stacks {listed(lost)} of adapters: {_WHOLE}")
+            raise ConfigError(f"the variables lack the stacks {listed(lost)} of adapters: {WHOLE}")
         if lost:
             raise ConfigError(
                 f"adapter_names chooses from all adapters of the model, and the variables lack "
@@ -215,7 +230,7 @@ class FunctionalRandLora(RandLoraModel):
         if len(found.pop("chosen", (0, 0))) > 1 or found != shapes:
             raise ConfigError(
                 f"variables: {SLOTS!r}: expected a dict with 'chosen' and arrays of shapes "
-                f"{shapes}, found {shown(held) if held is None else found}: {_WHOLE}"
+                f"{shapes}, found {shown(held) if held is None else found}: {WHOLE}"
             )
         table = SlotTable(**held)  # type: ignore[arg-type]
         if now and not all(map(np.array_equal, table, stacking.table(self._registry))):
@@ -235,18 +250,31 @@ class FunctionalRandLora(RandLoraModel):
                     f"no adapter named {shown(name)}, whose leaves the variables hold; this model "
                     f"has {listed(sorted(self._kept_specs))}: add it first"
                 )
-            merged = name in self._registry.merged
-            _check_leaves(name, tree, self._collections.trees[name], merged=merged)
+            if not self._registry.stacks:
+                check_spec(self._registry.specs[name], variables.get(SPECS, {}))
+            merged = name in self._merged_in(variables)
+            check_leaves(name, tree, self._collections.trees[name], merged=merged)
             state = state_of(tree)
             if state.layers:
-                _check_pair(self._registry, self._kept_specs[name], state, variables)
+                check_pair(self._registry, self._kept_specs[name], state, variables)
             needed = [self._registry.layers[layer].kernel_path for layer in state.layers]
             lost = [path for path in [*needed, *state.saved] if path not in params]
             if lost:
                 raise ConfigError(
                     f"variables: 'params' lack {listed(list(map(dotted, lost)))}, which adapter "
-                    f"{name!r} adapts or trains whole: {_WHOLE}"
+                    f"{name!r} adapts or trains whole: {WHOLE}"
                 )
+
+    @property
+    def _merged(self) -> tuple[str, ...]:
+        """The adapters whose deltas the kernels hold, whenever they were merged."""
+        return tuple(sorted(self._registry.merged))
+
+    def _merged_in(self, variables: Mapping[str, Any]) -> tuple[str, ...]:
+        """The same of the kernels in `variables`: those of the model, where they do not say."""
+        if SPECS not in variables:
+            return self._merged
+        return tuple(sorted(name for name, known in variables[SPECS].items() if known.merged))
 
     @property
     def _kept_specs(self) -> Mapping[str, AdapterSpec]:
@@ -264,8 +292,7 @@ class FunctionalRandLora(RandLoraModel):
         """The base model's leaves in `variables` by path."""
         if not isinstance(variables["params"], Mapping):
             raise ConfigError(
-                f"variables: 'params': expected a dict, found {shown(variables['params'])}: "
-                f"{_WHOLE}"
+                f"variables: 'params': expected a dict, found {shown(variables['params'])}: {WHOLE}"
             )
         return flat(variables["params"])
 
@@ -273,77 +300,3 @@ class FunctionalRandLora(RandLoraModel):
 def _is_gone(array: Any) -> bool:
     """Whether an array was donated to a jitted function, or is a shape that waits for numbers."""
     return is_abstract(array) or (not isinstance(array, jax.core.Tracer) and array.is_deleted())
-
-
-def _check_kind(variables: Any) -> None:
-    """A dict of collections, params among them; the adapters' own are dicts."""
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        found = listed(sorted(variables)) if isinstance(variables, Mapping) else shown(variables)
-        raise ConfigError(
-            f"variables: expected a dict of collections, 'params' among them, found {found}: "
-            f"{_WHOLE}"
-        )
-    for collection in (TRAINED, FROZEN, PAIRS):
-        held = variables.get(collection, {})
-        kinds = Mapping | tuple if collection == PAIRS else Mapping  # a pair is a tuple
-        if not (isinstance(held, Mapping) and all(isinstance(x, kinds) for x in held.values())):
-            raise ConfigError(
-                f"variables: {collection!r}: expected a dict of trees, found {shown(held)}"
-            )
-
-
-def _check_leaves(name: str, tree: Any, kept: Mapping[str, Any], *, merged: bool) -> None:
-    """An adapter's tree has the leaves and the shapes of the one that is kept.
-
-    Args:
-      merged: lambda and gamma may be left out, since their delta is in the kernels.
-    """
-    found = {path: np.shape(x) for path, x in flatten_dict(unfreeze(tree)).items()}
-    expected = {path: np.shape(x) for path, x in flatten_dict(kept).items()}
-    needed = [p for p in expected if not (merged and p[-1] in (LAMBDA, GAMMA))]
-    for path in [*needed, *found]:
-        theirs, ours = (
-            f"of shape {shapes[path]}" if path in shapes else "none" for shapes in (found, expected)
-        )
-        if theirs != ours:
-            raise ConfigError(
-                f"adapter {name!r}: {dotted(path)!r}: expected {ours}, found {theirs}: these are "
-                f"the leaves of another adapter, or not all of them; {_WHOLE}"
-            )
-
-
-def _check_pair(
-    registry: AdapterRegistry, spec: AdapterSpec, state: AdapterState, variables: Mapping[str, Any]
-) -> None:
-    """The pair of bases that an adapter's layers slice is in `variables`, and is large enough."""
-    name, identity, pairs = spec.name, str(spec.identity), variables.get(PAIRS)
-    if pairs is None or identity not in pairs:
-        found = "no such collection" if pairs is None else listed(sorted(pairs)) or "none"
-        raise ConfigError(
-            f"variables: expected the bases {identity!r} of adapter {name!r} in {PAIRS!r}, found "
-            f"{found}: {_WHOLE}"
-        )
-    pair = pairs[identity]
-    if not isinstance(pair, BasisPair):
-        raise ConfigError(
-            f"variables: {PAIRS!r} holds {identity!r} as a {type(pair).__name__}, not as the "
-            "BasisPair it was: restore a checkpoint into a tree like model.variables, or take "
-            "this collection from there"
-        )
-    needed = registry.used_extents(spec, state.layers)
-    shapes = np.shape(pair.A), np.shape(pair.B)
-    fits = (
-        len(shapes[0]) == 2
-        and len(shapes[1]) == 3
-        and needed
-        == Extents(
-            min(shapes[1][0], needed.max),
-            min(shapes[1][1], needed.n),
-            min(shapes[0][1], needed.min),
-        )
-    )
-    if not fits:
-        raise ConfigError(
-            f"variables: the bases {identity!r} have shapes {shapes}; adapter {name!r} needs "
-            f"(r, {needed.min}) and ({needed.max}, {needed.n}, r) of them: {_WHOLE}"
-        )

@@ -193,7 +193,8 @@ class ManyAdapters(MergingModel):
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """How strong an adapter is, on top of alpha / r; as PEFT's layers have it. Not saved.
 
-        In stacks this is data; else the model is another program for each scale.
+        In stacks this is data; else the model is another program for each scale, which a compiled
+        function notices where the model, or `variables` taken since, is its argument.
 
         Raises:
           ConfigError: no such adapter, or `scale` is no finite number.

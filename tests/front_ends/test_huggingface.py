@@ -61,7 +61,8 @@ def test_attributes_are_the_models(opt):
     model, _ = adapted(opt)
     assert model.config is opt.flax.config
     assert model.module is opt.flax.module
-    assert set(model.params) == {"params", "randlora", "randlora_frozen", "randlora_bases"}
+    ours = {"randlora", "randlora_frozen", "randlora_bases", "randlora_specs"}
+    assert set(model.params) == {"params", *ours}
     with pytest.raises(AttributeError):
         model.nothing_of_the_kind  # noqa: B018
     assert opt.flax.params.keys() == model.params["params"].keys()  # the base is untouched

@@ -234,7 +234,7 @@ def test_adapter_dropout_is_on_exactly_with_a_dropout_rng(make):
     run = lambda seed: model.apply(variables, X, rngs={"dropout": jax.random.key(seed)})  # noqa: E731
     assert not np.allclose(run(0), run(1))
     np.testing.assert_array_equal(run(0), run(0))
-    expected = plain.apply({**variables, "randlora_bases": plain.variables["randlora_bases"]}, X)
+    expected = plain.apply({**plain.variables, "randlora": variables["randlora"]}, X)
     np.testing.assert_allclose(model.apply(variables, X), expected, rtol=1e-5, atol=1e-5)
     # inverted dropout keeps the mean: over many draws of the adapter's share
     one = wrapped(
@@ -321,6 +321,7 @@ def test_split_parts_what_trains_from_all_else():
         "params",
         "randlora_frozen",
         "randlora_bases",
+        "randlora_specs",
     }
     numbers = sum(x.size for x in jax.tree.leaves(trained))
     assert numbers == model.get_nb_trainable_parameters()[0]

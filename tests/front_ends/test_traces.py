@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from randlora_jax import AdapterParam, RandLoraConfig, get_peft_model
+from randlora_jax import AdapterParam, ConfigError, RandLoraConfig, get_peft_model
 
 CONFIG = RandLoraConfig(r=3, randlora_alpha=6, target_modules="all-linear")
 X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8)), jnp.float32)
@@ -91,9 +91,10 @@ def test_an_adapter_chosen_within_a_trace_is_the_one_that_trains():
     assert len(paths) == 4 and all("two" in path for path in paths)
 
 
-def test_another_file_under_a_name_that_was_there_runs_the_same_program(traced, tmp_path):
+@pytest.mark.parametrize("alphas, programs", [((6, 6), 1), ((6, 60), 2)])
+def test_another_file_under_a_name_that_was_there(traced, tmp_path, alphas, programs):
     names, run, _ = traced
-    for i, alpha in enumerate((6, 6)):
+    for i, alpha in enumerate(alphas):
         other = wrapped(config=replace(CONFIG, randlora_alpha=alpha))
         state = nnx.state(other, AdapterParam)
         nnx.update(other, jax.tree.map(lambda x, i=i: x + i + 1, state))
@@ -104,9 +105,10 @@ def test_another_file_under_a_name_that_was_there_runs_the_same_program(traced, 
         model.load_adapter(tmp_path / name, "served")
         model.set_adapter("served", inference_mode=True)
         outputs.append(np.asarray(run(model, X)))
+        np.testing.assert_allclose(outputs[-1], model(X), rtol=1e-4, atol=1e-5)
         model.set_adapter("default")
         model.delete_adapter("served")
-    assert names == ["run"]
+    assert names == ["run"] * programs
     np.testing.assert_array_equal(outputs[0], outputs[2])
     assert not np.allclose(outputs[0], outputs[1])
 
@@ -136,9 +138,9 @@ def test_a_part_that_nnx_jit_met_still_belongs_to_its_model():
         assert model(X).shape == (5, 3)
 
 
-def linen_model():
+def linen_model(config=CONFIG):
     net = nn.Sequential([nn.Dense(6), nn.relu, nn.Dense(3)])
-    return get_peft_model(net.bind(net.init(jax.random.key(0), X)), CONFIG)
+    return get_peft_model(net.bind(net.init(jax.random.key(0), X)), config)
 
 
 def test_linen_compiles_once_for_each_adapter_and_once_for_none(tmp_path):
@@ -165,6 +167,169 @@ def test_linen_compiles_once_for_each_adapter_and_once_for_none(tmp_path):
         model.set_adapter("two")
         model.delete_adapter("served")
     assert len(names) == 4
+
+
+# Variables tell whose they are: what no array tells of an adapter is in their structure.
+
+
+def pytree_model(config=CONFIG):
+    params = linen_model().variables["params"]
+    return get_peft_model(params, config, views={".*kernel": "i o"})
+
+
+def bert_model(config=CONFIG):
+    from transformers import BertConfig, FlaxBertModel
+
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "vocab_size": 31}
+    base = FlaxBertModel(BertConfig(**sizes, intermediate_size=6, max_position_embeddings=8))
+    return get_peft_model(base, config)
+
+
+def run_pytree(model, variables):
+    return X @ model.merged(variables)["layers_0"]["kernel"]
+
+
+def run_linen(model, variables):
+    return model.apply(variables, X)
+
+
+def run_bert(model, variables):
+    return model(np.arange(4)[None], params=variables)[0]
+
+
+KINDS = {
+    "linen": (linen_model, run_linen),
+    "pytree": (pytree_model, run_pytree),
+    "hugging_face": (bert_model, run_bert),
+}
+each_kind = pytest.mark.parametrize(
+    "kind", ["linen", "pytree", pytest.param("hugging_face", marks=pytest.mark.torch)]
+)
+
+
+def jitted(model, run):
+    """`run` of the model's own variables, compiled; what was traced; equal to it uncompiled."""
+    names = []
+
+    @jax.jit
+    def compiled(variables):
+        names.append("run")
+        return run(model, variables)
+
+    def checked():
+        out = np.asarray(compiled(model.variables))
+        np.testing.assert_allclose(out, run(model, model.variables), rtol=1e-4, atol=1e-5)
+        return out
+
+    return checked, names
+
+
+def saved(make, folder, i=0, **changes):
+    """The directory of an adapter, whose numbers do not depend on its settings."""
+    model = make(config=replace(CONFIG, **changes))
+    moved = jax.tree.map(lambda x: x + 0.1 * i + 0.1, model.variables["randlora"])
+    model.variables = {**model.variables, "randlora": moved}
+    model.save_pretrained(folder)
+    return folder
+
+
+@each_kind
+def test_another_alpha_under_a_name_that_was_there_is_another_program(kind, tmp_path):
+    make, run = KINDS[kind]
+    alphas = {"6": 6, "also 6": 6, "60": 60}
+    files = {
+        name: saved(make, tmp_path / name, i, randlora_alpha=alpha)
+        for i, (name, alpha) in enumerate(alphas.items())
+    }
+    model = make()
+    checked, names = jitted(model, run)
+    outputs = {}
+    for file in ("6", "also 6", "60", "6"):
+        model.load_adapter(files[file], "served")
+        model.set_adapter("served", inference_mode=True)
+        outputs.setdefault(file, []).append(checked())
+        model.set_adapter("default")
+        model.delete_adapter("served")
+    assert len(names) == 2  # one for each alpha
+    np.testing.assert_array_equal(*outputs["6"])
+    assert not np.allclose(outputs["6"][0], outputs["also 6"][0])
+    assert not np.allclose(outputs["also 6"][0], outputs["60"][0], rtol=0.1)
+
+
+@each_kind
+def test_another_scale_is_another_program_once(kind, tmp_path):
+    make, run = KINDS[kind]
+    model = make()
+    model.load_adapter(saved(make, tmp_path), "served")
+    model.set_adapter("served", inference_mode=True)
+    checked, names = jitted(model, run)
+    once, frozen = checked(), model.split()[1]
+    model.set_scale("served", 20.0)
+    assert not np.allclose(checked(), once, rtol=0.1)
+    with pytest.raises(ConfigError, match=r"'served': scale: expected 20.0, .*found 1.0"):
+        run(model, {**model.variables, **frozen})
+    with pytest.raises(ConfigError, match=r"'served': scale: expected 20.0, .*found 1.0"):
+        model.variables = {**model.variables, **frozen}
+    model.set_scale("served", 1.0)
+    np.testing.assert_array_equal(checked(), once)
+    model.variables = {**model.variables, **frozen}
+    assert len(names) == 2
+
+
+@each_kind
+def test_other_bases_under_the_same_two_names_are_another_program(kind, tmp_path):
+    """Their shapes and the collection of bases are the same."""
+    make, run = KINDS[kind]
+    drawn = "torch:bf16-24bit", "torch:bf16-8bit"
+    files = [saved(make, tmp_path / source, projection_source=source) for source in drawn]
+    model = make()
+    checked, names = jitted(model, run)
+    outputs = []
+    for one, two in (files, files[::-1]):
+        model.load_adapter(one, "one")
+        model.load_adapter(two, "two")
+        model.set_adapter("one", inference_mode=True)
+        one_alone = checked()
+        model.set_adapter(["one", "two"], inference_mode=True)
+        outputs.append([one_alone, checked()])
+        model.set_adapter("default")
+        model.delete_adapter("one")
+        model.delete_adapter("two")
+    assert len(names) == 4
+    assert not np.allclose(outputs[0][0], outputs[1][0], rtol=1e-2)
+    np.testing.assert_allclose(outputs[0][1], outputs[1][1], rtol=1e-4, atol=1e-5)  # their sum
+
+
+def test_another_dropout_under_a_name_that_was_there_is_another_program(tmp_path):
+    files = [saved(linen_model, tmp_path / str(rate), randlora_dropout=rate) for rate in (0.0, 0.5)]
+    model = linen_model()
+    rngs = {"dropout": jax.random.key(0)}
+    checked, names = jitted(model, lambda model, v: model.apply(v, X, rngs=rngs))
+    outputs = []
+    for file in files:
+        model.load_adapter(file, "served", is_trainable=True)
+        model.set_adapter("served")
+        outputs.append(checked())
+        model.set_adapter("default")
+        model.delete_adapter("served")
+    assert len(names) == 2 and not np.allclose(*outputs)
+
+
+def test_rows_find_their_adapters_after_these_changed_places(tmp_path):
+    model = linen_model()
+    for i, name in enumerate("ab"):
+        model.load_adapter(saved(linen_model, tmp_path / name, i), name)
+    model.delete_adapter("default")
+    model.set_adapter(["a", "b"], inference_mode=True)
+    run = jax.jit(lambda v, rows: model.apply(v, X, adapter_names=rows))
+    names = ["a", "b", "a", "b", "__base__"]
+    expected = model(X, adapter_names=names)
+    for _ in range(2):
+        found = run(model.variables, model.rows(names))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        model.delete_adapter("a")  # and comes back behind b
+        model.load_adapter(tmp_path / "a", "a")
+        model.set_adapter(["a", "b"], inference_mode=True)
 
 
 # Gradients.

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import freeze
+from flax.serialization import from_bytes, to_bytes
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from randlora_jax import ConfigError, RandLoraConfig, get_peft_model
 
@@ -153,7 +155,27 @@ FAULTS = {
         lambda v: {**v, "randlora_bases": {k: p._asdict() for k, p in v["randlora_bases"].items()}},
         "as a dict, not as the BasisPair",
     ),
+    "no specs": (lambda v: without(v, "randlora_specs"), "'randlora_specs'.*found none: without"),
+    "restored specs": (
+        lambda v: {**v, "randlora_specs": {"default": None}},
+        "'randlora_specs': expected what model.variables has there, found {'default': None}",
+    ),
+    "specs of others": (
+        lambda v: {**v, "randlora_specs": {"other": v["randlora_specs"]["default"]}},
+        "'randlora_specs'.*of adapter 'default', found 'other'",
+    ),
+    "another scale": (
+        lambda v: {**v, "randlora_specs": specs_with(v, scale=2.0)},
+        "'default': scale: expected 1.0, as the model has it, found 2.0",
+    ),
 }
+
+
+def specs_with(variables, **changes):
+    """What the variables say of their one adapter, changed."""
+    known = variables["randlora_specs"]["default"]
+    changed = dataclasses.replace(known.spec, **changes)
+    return {"default": dataclasses.replace(known, spec=changed)}
 
 
 def cut(bases):
@@ -183,7 +205,7 @@ def test_a_fault_is_named_where_whole_leaves_have_no_place():
 
 
 @each_kind
-@pytest.mark.parametrize("lost", ["params", "randlora", "randlora_bases"])
+@pytest.mark.parametrize("lost", ["params", "randlora", "randlora_bases", "randlora_specs"])
 def test_what_is_assigned_is_whole(kind, lost):
     make, run = KINDS[kind]
     model = make()
@@ -217,6 +239,52 @@ def test_merged_adapters_need_no_leaves():
     np.testing.assert_array_equal(model(X), expected)
 
 
+@each_kind
+def test_variables_from_before_a_merge_run_and_are_not_assigned(kind):
+    make, run = KINDS[kind]
+    model = make()
+    before = model.variables
+    expected = run(model, before)
+    base = Net().apply({"params": before["params"]}, X)
+    assert np.abs(expected - base).max() > 1e-2
+    close = lambda found: np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)  # noqa: E731
+    model.merge_adapter()
+    after = model.variables
+    with pytest.raises(ConfigError, match=r"merged the adapters none, and .* this model 'default'"):
+        model.variables = before
+    twice = {**after, "randlora": before["randlora"]}
+    with pytest.raises(ConfigError, match=r"expected none, .*would be twice"):
+        model.variables = twice
+    with pytest.raises(ConfigError, match=r"expected none, .*would be twice"):
+        run(model, twice)
+    with pytest.warns(UserWarning, match="without the adapters 'default'"):
+        run(model, {**before, "randlora": {}})
+    close(run(model, before))
+    model.variables = after
+    close(run(model, model.variables))
+    model.unmerge_adapter()
+    with pytest.raises(ConfigError, match=r"merged the adapters 'default', and .* this model none"):
+        model.variables = after
+    close(run(model, after))
+    np.testing.assert_array_equal(run(model, model.variables), expected)
+
+
+@each_kind
+def test_so_it_is_where_what_is_merged_is_not_active(kind):
+    make, run = KINDS[kind]
+    model = make()
+    model.add_adapter("other", dataclasses.replace(CONFIG, modules_to_save=None, init_weights=True))
+    model.set_adapter("other")
+    before = model.variables
+    model.merge_adapter(["default"])
+    expected = run(model, model.variables)
+    assert np.abs(expected - run(model, before)).max() > 1e-2
+    with pytest.raises(ConfigError, match="merged the adapters none"):
+        model.variables = before
+    model.variables = model.variables
+    np.testing.assert_array_equal(run(model, model.variables), expected)
+
+
 def test_an_unbound_or_empty_module_is_refused():
     with pytest.raises(ConfigError, match=r"pass module.bind\(variables\)"):
         get_peft_model(Net(), CONFIG)
@@ -246,6 +314,25 @@ def test_a_hugging_face_model_takes_its_collections_alike():
             model.params = nothing
     with pytest.raises(ConfigError, match="'params': expected a dict, found 5"):
         model(ids, params={**model.params, "params": 5})
+    with pytest.raises(ConfigError, match=r"'randlora_specs'.*found none: without"):
+        model(ids, params=without(model.params, "randlora_specs"))
+    before = model.params
+    model.merge_adapter()
+    with pytest.raises(ConfigError, match="have merged the adapters none"):
+        model.params = before
+
+
+def test_files_of_variables_hold_arrays_alone_and_are_restored_into_the_models():
+    model = linen()
+    again = from_bytes(model.variables, to_bytes(model.variables))
+    assert jax.tree.structure(again) == jax.tree.structure(model.variables)
+    np.testing.assert_array_equal(model.apply(again, X), model(X))
+    # flatten_dict, as masks for optimizers are made, keeps all but empty collections
+    flat = unflatten_dict(flatten_dict(model.variables))
+    np.testing.assert_array_equal(model.apply(flat, X), model(X))
+    copied = pickle.loads(pickle.dumps(model.variables))
+    model.variables = copied
+    np.testing.assert_array_equal(model.apply(copied, X), model(X))
 
 
 @each_kind
