@@ -124,6 +124,15 @@ class NnxRandLora(RandLoraModel, nnx.Module):
             for layer in layers
         }
 
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trained numbers, all numbers), as every `RandLoraModel` counts them.
+
+        Raises:
+          ConfigError: another model with the same Variables has chosen what trains.
+        """
+        self._store.refuse_others_changes()
+        return super().get_nb_trainable_parameters()
+
     @shows_call_of(lambda self: self.model)
     def __call__(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         """Calls the model.

@@ -20,7 +20,6 @@ from randlora_jax.front_ends.nnx.held import (
     in_jax,
     is_container,
     of_jax,
-    of_numpy,
     plain,
     quantised_in,
 )
@@ -33,6 +32,7 @@ from randlora_jax.front_ends.nnx.variables import (
     FrozenLoRAParam,
     SharedBasis,
     retype_loras,
+    with_value,
 )
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models import reaching
@@ -125,13 +125,14 @@ class NnxStore(ArrayStore):
         }
 
     def set_base_leaves(self, leaves: Mapping[Path, jax.Array]) -> None:
-        """In place."""
-        for path, value in leaves.items():
-            variable = self._params[path]
-            if of_numpy(variable):  # perhaps read-only
-                variable.set_raw_value(value)
-            else:
-                variable[...] = value
+        """In new Variables: those of now may be another model's, too."""
+        self._replace({id(x := self._params[path]): with_value(x, v) for path, v in leaves.items()})
+
+    def _replace(self, new: Mapping[int, Any]) -> None:
+        """Puts something in place of what the model holds, by the ``id`` of that."""
+        replace_held(cast(nnx.Module, self.root), new)
+        for known in ("_params", "_quantised"):
+            self.__dict__.pop(known, None)
 
     @cached_property
     def _quantised(self) -> dict[Path, Any]:
@@ -150,11 +151,8 @@ class NnxStore(ArrayStore):
     def put_floats(self, leaves: Mapping[Path, jax.Array]) -> None:
         """As ``nnx.Param``; modules whose class quantises get the one it was made of."""
         held = {path: self._quantised[path] for path in leaves}
-        variables = {p: x for p, x in held.items() if isinstance(x, nnx.Variable)}
-        for path, variable in variables.items():
-            variable.set_raw_value(leaves[path])
-        bare = {id(x): nnx.Param(leaves[p]) for p, x in held.items() if p not in variables}
-        replace_held(cast(nnx.Module, self.root), bare)
+        kinds = {p: x if isinstance(x, nnx.Variable) else nnx.Param(None) for p, x in held.items()}
+        self._replace({id(x): kinds[p].replace(leaves[p]) for p, x in held.items()})
         for _, module in nnx.iter_modules(self.root.model):
             if bridge := bridge_of(module):
                 bridge.unquantise(module)
@@ -284,6 +282,11 @@ class NnxStore(ArrayStore):
             applied += [layer for layer, _ in wrapper.applied()]
         self.root._expected = frozenset(reaching.expected(applied, registry.optional))
 
+    def refuse_others_changes(self) -> None:
+        """As every wrapper does."""
+        for wrapper in self._wrappers().values():
+            wrapper.refuse_others_changes()
+
     def release(self) -> Any:
         """The base model, its own modules back in place of their wrappers."""
         wrappers = self._wrappers().values()
@@ -342,4 +345,8 @@ def _swapped(value: Any, new: Mapping[int, Any]) -> Any:
     if type(value) is dict:
         items = {k: _swapped(v, new) for k, v in value.items()}
         return value if all(items[k] is value[k] for k in value) else items
-    return value
+    if isinstance(value, nnx.Module | nnx.Variable) or jax.tree_util.all_leaves([value]):
+        return value
+    leaves, tree = jax.tree.flatten(value, lambda x: x is not value)  # what it holds itself
+    parts = [_swapped(leaf, new) for leaf in leaves]
+    return value if all(map(lambda a, b: a is b, parts, leaves)) else tree.unflatten(parts)

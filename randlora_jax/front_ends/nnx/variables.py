@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from randlora_jax.core.hoisting import is_traced
@@ -46,6 +47,16 @@ def retyped(leaf: nnx.Variable[jax.Array], *, trained: bool) -> nnx.Variable[jax
         return kind(value)
     leaf.__class__ = kind
     return leaf
+
+
+def with_value(leaf: nnx.Variable[Any], value: jax.Array) -> nnx.Variable[Any]:
+    """A Variable like `leaf` with another value."""
+    new = leaf.replace(leaf.get_raw_value())
+    if any(isinstance(x, np.ndarray) for x in jax.tree.leaves(leaf.get_raw_value())):
+        new.set_raw_value(value)  # NumPy's are written into, and may be read-only
+    else:
+        new[...] = value
+    return new
 
 
 def retype_loras(
