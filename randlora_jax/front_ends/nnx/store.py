@@ -162,7 +162,8 @@ class NnxStore(ArrayStore):
         self, registry: AdapterRegistry, spec: AdapterSpec, state: AdapterState, rngs: Any
     ) -> None:
         """In the wrappers of the layers concerned, made where there are none."""
-        if spec.dropout and rngs is None:
+        trained = spec.name in registry.trained
+        if spec.dropout and trained and rngs is None:
             raise ConfigError(
                 f"randlora_dropout={spec.dropout} draws at random: pass rngs=nnx.Rngs(seed)"
             )
@@ -178,9 +179,9 @@ class NnxStore(ArrayStore):
                 along = moved(layer.layout.along_stack, one)
                 _put(held.setdefault(spec.name, {}), key, along)
             if spec.dropout:
-                wrapper.randlora_dropout[spec.name] = dropout(
-                    spec.dropout, rngs, wrapper.settings.layers
-                )
+                drop = dropout(spec.dropout, rngs, wrapper.settings.layers)
+                drop.deterministic = not trained  # until model.train(), as in PEFT
+                wrapper.randlora_dropout[spec.name] = drop
         for path, value in state.saved.items():
             owner = owners[path]
             leaves = wrappers[owner].trained_leaves.setdefault(spec.name, {})
