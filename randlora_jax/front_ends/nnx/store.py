@@ -12,6 +12,7 @@ from flax import nnx
 
 from randlora_jax.core.abstract import moved
 from randlora_jax.core.bases import BasisPair
+from randlora_jax.front_ends.nnx.base_loras import give_back_loras
 from randlora_jax.front_ends.nnx.bridges import bridge_of
 from randlora_jax.front_ends.nnx.call import ModelToken
 from randlora_jax.front_ends.nnx.dropout import dropout
@@ -26,13 +27,11 @@ from randlora_jax.front_ends.nnx.held import (
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
 from randlora_jax.front_ends.nnx.leaves import Leaves, Settings
 from randlora_jax.front_ends.nnx.nested import wrappers_of_wrapped
+from randlora_jax.front_ends.nnx.replacing import replace_held, with_value
 from randlora_jax.front_ends.nnx.variables import (
     AdapterSlots,
     FrozenAdapterParam,
-    FrozenLoRAParam,
     SharedBasis,
-    retype_loras,
-    with_value,
 )
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models import reaching
@@ -293,7 +292,7 @@ class NnxStore(ArrayStore):
         wrappers = self._wrappers().values()
         root = cast(nnx.Module, self.root)
         replace_held(root, {id(wrapper): wrapper.base_layer for wrapper in wrappers})
-        retype_loras(list(nnx.iter_modules(self.root.model)), FrozenLoRAParam, nnx.LoRAParam)
+        give_back_loras(self.root.model)
         return self.root.model
 
 
@@ -317,37 +316,3 @@ def _bare(path: Path) -> Path:
 
 # What a wrapper holds besides the module in whose place it stands.
 _OURS = {"randlora_lambda", "randlora_gamma", "trained_leaves", "randlora_dropout"}
-
-
-def replace_held(root: nnx.Module, new: Mapping[int, Any]) -> None:
-    """Puts something in place of modules or quantised arrays wherever `root` has them, in one walk.
-
-    Args:
-      new: by the ``id`` of the old one, which must live on.
-    """
-    for module in [module for _, module in nnx.iter_modules(root)]:
-        for name, value in list(vars(module).items()):
-            swapped = _swapped(value, new)
-            if swapped is value:
-                continue
-            if isinstance(module, nnx.List):
-                module[int(name)] = swapped  # flax 0.12.2 has no attributes for its items
-            else:
-                setattr(module, name, swapped)
-
-
-def _swapped(value: Any, new: Mapping[int, Any]) -> Any:
-    """`value` with what it holds replaced, in containers too; itself if nothing changed."""
-    if id(value) in new:
-        return new[id(value)]
-    if type(value) in (list, tuple):
-        parts = [_swapped(v, new) for v in value]
-        return value if all(map(lambda a, b: a is b, parts, value)) else type(value)(parts)
-    if type(value) is dict:
-        items = {k: _swapped(v, new) for k, v in value.items()}
-        return value if all(items[k] is value[k] for k in value) else items
-    if isinstance(value, nnx.Module | nnx.Variable) or jax.tree_util.all_leaves([value]):
-        return value
-    leaves, tree = jax.tree.flatten(value, lambda x: x is not value)  # what it holds itself
-    parts = [_swapped(leaf, new) for leaf in leaves]
-    return value if all(map(lambda a, b: a is b, parts, leaves)) else tree.unflatten(parts)

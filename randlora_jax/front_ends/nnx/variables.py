@@ -1,10 +1,6 @@
 """The types of Variable by which nnx's filters tell what trains from what does not."""
 
-from collections.abc import Iterable
-from typing import Any
-
 import jax
-import numpy as np
 from flax import nnx
 
 from randlora_jax.core.hoisting import is_traced
@@ -47,29 +43,3 @@ def retyped(leaf: nnx.Variable[jax.Array], *, trained: bool) -> nnx.Variable[jax
         return kind(value)
     leaf.__class__ = kind
     return leaf
-
-
-def with_value(leaf: nnx.Variable[Any], value: jax.Array) -> nnx.Variable[Any]:
-    """A Variable like `leaf` with another value."""
-    new = leaf.replace(leaf.get_raw_value())
-    if any(isinstance(x, np.ndarray) for x in jax.tree.leaves(leaf.get_raw_value())):
-        new.set_raw_value(value)  # NumPy's are written into, and may be read-only
-    else:
-        new[...] = value
-    return new
-
-
-def retype_loras(
-    modules: Iterable[tuple[tuple[Any, ...], nnx.Module]],
-    old: type[nnx.Variable],
-    new: type[nnx.Variable],
-) -> None:
-    """Makes `new` of the base model's own LoRA parameters, which are `old`.
-
-    Args:
-      modules: all of the model's, with their paths.
-    """
-    for _, module in modules:
-        for name, value in list(vars(module).items()):
-            if type(value) is old:
-                setattr(module, name, new(value.get_raw_value(), **value.get_metadata()))
