@@ -101,8 +101,9 @@ class AdapterLeaves(nnx.Module):
         stacks = tuple(s for s in registry.row_stacks if here & {s.name, *s.members})
         # merged ones remain what they are, as do those that are off
         trained = tuple(name for name in registry.active if name in registry.trained)
-        now = {"specs": specs, "trained": trained, "merged": registry.merged, "stacks": stacks}
-        self.settings = replace(self.settings, **now)
+        self.settings = replace(
+            self.settings, specs=specs, trained=trained, merged=registry.merged, stacks=stacks
+        )
         for held in self.held()[:3]:
             for name, leaves in held.items():
                 for key, leaf in leaves.items():

@@ -49,4 +49,6 @@ def _swapped(value: Any, new: Mapping[int, Any]) -> Any:
         return value
     leaves, tree = jax.tree.flatten(value, lambda x: x is not value)  # what it holds itself
     parts = [_swapped(leaf, new) for leaf in leaves]
-    return value if all(map(lambda a, b: a is b, parts, leaves)) else tree.unflatten(parts)
+    return (
+        value if all(map(lambda a, b: a is b, parts, leaves)) else jax.tree.unflatten(tree, parts)
+    )
