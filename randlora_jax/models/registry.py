@@ -304,8 +304,8 @@ class AdapterRegistry:
         """Adapters whose leaves an optimizer sees, in the order in which they are applied.
 
         Those of a model whose adapters are off remain what they are, so that such a model and one
-        that trains, sharing arrays, look alike to a trainer; nothing reaches their gradients. Merged
-        ones train no more, though in nnx they keep their type: a gradient of theirs is an error.
+        that trains, sharing arrays, look alike to a trainer; nothing reaches their gradients.
+        Merged ones train no more, though in nnx they keep their type: a gradient is an error.
         """
         return tuple(n for n in self.active if n in self.trained and n not in self.merged)
 
