@@ -1,12 +1,15 @@
-"""The bases are never trained: whoever differentiates them is told, and gets zeros."""
+"""What has no gradient: who differentiates it is told.
+
+The bases are never trained, and their gradients are zero; of a merged adapter there is none.
+"""
 
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
 from randlora_jax.core.hoisting import is_traced
-from randlora_jax.interop.errors import warn
+from randlora_jax.interop.errors import ConfigError, warn
 
 Pairs = TypeVar("Pairs")
 
@@ -39,3 +42,23 @@ def _is_differentiated(
         "to the shared random bases as well, which are never trained: theirs is zero.)"
     )
     return primals[0], tangents[0]
+
+
+def refuse_gradient(x: jax.Array, why: str) -> None:
+    """Nothing, if no gradient of `x` is traced.
+
+    Raises:
+      ConfigError: one is; its text is `why`.
+    """
+    if is_traced(x):
+        _refused(x, why)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _refused(x: jax.Array, why: str) -> jax.Array:
+    return x
+
+
+@_refused.defjvp
+def _is_asked_for(why: str, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> Any:
+    raise ConfigError(why)

@@ -15,6 +15,7 @@ and rows of bases would be sent to and fro.
 """
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -260,14 +261,38 @@ class Parts:
         )
 
 
-def kept_on_host(x: jax.Array) -> np.ndarray | Parts:
-    """An array's numbers in host memory, of each process its own: nothing is sent."""
-    return np.asarray(x) if x.is_fully_addressable else Parts(x)
+class Kept:
+    """An array's numbers in host memory, of each process its own: nothing is sent.
 
+    And the array itself for as long as somebody else has it, such as another model that shares it.
 
-def put_back(kept: np.ndarray | Parts, sharding: NamedSharding | None) -> jax.Array:
-    """The array of which `kept` is what `kept_on_host` returned, where `sharding` says."""
-    return jax.device_put(kept.joined() if isinstance(kept, Parts) else kept, sharding)
+    Args:
+      x: the array.
+    """
+
+    def __init__(self, x: jax.Array) -> None:
+        self._numbers = np.asarray(x) if x.is_fully_addressable else Parts(x)
+        self._array: Callable[[], jax.Array | None] = weakref.ref(x)
+
+    @property
+    def nbytes(self) -> int:
+        """Of this process's memory."""
+        return self._numbers.nbytes
+
+    def put_back(self, like: jax.Array) -> jax.Array:
+        """The array, where `like` lies: the very one, if it is still there."""
+        array = self._array()
+        if array is not None and not array.is_deleted() and array.sharding == like.sharding:
+            return array
+        numbers = self._numbers
+        whole = numbers.joined() if isinstance(numbers, Parts) else numbers
+        return jax.device_put(whole, on_mesh(like))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_numbers": self._numbers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._numbers, self._array = state["_numbers"], lambda: None
 
 
 @contextmanager

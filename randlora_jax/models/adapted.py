@@ -59,7 +59,8 @@ class AdaptedModel(ABC):
         Args:
           rngs: an ``nnx.Rngs`` or a ``jax.random.key``, for ``init_weights=False`` and, in nnx,
             adapter dropout.
-          trainable: False keeps it from the optimizer.
+          trainable: False keeps it from the optimizer and, in nnx, its dropout off, for which no
+            `rngs` is needed, until ``model.train()``.
           autocast_adapter_dtype: False holds its numbers in the base model's bfloat16 or float16,
             where that is what it holds, instead of float32; as in PEFT.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from randlora_jax.core.mesh import Parts
+from randlora_jax.core.mesh import Kept
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import ConfigError, listed, shown
 from randlora_jax.models.basis_source import KeptPairs
@@ -100,13 +100,8 @@ def chosen(
     return replace(registry, active=tuple(adapter_names), trained=trained)
 
 
-def disabled(registry: AdapterRegistry) -> AdapterRegistry:
-    """With no adapter applied; what trains when it is active stays so."""
-    return replace(registry, active=(), enabled=False)
-
-
 def reenabled(registry: AdapterRegistry, before: AdapterRegistry) -> AdapterRegistry:
-    """What `disabled` made of `before`, undone: with those adapters active that are still here."""
+    """What was `switched` off, as it was `before`: with those active that are still here."""
     active = tuple(n for n in before.active if n in registry.specs or registry.combination(n))
     left = active or tuple(registry.specs)[: len(before.active[:1])]
     trained = before.trained & set(registry.specs)
@@ -161,7 +156,7 @@ def slots_without(registry: AdapterRegistry, adapter_name: str) -> AdapterRegist
 def merged(
     registry: AdapterRegistry,
     adapter_names: Collection[str],
-    originals: Mapping[Path, np.ndarray | Parts],
+    originals: Mapping[Path, Kept],
 ) -> AdapterRegistry:
     """With the named adapters' deltas in the base kernels, whose `originals` are kept.
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from randlora_jax.core.mesh import kept_on_host, on_mesh, put_back
+from randlora_jax.core.mesh import Kept
 from randlora_jax.interop.errors import ConfigError, warn
 from randlora_jax.models import adapter_arrays, life
 from randlora_jax.models.adapted import AdaptedModel
@@ -28,7 +28,7 @@ class MergingModel(AdaptedModel):
         before, merged = self._registry, self._registry.merged
         if merged:
             self.unmerge_adapter()
-        self._follow(life.disabled(self._registry))
+        self._follow(life.switched(self._registry, on=False))
         try:
             yield
         finally:
@@ -46,6 +46,11 @@ class MergingModel(AdaptedModel):
 
         In nnx trained leaves stay `AdapterParam`, with gradients of zero, so that trainers see that
         the two share all else; linen's ``variables`` hold no adapter. Merged adapters are unmerged.
+
+        Such models have the same Variables, adapters included. What one of them merges or unloads,
+        or trained whole, is in that one alone. Of what trains there is one choice: where one of
+        them makes it (`set_adapter`), the others refuse to run the adapter. ``nnx.clone(model)``
+        shares arrays alone.
         """
         if self._registry.merged:
             self.unmerge_adapter()
@@ -62,6 +67,10 @@ class MergingModel(AdaptedModel):
 
         Formed in float32 where they lie, and rounded once. The original kernels wait in host memory
         (`merged_bytes`), each process's own, until `unmerge_adapter` puts back their very bits.
+
+        In nnx merged kernels are new Variables, and so are those that are put back: what holds on
+        to the base model's own, to train it beside the adapter, must be given the model again. The
+        adapter's Variables stay what they are, and a gradient of them is an error meanwhile.
 
         Args:
           safe_merge: check every merged kernel, and change nothing if one is not finite.
@@ -81,7 +90,7 @@ class MergingModel(AdaptedModel):
             return
         base = store.base_leaves()
         kernels = self._kernels_with(wanted, base, safe_merge)
-        originals = {p: kept_on_host(base[p]) for p in kernels if p not in registry.originals}
+        originals = {p: Kept(base[p]) for p in kernels if p not in registry.originals}
         store.set_base_leaves(kernels)
         self._follow(life.merged(registry, wanted, originals))
 
@@ -92,7 +101,7 @@ class MergingModel(AdaptedModel):
             return
         store = self._store
         base, originals = store.base_leaves(), self._registry.originals.items()
-        store.set_base_leaves({p: put_back(x, on_mesh(base[p])) for p, x in originals})
+        store.set_base_leaves({p: kept.put_back(base[p]) for p, kept in originals})
         self._follow(life.unmerged(self._registry))
 
     @property

@@ -6,11 +6,10 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents, used_extents
-from randlora_jax.core.mesh import Parts, on_host
+from randlora_jax.core.mesh import Kept, on_host
 from randlora_jax.core.update import Update
 from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.interop import targets
@@ -126,9 +125,7 @@ class AdapterRegistry:
     slots: Mapping[str, Slot] = field(default_factory=dict)  # in these, by adapter
     parts: int = 1  # how many adapters a slot may combine
     chosen: tuple[str, ...] = ()  # what rows take in a call that names none; () for the active one
-    originals: Mapping[Path, np.ndarray | Parts] = field(
-        default_factory=dict
-    )  # kernels before merging
+    originals: Mapping[Path, Kept] = field(default_factory=dict)  # kernels before merging
 
     def _value(self) -> tuple[Any, ...]:
         kept = {name: id(array) for name, array in self.originals.items()}
@@ -308,6 +305,7 @@ class AdapterRegistry:
 
         Those of a model whose adapters are off remain what they are, so that such a model and one
         that trains, sharing arrays, look alike to a trainer; nothing reaches their gradients.
+        Merged ones train no more, though in nnx they keep their type: a gradient is an error.
         """
         return tuple(n for n in self.active if n in self.trained and n not in self.merged)
 

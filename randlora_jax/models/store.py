@@ -45,7 +45,7 @@ class ArrayStore(ABC):
         """Stores an adapter's arrays; `rngs` is for dropout.
 
         Raises:
-          ConfigError: the adapter has dropout and there is no way to draw.
+          ConfigError: the adapter has dropout, is to train, and there is no way to draw.
         """
 
     @abstractmethod

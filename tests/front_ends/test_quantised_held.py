@@ -106,6 +106,9 @@ def test_a_layer_of_ones_own_runs_as_it_is_and_merges_into_floats(place):
     assert "not W + delta_W: its kernel holds" in model.explain(64)
     with pytest.raises(ConfigError, match=r"no adapter can be merged into 'mine'.*dequantize"):
         model.merge_adapter()
+    copy = nnx.merge(*nnx.split(model))  # of the same Variables
+    assert_near(copy.merge_and_unload(dequantize=True)(X), out)
+    assert (model(X) == out).all()
     merged = model.merge_and_unload(dequantize=True)
     floats = nnx.state(merged, nnx.Param)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(floats))

@@ -23,17 +23,18 @@ class StackedStream(nnx.RngStream):
         return key
 
 
-def dropout(rate: float, rngs: nnx.Rngs, layers: Sequence[Layer]) -> nnx.Dropout:
+def dropout(rate: float, rngs: nnx.Rngs | None, layers: Sequence[Layer]) -> nnx.Dropout:
     """For the adapter in a module.
 
     Args:
+      rngs: None where nothing is drawn, as long as it is `deterministic`.
       layers: all those whose kernels the module holds.
 
     Raises:
       ConfigError: they are stacked each along axes of its own.
     """
     found = nnx.Dropout(rate, rngs=rngs)
-    if shape := _stack_shape(layers):
+    if rngs and (shape := _stack_shape(layers)):
         keys = jax.random.split(found.rngs.key[...], shape)
         found.rngs = StackedStream(keys, tag=found.rngs.tag)
     return found

@@ -129,6 +129,7 @@ class RandLoraLayer(AdapterLeaves):
 
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A method of the base layer, with the active adapters joined in."""
+        self.refuse_others_changes()
         if by_row := self._call_by_row():
             return run_by_row(self, method, args, kwargs, by_row)
         base, applied = self._effective(), self.applied()
@@ -158,6 +159,7 @@ class RandLoraLayer(AdapterLeaves):
 
     def _in_kernels(self, base: nnx.Module) -> nnx.Module:
         """A copy of the base layer with W + delta in place of its kernels."""
+        self.refuse_others_changes()
         context = reached(self.settings.model, self.applied())
         graph, state = nnx.split(base)
         flat = with_jax_arrays(dict(nnx.to_flat_state(state)))
@@ -200,11 +202,26 @@ class RandLoraLayer(AdapterLeaves):
             for array in arrays:
                 refuse_abstract(f"adapter {spec.name} of {layer.name}", array)
             lam, gamma = map(layout.stack_first, arrays)
-            drop: Callable[[jax.Array], jax.Array] | None = self.randlora_dropout.get(spec.name)
-            off = drop is None or drop.deterministic  # type: ignore[attr-defined]
             update = spec.update(lam, gamma, context.pairs, layer.matrix)
-            found.append(Contribution(update, None if off else drop))
+            found.append(Contribution(update, self._drop(spec.name)))
         return found
+
+    def _drop(self, adapter_name: str) -> Callable[[jax.Array], jax.Array] | None:
+        """The dropout of an adapter here; None where it is off, or there is none.
+
+        Raises:
+          ConfigError: it is on, and nothing can be drawn.
+        """
+        drop = self.randlora_dropout.get(adapter_name)
+        if drop is None or drop.deterministic:
+            return None
+        if drop.rngs is None:
+            raise ConfigError(
+                f"adapter {adapter_name!r} is in training mode, with randlora_dropout={drop.rate}, "
+                "and was opened frozen and without rngs, so that nothing can be drawn: open it "
+                "with rngs=nnx.Rngs(seed), or call model.eval()"
+            )
+        return cast(Callable[[jax.Array], jax.Array], drop)
 
     def _shares_of_stack(
         self, layer: Layer, stack: Stack, layout: KernelLayout, context: CallContext

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from randlora_jax.core.contraction import Contraction
+from randlora_jax.core.frozen import refuse_gradient
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.front_ends.nnx.call import ModelToken, OpenCalls
 from randlora_jax.front_ends.nnx.held import array_at
 from randlora_jax.front_ends.nnx.running import refuse_abstract
-from randlora_jax.front_ends.nnx.variables import retyped
+from randlora_jax.front_ends.nnx.variables import AdapterParam, retyped
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, slashed
@@ -34,6 +35,7 @@ class Settings:
       options: how layers apply their adapters.
       model: whose call it belongs to.
       specs: of the adapters that are active and have something here.
+      trained: names of the adapters whose leaves are to be `AdapterParam`.
       merged: names of the adapters whose deltas are in the kernels.
       stacks: what rows of a batch choose from, as far as something of it is here.
       quantiser: the class around it that quantises, if one does.
@@ -43,9 +45,28 @@ class Settings:
     options: ExecutionOptions
     model: ModelToken
     specs: tuple[AdapterSpec, ...] = ()
+    trained: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
     stacks: tuple[Stack, ...] = ()
     quantiser: type | None = None
+
+
+_MERGED = (
+    "a gradient is taken of adapter {}, which is merged into the base model, where nothing reaches "
+    "it: unmerge_adapter() first. (To train a merged model's base, merge_and_unload() it first.)"
+)
+
+
+def _chosen_by_another(adapter_name: str, is_trained: bool) -> str:
+    """What is told of an adapter's leaves that are not of the type that the model gave them."""
+    was, now = ("frozen", "trained") if is_trained else ("trained", "frozen")
+    return (
+        f"adapter {adapter_name!r} is {was} in this model, and another one made its leaves {now} "
+        "that has the same Variables (nnx.view and nnx.merge(*nnx.split(model)) make such "
+        "models): set_adapter() makes them this model's again. Of models with the same Variables "
+        "let one alone choose what trains; nnx.clone(model) has Variables of its own, around the "
+        "same arrays"
+    )
 
 
 class AdapterLeaves(nnx.Module):
@@ -79,12 +100,31 @@ class AdapterLeaves(nnx.Module):
         here = {name for held in self.held() for name in held}
         specs = tuple(registry.specs[name] for name in registry.applied if name in here)
         stacks = tuple(s for s in registry.row_stacks if here & {s.name, *s.members})
-        self.settings = replace(self.settings, specs=specs, merged=registry.merged, stacks=stacks)
-        training = set(registry.training)
+        # merged ones remain what they are, as do those that are off
+        trained = tuple(name for name in registry.active if name in registry.trained)
+        self.settings = replace(
+            self.settings, specs=specs, trained=trained, merged=registry.merged, stacks=stacks
+        )
         for held in self.held()[:3]:
             for name, leaves in held.items():
                 for key, leaf in leaves.items():
-                    leaves[key] = retyped(leaf, trained=name in training)
+                    leaves[key] = retyped(leaf, trained=name in trained)
+
+    def refuse_others_changes(self) -> None:
+        """Nothing, if the leaves of the active adapters are what this model made them.
+
+        Raises:
+          ConfigError: another model, which has the same Variables, chose what trains; or a gradient
+            is taken of an adapter that is merged.
+        """
+        settings = self.settings
+        for name in (spec.name for spec in settings.specs):
+            for leaf in (x for held in self.held()[:3] for x in held.get(name, {}).values()):
+                is_trained = isinstance(leaf, AdapterParam)
+                if is_trained != (name in settings.trained):
+                    raise ConfigError(_chosen_by_another(name, is_trained))
+                if is_trained and name in settings.merged:
+                    refuse_gradient(leaf.get_raw_value(), _MERGED.format(repr(name)))
 
     @property
     def kept_in_stacks(self) -> bool:

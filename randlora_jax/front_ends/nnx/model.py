@@ -8,18 +8,14 @@ from flax import nnx
 
 from randlora_jax.core.frozen import never_trained
 from randlora_jax.front_ends.call_input import multiplies_in
+from randlora_jax.front_ends.nnx.base_loras import freeze_loras
 from randlora_jax.front_ends.nnx.call import CallContext, ModelToken, opened
 from randlora_jax.front_ends.nnx.modules import modules_of
 from randlora_jax.front_ends.nnx.nested import depth_of
 from randlora_jax.front_ends.nnx.parts import Part, attribute
 from randlora_jax.front_ends.nnx.running import refuse_abstract, with_jax_arrays
 from randlora_jax.front_ends.nnx.store import NnxStore
-from randlora_jax.front_ends.nnx.variables import (
-    AdapterSlots,
-    FrozenLoRAParam,
-    SharedBasis,
-    retype_loras,
-)
+from randlora_jax.front_ends.nnx.variables import AdapterSlots, SharedBasis
 from randlora_jax.front_ends.nnx.wrappable import make_wrappable, refuse_absent_kernels, refuse_part
 from randlora_jax.front_ends.nnx_types import TYPES
 from randlora_jax.front_ends.shown_signature import shows_call_of
@@ -90,7 +86,7 @@ class NnxRandLora(RandLoraModel, nnx.Module):
         self._noted: AdapterRegistry | NotedSlots = AdapterRegistry.of(
             found, known.info, rules.names, rules.options, rules.optional
         )
-        retype_loras(walked, nnx.LoRAParam, FrozenLoRAParam)
+        freeze_loras(model)
 
     __repr__ = __str__ = RandLoraModel.__repr__  # flax's show every array
 
@@ -123,6 +119,15 @@ class NnxRandLora(RandLoraModel, nnx.Module):
             )
             for layer in layers
         }
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trained numbers, all numbers), as every `RandLoraModel` counts them.
+
+        Raises:
+          ConfigError: another model with the same Variables has chosen what trains.
+        """
+        self._store.refuse_others_changes()
+        return super().get_nb_trainable_parameters()
 
     @shows_call_of(lambda self: self.model)
     def __call__(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:

@@ -21,6 +21,11 @@ def depth_of(modules: Iterable[nnx.Module]) -> int:
     return max((token.depth + 1 for token in tokens), default=0)
 
 
+def wrapped_in(modules: Iterable[nnx.Module]) -> Iterator[nnx.Module]:
+    """Those among the modules of a model that are wrapped models themselves."""
+    return filter(_token_of, modules)
+
+
 def wrappers_of_wrapped(modules: Iterable[nnx.Module]) -> set[int]:
     """The ``id`` of each wrapper that belongs to a wrapped model among `modules`.
 

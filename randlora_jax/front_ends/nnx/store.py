@@ -12,6 +12,7 @@ from flax import nnx
 
 from randlora_jax.core.abstract import moved
 from randlora_jax.core.bases import BasisPair
+from randlora_jax.front_ends.nnx.base_loras import give_back_loras
 from randlora_jax.front_ends.nnx.bridges import bridge_of
 from randlora_jax.front_ends.nnx.call import ModelToken
 from randlora_jax.front_ends.nnx.dropout import dropout
@@ -20,19 +21,17 @@ from randlora_jax.front_ends.nnx.held import (
     in_jax,
     is_container,
     of_jax,
-    of_numpy,
     plain,
     quantised_in,
 )
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
 from randlora_jax.front_ends.nnx.leaves import Leaves, Settings
 from randlora_jax.front_ends.nnx.nested import wrappers_of_wrapped
+from randlora_jax.front_ends.nnx.replacing import replace_held, with_value
 from randlora_jax.front_ends.nnx.variables import (
     AdapterSlots,
     FrozenAdapterParam,
-    FrozenLoRAParam,
     SharedBasis,
-    retype_loras,
 )
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models import reaching
@@ -125,13 +124,14 @@ class NnxStore(ArrayStore):
         }
 
     def set_base_leaves(self, leaves: Mapping[Path, jax.Array]) -> None:
-        """In place."""
-        for path, value in leaves.items():
-            variable = self._params[path]
-            if of_numpy(variable):  # perhaps read-only
-                variable.set_raw_value(value)
-            else:
-                variable[...] = value
+        """In new Variables: those of now may be another model's, too."""
+        self._replace({id(x := self._params[path]): with_value(x, v) for path, v in leaves.items()})
+
+    def _replace(self, new: Mapping[int, Any]) -> None:
+        """Puts something in place of what the model holds, by the ``id`` of that."""
+        replace_held(cast(nnx.Module, self.root), new)
+        for known in ("_params", "_quantised"):
+            self.__dict__.pop(known, None)
 
     @cached_property
     def _quantised(self) -> dict[Path, Any]:
@@ -150,11 +150,8 @@ class NnxStore(ArrayStore):
     def put_floats(self, leaves: Mapping[Path, jax.Array]) -> None:
         """As ``nnx.Param``; modules whose class quantises get the one it was made of."""
         held = {path: self._quantised[path] for path in leaves}
-        variables = {p: x for p, x in held.items() if isinstance(x, nnx.Variable)}
-        for path, variable in variables.items():
-            variable.set_raw_value(leaves[path])
-        bare = {id(x): nnx.Param(leaves[p]) for p, x in held.items() if p not in variables}
-        replace_held(cast(nnx.Module, self.root), bare)
+        kinds = {p: x if isinstance(x, nnx.Variable) else nnx.Param(None) for p, x in held.items()}
+        self._replace({id(x): kinds[p].replace(leaves[p]) for p, x in held.items()})
         for _, module in nnx.iter_modules(self.root.model):
             if bridge := bridge_of(module):
                 bridge.unquantise(module)
@@ -164,7 +161,8 @@ class NnxStore(ArrayStore):
         self, registry: AdapterRegistry, spec: AdapterSpec, state: AdapterState, rngs: Any
     ) -> None:
         """In the wrappers of the layers concerned, made where there are none."""
-        if spec.dropout and rngs is None:
+        trained = spec.name in registry.trained
+        if spec.dropout and trained and rngs is None:
             raise ConfigError(
                 f"randlora_dropout={spec.dropout} draws at random: pass rngs=nnx.Rngs(seed)"
             )
@@ -180,9 +178,9 @@ class NnxStore(ArrayStore):
                 along = moved(layer.layout.along_stack, one)
                 _put(held.setdefault(spec.name, {}), key, along)
             if spec.dropout:
-                wrapper.randlora_dropout[spec.name] = dropout(
-                    spec.dropout, rngs, wrapper.settings.layers
-                )
+                drop = dropout(spec.dropout, rngs, wrapper.settings.layers)
+                drop.deterministic = not trained  # until model.train(), as in PEFT
+                wrapper.randlora_dropout[spec.name] = drop
         for path, value in state.saved.items():
             owner = owners[path]
             leaves = wrappers[owner].trained_leaves.setdefault(spec.name, {})
@@ -284,12 +282,17 @@ class NnxStore(ArrayStore):
             applied += [layer for layer, _ in wrapper.applied()]
         self.root._expected = frozenset(reaching.expected(applied, registry.optional))
 
+    def refuse_others_changes(self) -> None:
+        """As every wrapper does."""
+        for wrapper in self._wrappers().values():
+            wrapper.refuse_others_changes()
+
     def release(self) -> Any:
         """The base model, its own modules back in place of their wrappers."""
         wrappers = self._wrappers().values()
         root = cast(nnx.Module, self.root)
         replace_held(root, {id(wrapper): wrapper.base_layer for wrapper in wrappers})
-        retype_loras(list(nnx.iter_modules(self.root.model)), FrozenLoRAParam, nnx.LoRAParam)
+        give_back_loras(self.root.model)
         return self.root.model
 
 
@@ -313,33 +316,3 @@ def _bare(path: Path) -> Path:
 
 # What a wrapper holds besides the module in whose place it stands.
 _OURS = {"randlora_lambda", "randlora_gamma", "trained_leaves", "randlora_dropout"}
-
-
-def replace_held(root: nnx.Module, new: Mapping[int, Any]) -> None:
-    """Puts something in place of modules or quantised arrays wherever `root` has them, in one walk.
-
-    Args:
-      new: by the ``id`` of the old one, which must live on.
-    """
-    for module in [module for _, module in nnx.iter_modules(root)]:
-        for name, value in list(vars(module).items()):
-            swapped = _swapped(value, new)
-            if swapped is value:
-                continue
-            if isinstance(module, nnx.List):
-                module[int(name)] = swapped  # flax 0.12.2 has no attributes for its items
-            else:
-                setattr(module, name, swapped)
-
-
-def _swapped(value: Any, new: Mapping[int, Any]) -> Any:
-    """`value` with what it holds replaced, in containers too; itself if nothing changed."""
-    if id(value) in new:
-        return new[id(value)]
-    if type(value) in (list, tuple):
-        parts = [_swapped(v, new) for v in value]
-        return value if all(map(lambda a, b: a is b, parts, value)) else type(value)(parts)
-    if type(value) is dict:
-        items = {k: _swapped(v, new) for k, v in value.items()}
-        return value if all(items[k] is value[k] for k in value) else items
-    return value

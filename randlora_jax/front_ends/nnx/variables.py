@@ -1,8 +1,5 @@
 """The types of Variable by which nnx's filters tell what trains from what does not."""
 
-from collections.abc import Iterable
-from typing import Any
-
 import jax
 from flax import nnx
 
@@ -46,19 +43,3 @@ def retyped(leaf: nnx.Variable[jax.Array], *, trained: bool) -> nnx.Variable[jax
         return kind(value)
     leaf.__class__ = kind
     return leaf
-
-
-def retype_loras(
-    modules: Iterable[tuple[tuple[Any, ...], nnx.Module]],
-    old: type[nnx.Variable],
-    new: type[nnx.Variable],
-) -> None:
-    """Makes `new` of the base model's own LoRA parameters, which are `old`.
-
-    Args:
-      modules: all of the model's, with their paths.
-    """
-    for _, module in modules:
-        for name, value in list(vars(module).items()):
-            if type(value) is old:
-                setattr(module, name, new(value.get_raw_value(), **value.get_metadata()))
