@@ -100,8 +100,13 @@ def chosen(
     return replace(registry, active=tuple(adapter_names), trained=trained)
 
 
+def disabled(registry: AdapterRegistry) -> AdapterRegistry:
+    """With no adapter applied; what trains when it is active stays so."""
+    return replace(registry, active=(), enabled=False)
+
+
 def reenabled(registry: AdapterRegistry, before: AdapterRegistry) -> AdapterRegistry:
-    """What was `switched` off, as it was `before`: with those active that are still here."""
+    """What `disabled` made of `before`, undone: with those adapters active that are still here."""
     active = tuple(n for n in before.active if n in registry.specs or registry.combination(n))
     left = active or tuple(registry.specs)[: len(before.active[:1])]
     trained = before.trained & set(registry.specs)

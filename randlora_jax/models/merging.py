@@ -23,12 +23,13 @@ class MergingModel(AdaptedModel):
         """Within, the model is its base model: modules trained whole and biases included.
 
         (PEFT's biases stay trained.) A function that was compiled outside and closes over the
-        model cannot notice: pass the model, or its variables, as an argument.
+        model cannot notice: pass the model, or its variables, as an argument. In nnx all adapters
+        are frozen meanwhile, so that one program is the base model's whichever is active.
         """
         before, merged = self._registry, self._registry.merged
         if merged:
             self.unmerge_adapter()
-        self._follow(life.switched(self._registry, on=False))
+        self._follow(life.disabled(self._registry))
         try:
             yield
         finally:

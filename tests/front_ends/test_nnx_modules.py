@@ -237,4 +237,4 @@ def test_to_and_fro_needs_no_new_program():
         run(model, X)
         with model.disable_adapter():
             np.testing.assert_array_equal(run(model, X), nnx.jit(lambda m, x: m(x))(Keyword(), X))
-    assert len(traces) == 4 and model._registry.training == ("two",)
+    assert len(traces) == 3 and model._registry.training == ("two",)

@@ -137,14 +137,19 @@ def test_a_clone_chooses_for_itself():
     assert len(trained_leaves(model)) == 4
 
 
-def test_a_reference_that_is_off_for_a_while_freezes_nothing():
+def test_a_reference_that_is_off_for_a_while_freezes_for_that_while_and_says_so():
     model, plain, adapted = moved()
     reference = split(model)
     with reference.disable_adapter():
         np.testing.assert_array_equal(reference(X), plain)
-        np.testing.assert_array_equal(model(X), adapted)
-        assert len(trained_leaves(model)) == 4
         assert reference.get_nb_trainable_parameters()[0] == 0
+        with pytest.raises(ConfigError, match="its leaves frozen that has the same Variables"):
+            model(X)
+    np.testing.assert_array_equal(model(X), adapted)
+    assert len(trained_leaves(model)) == 4
+    reference.disable_adapter_layers()
+    np.testing.assert_array_equal(reference(X), plain)
+    np.testing.assert_array_equal(model(X), adapted)
     assert len(trained_leaves(model)) == 4
 
 
