@@ -77,8 +77,9 @@ class MergingModel(AdaptedModel):
           safe_merge: check every merged kernel, and change nothing if one is not finite.
 
         Raises:
-          ConfigError: no such adapter; adapters are off; or (with `safe_merge`) a kernel would not
-            be finite.
+          ConfigError: no such adapter; adapters are off or in stacks; a kernel can take no update
+            (a quantised one), or is a shape that waits for numbers; or (with `safe_merge`) a kernel
+            would not be finite.
         """
         life.check_flag("safe_merge", safe_merge)
         life.refuse_while_off(self._registry, "merge_adapter")
@@ -147,7 +148,11 @@ class MergingModel(AdaptedModel):
         return self._unwrapped(names)
 
     def unload(self) -> Any:
-        """The base model without its adapters; as in PEFT, modules trained whole stay trained."""
+        """The base model without its adapters; as in PEFT, modules trained whole stay trained.
+
+        Returns:
+          what was wrapped, as `merge_and_unload`. This model must not be used afterwards.
+        """
         if self._registry.merged:
             self.unmerge_adapter()
         return self._unwrapped([n for n in self._registry.active if n in self._registry.specs])
