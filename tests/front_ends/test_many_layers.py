@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from randlora_jax import RandLoraConfig, get_peft_model
 from randlora_jax.core import layer_call
 from randlora_jax.front_ends import collections
-from randlora_jax.front_ends.nnx import store
+from randlora_jax.front_ends.nnx import replacing
 from randlora_jax.models import finding
 
 CONFIG = RandLoraConfig(r=2, randlora_alpha=4, target_modules="all-linear")
@@ -88,8 +88,8 @@ def visits(monkeypatch):
         counted["visits"] += 1
         return swapped(*args)
 
-    swapped = store._swapped
-    monkeypatch.setattr(store, "_swapped", replaced)
+    swapped = replacing._swapped
+    monkeypatch.setattr(replacing, "_swapped", replaced)
     monkeypatch.setattr(collections, "flatten_dict", flattened)
     monkeypatch.setattr(finding, "_layer", found)
     return counted
