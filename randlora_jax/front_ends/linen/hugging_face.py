@@ -122,7 +122,7 @@ class HuggingFaceRandLora(InterceptedRandLora):
         if name == "model":  # __init__ has not run yet, as under copy
             raise AttributeError(name)
         found = getattr(self.model, name)
-        if callable(found) and "params" in _parameters(found):
+        if callable(found) and _takes_params(self.model, name):
             return self._with_adapters(found)
         return found
 
@@ -154,6 +154,12 @@ def _warn_of_another_model(model: Any) -> None:
             "Take a model that does compute it, such as google-tunix's of flax.nnx "
             "(docs/trainers.md); randlora-jax verify tells whether both compute the same",
         )
+
+
+def _takes_params(model: Any, name: str) -> bool:
+    """Whether a method takes ``params``, or hands them on to one that it overrides, as Whisper's."""
+    kinds = [vars(kind)[name] for kind in type(model).__mro__ if name in vars(kind)]
+    return any("params" in _parameters(method) for method in [getattr(model, name), *kinds])
 
 
 def _parameters(method: Callable[..., Any]) -> Mapping[str, Any]:
