@@ -1,5 +1,6 @@
 """Whatever a linen module does with its kernels, by any method, is done with W + delta."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -216,6 +217,23 @@ def test_nothing_of_adapters_is_in_what_a_call_changes():
     assert jax.tree.structure(changed) == jax.tree.structure({"params": model.variables["params"]})
     _, changed = model.apply(model.variables, X, capture_intermediates=True)
     assert set(changed) == {"intermediates"}
+
+
+@pytest.mark.parametrize("kept", ["one by one", "in stacks"])
+def test_what_is_trained_whole_is_the_base_models_in_what_a_call_changes(kept):
+    config = dataclasses.replace(CONFIG, target_modules=["a"], modules_to_save=["b"])
+    model = wrapped(Parts(), X, init="both", config=config)
+    base = model.variables["params"]
+    trained, frozen = model.split()
+    moved = jax.tree.map(lambda x: x + 0.5, trained)
+    model.variables = {**frozen, "randlora": moved}
+    if kept == "in stacks":
+        model.stack_adapters(2)
+    found, changed = model.apply(model.variables, X, mutable=True, method="both")
+    assert np.abs(found - model.module.apply({"params": base}, X, method="both")).max() > 0.1
+    jax.tree.map(np.testing.assert_array_equal, changed, {"params": base})
+    model.variables = {**model.variables, **changed}
+    close(model.apply(model.variables, X, method="both"), found)
 
 
 class Parts(nn.Module):
