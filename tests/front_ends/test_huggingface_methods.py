@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from randlora_jax import RandLoraConfig, get_peft_model
+from randlora_jax import ConfigError, RandLoraConfig, get_peft_model
 
 pytestmark = pytest.mark.torch
 
@@ -38,6 +38,16 @@ def whisper():
     return model, jax.random.normal(jax.random.key(3), (2, 8, 20))
 
 
+def gpt2():
+    """A tiny random one."""
+    import transformers
+
+    sizes = {"vocab_size": 60, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = transformers.GPT2Config(**sizes, **tokens, initializer_range=0.5)
+    return transformers.FlaxGPT2LMHeadModel(config)
+
+
 def adapted(model, targets, names=("default",)):
     """Wrapped, with adapters that move it."""
     config = RandLoraConfig(r=4, randlora_alpha=64, target_modules=targets, init_weights=False)
@@ -64,3 +74,21 @@ def test_whispers_own_generate_follows_the_adapter():
     np.testing.assert_array_equal(found[:, 1:], best[:, :-1])
     by_row = tokens(adapter_names=["default", "__base__"])
     np.testing.assert_array_equal(by_row, [found[0], unadapted[1]])
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_rows_that_are_not_the_batchs_are_refused_before_a_search(beams):
+    model = adapted(gpt2(), ["c_attn"], ["a", "b"])
+    ids = np.array([[5, 6, 7], [8, 9, 10]])
+    settings = {"max_length": 5, "num_beams": beams}
+    for names in (["a", "a", "b", "__base__"], ["a"]):
+        with pytest.raises(ConfigError, match=f"has {len(names)} rows, and input_ids 2"):
+            model.generate(ids, adapter_names=names, **settings)
+        with pytest.raises(ConfigError, match=f"has {len(names)} rows, and input_ids 2"):
+            model.generate(input_ids=ids, adapter_names=names, **settings)
+    model.stack_adapters()
+    model.set_rows(["a", "b", "a", "b"])
+    with pytest.raises(ConfigError, match="has 4 rows, and input_ids 2"):
+        model.generate(ids, **settings)
+    model.set_rows(["a", "b"])
+    assert model.generate(ids, **settings).sequences.shape == (2, 5)

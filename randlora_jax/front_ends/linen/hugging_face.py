@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 from flax.core import unfreeze
 
 from randlora_jax.core.abstract import some_abstract
@@ -20,6 +21,7 @@ from randlora_jax.models.front_end import WrapRules, register_front_end, warn_of
 from randlora_jax.models.layer_types import LayerTypes, refuse_idle_types
 from randlora_jax.models.names import Path
 from randlora_jax.models.registry import BaseModelInfo
+from randlora_jax.models.slots import RowChoice
 
 
 class HuggingFaceStore(CollectionStore):
@@ -138,8 +140,10 @@ class HuggingFaceRandLora(InterceptedRandLora):
         ) -> Any:
             given = self._variables_for(adapter_names) if params is None else params
             variables = self._checked(given, adapter_names)
-            beams = _beams(method, args, kwargs)
-            with self._adapting(variables, self._rows_in(variables, adapter_names, beams)) as whole:
+            choice = self._rows_in(variables, adapter_names, _beams(method, args, kwargs))
+            if method.__name__ == "generate":
+                _refuse_other_rows(method, args, kwargs, choice)
+            with self._adapting(variables, choice) as whole:
                 return method(*args, params=self._collections.params_of(whole), **kwargs)
 
         return joined
@@ -176,6 +180,31 @@ def _beams(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
     told = inspect.signature(method).bind_partial(*args, **kwargs).arguments
     config = told.get("generation_config") or method.__self__.generation_config  # type: ignore[attr-defined]
     return int(kwargs.get("num_beams") or config.num_beams or 1)
+
+
+def _refuse_other_rows(
+    method: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    choice: RowChoice | None,
+) -> None:
+    """Nothing, if rows of a batch that is searched choose for themselves, one each, or none does.
+
+    With beams a layer cannot tell a list that is as many times too long.
+
+    Raises:
+      ConfigError: the batch has another number of rows.
+    """
+    told = inspect.signature(method).bind_partial(*args, **kwargs).arguments
+    name = next(iter(_parameters(method)))  # input_ids, input_features
+    if choice is None or choice.rows is None or name not in told:
+        return
+    size = np.shape(told[name])[0]
+    if size != choice.rows:
+        raise ConfigError(
+            f"adapter_names (or set_rows) has {choice.rows} rows, and {name} {size}: expected one "
+            "name for each row of the batch, however many beams each becomes"
+        )
 
 
 def _info(model: Any, paths: Iterable[Path]) -> BaseModelInfo:
