@@ -1,5 +1,8 @@
 """The methods and attributes of a wrapped Hugging Face model, `generate` among them."""
 
+import copy
+import pickle
+
 import jax
 import numpy as np
 import pytest
@@ -92,3 +95,25 @@ def test_rows_that_are_not_the_batchs_are_refused_before_a_search(beams):
         model.generate(ids, **settings)
     model.set_rows(["a", "b"])
     assert model.generate(ids, **settings).sequences.shape == (2, 5)
+
+
+def test_an_attribute_that_is_set_is_the_models():
+    from transformers import GenerationConfig
+
+    base = gpt2()
+    model = adapted(base, ["c_attn"])
+    short = GenerationConfig(max_new_tokens=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model.generation_config = short
+    assert base.generation_config is short
+    assert model.generate(np.array([[5, 6, 7]])).sequences.shape == (1, 5)
+    model.note = 3
+    assert model.note == base.note == 3
+    del model.note
+    assert not hasattr(base, "note")
+    with pytest.raises(AttributeError):  # of the model, which has no setter for it
+        model.config = base.config
+    for again in (copy.copy(model), pickle.loads(pickle.dumps(model))):
+        assert again.generation_config.max_new_tokens == 2
+        assert jax.tree.structure(again.params) == jax.tree.structure(model.params)
+        again.params = model.params  # ours, and not the model's
+        assert "randlora" not in again.model.params

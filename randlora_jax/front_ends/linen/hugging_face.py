@@ -128,6 +128,22 @@ class HuggingFaceRandLora(InterceptedRandLora):
             return self._with_adapters(found)
         return found
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set on the model, where `__getattr__` finds it, if it is none of the wrapper's own."""
+        if self._is_own(name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_own(name):
+            super().__delattr__(name)
+        else:
+            delattr(self.model, name)
+
+    def _is_own(self, name: str) -> bool:
+        return name.startswith("_") or name in ("model", "module") or hasattr(type(self), name)
+
     def _with_adapters(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """A method of the model that takes ``params``, with the adapters joined in."""
 
