@@ -168,6 +168,26 @@ def test_a_layer_that_keeps_a_state_cannot_have_adapter_dropout():
         model.apply(model.variables, X, **run)
 
 
+class Reused(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        dense = nn.Dense(8, name="dense")
+        return dense(jnp.tanh(dense(x)))
+
+
+def test_what_flax_sows_is_no_state_of_a_layer():
+    config = dataclasses.replace(CONFIG, randlora_dropout=0.5)
+    model = wrapped(Reused(), X, config=config)
+    drawn = {"rngs": {"dropout": jax.random.key(9)}}
+    plain = model.apply(model.variables, X, **drawn)
+    assert np.abs(plain - model.apply(model.variables, X)).max() > 1e-2
+    found, changed = model.apply(model.variables, X, capture_intermediates=True, **drawn)
+    np.testing.assert_array_equal(found, plain)
+    first, second = changed["intermediates"]["dense"]["__call__"]
+    assert np.abs(first - second).max() > 1e-2
+    np.testing.assert_array_equal(second, found)
+
+
 class Dropping(nn.Module):
     @nn.compact
     def __call__(self, x):
