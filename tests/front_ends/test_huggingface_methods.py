@@ -117,3 +117,34 @@ def test_an_attribute_that_is_set_is_the_models():
         assert jax.tree.structure(again.params) == jax.tree.structure(model.params)
         again.params = model.params  # ours, and not the model's
         assert "randlora" not in again.model.params
+
+
+def test_params_are_taken_by_position_too():
+    model = adapted(gpt2(), ["c_attn"])
+    ids = np.array([[5, 6, 7]])
+    moved = jax.tree.map(lambda x: x * 2, model.params["randlora"])
+    params = {**model.params, "randlora": moved}
+    by_name = model(ids, params=params, output_hidden_states=True)
+    assert np.abs(by_name.logits - model(ids).logits).max() > 1e-2
+    mask = np.ones_like(ids)
+    # those after them keep their places, output_hidden_states among them
+    before = (ids, mask, None, None, None)
+    by_place = model(*before, params, None, None, False, None, True)
+    np.testing.assert_array_equal(by_place.logits, by_name.logits)
+    assert len(by_place.hidden_states) == len(by_name.hidden_states) == 2
+    with pytest.raises(TypeError, match="multiple values for argument 'params'"):
+        model(*before, params, params=params)
+
+
+def test_methods_that_make_base_params_are_refused_where_adapters_are():
+    base = gpt2()
+    model = adapted(base, ["c_attn"])
+    for name in ("to_bf16", "to_fp16", "to_fp32"):
+        with pytest.raises(ConfigError, match=f"{name} gives params of the base .*before wrapping"):
+            getattr(model, name)(model.params)
+    with pytest.raises(ConfigError, match="init_weights gives params of the base model"):
+        model.init_weights(jax.random.key(0), (1, 3))
+    # what the error says of the wrapped model works
+    model.params = {**model.params, "params": model.model.to_bf16(model.params["params"])}
+    assert {x.dtype for x in jax.tree.leaves(model.params["params"])} == {jax.numpy.bfloat16.dtype}
+    assert np.isfinite(np.asarray(model(np.array([[5, 6]])).logits)).all()

@@ -23,6 +23,9 @@ from randlora_jax.models.names import Path
 from randlora_jax.models.registry import BaseModelInfo
 from randlora_jax.models.slots import RowChoice
 
+# Methods that make params of the base model, or cast them.
+_OF_BASE_PARAMS = ("init_weights", "to_bf16", "to_fp16", "to_fp32")
+
 
 class HuggingFaceStore(CollectionStore):
     """The collections of a Hugging Face model, which gets its params back in the end."""
@@ -101,29 +104,22 @@ class HuggingFaceRandLora(InterceptedRandLora):
         self.variables = params
 
     @shows_call_of(lambda self: self.model)
-    def __call__(
-        self,
-        *args: Any,
-        params: Mapping[str, Any] | None = None,
-        adapter_names: Any = None,
-        **kwargs: Any,
-    ) -> Any:
+    def __call__(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         """Calls the model.
 
         Args:
           params: as `self.params`, which is the default.
           adapter_names: an adapter for each row of the batch, by name or as `rows` gives them.
         """
-        params = self._variables_for(adapter_names) if params is None else params
         call = self._with_adapters(self.model.__call__)
-        output = call(*args, params=params, adapter_names=adapter_names, **kwargs)
-        self._refuse_unreached(params)
-        return output
+        return call(*args, adapter_names=adapter_names, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name == "model":  # __init__ has not run yet, as under copy
             raise AttributeError(name)
         found = getattr(self.model, name)
+        if name in _OF_BASE_PARAMS:
+            return _refused(found)
         if callable(found) and _takes_params(self.model, name):
             return self._with_adapters(found)
         return found
@@ -148,19 +144,22 @@ class HuggingFaceRandLora(InterceptedRandLora):
         """A method of the model that takes ``params``, with the adapters joined in."""
 
         @functools.wraps(method)
-        def joined(
-            *args: Any,
-            params: Mapping[str, Any] | None = None,
-            adapter_names: Any = None,
-            **kwargs: Any,
-        ) -> Any:
+        def joined(*args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+            call = inspect.signature(method).bind_partial(*args, **kwargs)
+            told = {**call.arguments, **kwargs}
+            params = told.get("params")
             given = self._variables_for(adapter_names) if params is None else params
             variables = self._checked(given, adapter_names)
-            choice = self._rows_in(variables, adapter_names, _beams(method, args, kwargs))
+            choice = self._rows_in(variables, adapter_names, _beams(method, told))
             if method.__name__ == "generate":
-                _refuse_other_rows(method, args, kwargs, choice)
+                _refuse_other_rows(next(iter(_parameters(method))), told, choice)
+            call.arguments.pop("params", None)  # what comes after it is given by name, then
             with self._adapting(variables, choice) as whole:
-                return method(*args, params=self._collections.params_of(whole), **kwargs)
+                inner = {**call.kwargs, "params": self._collections.params_of(whole)}
+                output = method(*call.args, **inner)
+            if method == self.model.__call__:
+                self._refuse_unreached(variables)
+            return output
 
         return joined
 
@@ -176,8 +175,23 @@ def _warn_of_another_model(model: Any) -> None:
         )
 
 
+def _refused(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the base model that has no meaning where adapters are."""
+
+    @functools.wraps(method)
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        name = method.__name__
+        raise ConfigError(
+            f"{name} gives params of the base model, and model.params hold adapters and bases "
+            f"too: call it before wrapping, base.params = base.{name}(...); or now, "
+            f"model.model.{name}(...), for what model.params hold of the base model"
+        )
+
+    return refused
+
+
 def _takes_params(model: Any, name: str) -> bool:
-    """Whether a method takes ``params``, or hands them on to one that it overrides, as Whisper's."""
+    """Whether a method takes ``params``, or hands them on to one that it overrides (Whisper's)."""
     kinds = [vars(kind)[name] for kind in type(model).__mro__ if name in vars(kind)]
     return any("params" in _parameters(method) for method in [getattr(model, name), *kinds])
 
@@ -189,30 +203,30 @@ def _parameters(method: Callable[..., Any]) -> Mapping[str, Any]:
         return {}
 
 
-def _beams(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """How many rows a search makes of one, one after another, in a call of a model's method."""
+def _beams(method: Callable[..., Any], told: Mapping[str, Any]) -> int:
+    """How many rows a search makes of one, one after another, in a call of a model's method.
+
+    Args:
+      told: its arguments, by name.
+    """
     if method.__name__ != "generate":
         return 1
-    told = inspect.signature(method).bind_partial(*args, **kwargs).arguments
     config = told.get("generation_config") or method.__self__.generation_config  # type: ignore[attr-defined]
-    return int(kwargs.get("num_beams") or config.num_beams or 1)
+    return int(told.get("num_beams") or config.num_beams or 1)
 
 
-def _refuse_other_rows(
-    method: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    choice: RowChoice | None,
-) -> None:
+def _refuse_other_rows(name: str, told: Mapping[str, Any], choice: RowChoice | None) -> None:
     """Nothing, if rows of a batch that is searched choose for themselves, one each, or none does.
 
     With beams a layer cannot tell a list that is as many times too long.
 
+    Args:
+      name: of what the model is called with, such as ``input_ids``.
+      told: the arguments, by name.
+
     Raises:
       ConfigError: the batch has another number of rows.
     """
-    told = inspect.signature(method).bind_partial(*args, **kwargs).arguments
-    name = next(iter(_parameters(method)))  # input_ids, input_features
     if choice is None or choice.rows is None or name not in told:
         return
     size = np.shape(told[name])[0]
