@@ -127,7 +127,7 @@ class _Joined:
         runner = LinenRunner(registry, LayerTypes((TYPES,)), pairs, {}, choice=choice)
         with runner.running():
             result = self.module.apply(whole, *args, **kwargs)
-        return cleared(result, kwargs.get("mutable", False))
+        return cleared(result, kwargs.get("mutable", False), held)
 
 
 @functools.lru_cache

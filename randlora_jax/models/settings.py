@@ -8,6 +8,7 @@ from typing import Any
 
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import ConfigError, listed, shown
+from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import dotted
 from randlora_jax.models.registry import AdapterRegistry, AdapterState
 
@@ -18,20 +19,25 @@ _DECIDING = ("r", "randlora_alpha", "projection_prng_key", "sparse", "very_spars
 def settings_of(
     registry: AdapterRegistry, states: Mapping[str, AdapterState]
 ) -> dict[str, dict[str, Any]]:
-    """By adapter: ``config`` as in its file, ``bases`` by their identity, ``layers`` and
-    ``trained_whole`` by their paths, with their shapes.
+    """By adapter: ``config`` as in its file, ``bases`` by their identity, ``layers`` by path, with
+    the ``shape`` and ``axes`` of their kernels, ``trained_whole`` by path, with shapes.
     """
     return {
         name: {
             "config": _arguments(registry.configs[name]),
             "bases": str(registry.specs[name].identity),
-            "layers": {n: list(registry.layers[n].shape) for n in sorted(state.layers)},
+            "layers": {n: _kernel(registry.layers[n]) for n in sorted(state.layers)},
             "trained_whole": {
                 dotted(path): list(x.shape) for path, x in sorted(state.saved.items(), key=str)
             },
         }
         for name, state in states.items()
     }
+
+
+def _kernel(layer: Layer) -> dict[str, Any]:
+    """Its shape, and which of its axes are in, out, and stacked: a square one tells by no shape."""
+    return {"shape": list(layer.shape), "axes": layer.layout.axes}
 
 
 def _arguments(config: RandLoraConfig) -> dict[str, Any]:
@@ -74,11 +80,19 @@ def _compare(name: str, ours: Mapping[str, Any], theirs: Any) -> None:
     _refuse(name, "the bases (projection_source)", ours["bases"], theirs["bases"])
     for field, part in (("target_modules", "layers"), ("modules_to_save", "trained_whole")):
         for path in sorted({*ours[part], *theirs[part]}):
+            sides = [side[part].get(path) for side in (ours, theirs)]
             mine, kept = (
-                f"{path} of shape {tuple(side[part][path])}" if path in side[part] else f"no {path}"
-                for side in (ours, theirs)
+                f"no {path}" if x is None else f"{path} of shape {_shape(x)}" for x in sides
             )
             _refuse(name, f"what {field} takes", mine, kept)
+            if all(isinstance(x, Mapping) for x in sides):
+                axes = [x["axes"] for x in sides]
+                _refuse(name, f"the axes of {path} (views)", *axes)
+
+
+def _shape(kept: Any) -> tuple[int, ...]:
+    """Of a kernel or another leaf; earlier settings have it alone of kernels, too."""
+    return tuple(kept["shape"] if isinstance(kept, Mapping) else kept)
 
 
 def _refuse(name: str, field: str, ours: Any, theirs: Any) -> None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from randlora_jax.core.abstract import put
+from randlora_jax.core.update import at_least_float32
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.names import Path, dotted
 from randlora_jax.models.registry import AdapterRegistry, AdapterState
@@ -98,7 +99,7 @@ def empty(
                 "lie in one array: adapters that train it cannot run by row; open them one by one"
             )
     whole = {
-        path: jnp.broadcast_to(x, (stack.capacity, *x.shape)).astype(jnp.float32)
+        path: jnp.broadcast_to(x, (stack.capacity, *x.shape)).astype(at_least_float32(x.dtype))
         for path, x in saved.items()
     }
     return put_on(registry, AdapterState(layers, whole))

@@ -1,5 +1,6 @@
 """Whatever a linen module does with its kernels, by any method, is done with W + delta."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -167,6 +168,26 @@ def test_a_layer_that_keeps_a_state_cannot_have_adapter_dropout():
         model.apply(model.variables, X, **run)
 
 
+class Reused(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        dense = nn.Dense(8, name="dense")
+        return dense(jnp.tanh(dense(x)))
+
+
+def test_what_flax_sows_is_no_state_of_a_layer():
+    config = dataclasses.replace(CONFIG, randlora_dropout=0.5)
+    model = wrapped(Reused(), X, config=config)
+    drawn = {"rngs": {"dropout": jax.random.key(9)}}
+    plain = model.apply(model.variables, X, **drawn)
+    assert np.abs(plain - model.apply(model.variables, X)).max() > 1e-2
+    found, changed = model.apply(model.variables, X, capture_intermediates=True, **drawn)
+    np.testing.assert_array_equal(found, plain)
+    first, second = changed["intermediates"]["dense"]["__call__"]
+    assert np.abs(first - second).max() > 1e-2
+    np.testing.assert_array_equal(second, found)
+
+
 class Dropping(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -216,6 +237,23 @@ def test_nothing_of_adapters_is_in_what_a_call_changes():
     assert jax.tree.structure(changed) == jax.tree.structure({"params": model.variables["params"]})
     _, changed = model.apply(model.variables, X, capture_intermediates=True)
     assert set(changed) == {"intermediates"}
+
+
+@pytest.mark.parametrize("kept", ["one by one", "in stacks"])
+def test_what_is_trained_whole_is_the_base_models_in_what_a_call_changes(kept):
+    config = dataclasses.replace(CONFIG, target_modules=["a"], modules_to_save=["b"])
+    model = wrapped(Parts(), X, init="both", config=config)
+    base = model.variables["params"]
+    trained, frozen = model.split()
+    moved = jax.tree.map(lambda x: x + 0.5, trained)
+    model.variables = {**frozen, "randlora": moved}
+    if kept == "in stacks":
+        model.stack_adapters(2)
+    found, changed = model.apply(model.variables, X, mutable=True, method="both")
+    assert np.abs(found - model.module.apply({"params": base}, X, method="both")).max() > 0.1
+    jax.tree.map(np.testing.assert_array_equal, changed, {"params": base})
+    model.variables = {**model.variables, **changed}
+    close(model.apply(model.variables, X, method="both"), found)
 
 
 class Parts(nn.Module):

@@ -104,6 +104,9 @@ def test_what_is_trained_whole_keeps_float64(tmp_path):
         model.save_pretrained(tmp_path, names={".*": r"\g<0>"})
         again = RandLoraModel.from_pretrained(Normed(jnp.float64), tmp_path)
         np.testing.assert_array_equal(again(jnp.asarray(x)), expected)
+        again.stack_adapters(2)
+        scales = [found.merge_and_unload().norm.scale[...] for found in (again, model)]
+        np.testing.assert_array_equal(*scales)
         numbers = jax.tree.map(np.float32, nnx.to_pure_dict(nnx.state(Normed(jnp.float64))))
     base = Normed(jnp.float32)
     nnx.update(base, numbers)

@@ -80,6 +80,27 @@ def test_leaves_of_another_adapter_are_refused_by_the_setting(kind, change, fiel
     again.check_randlora_settings(saved)
 
 
+def test_leaves_of_another_view_of_a_square_kernel_are_refused():
+    def of(view):
+        rules = {"views": {"up": view}, "rngs": jax.random.key(0)}
+        return get_peft_model(
+            {"up": jnp.ones((8, 8))}, replace(CONFIG, target_modules=["up"]), **rules
+        )
+
+    saved = json.loads(json.dumps(of("i o").randlora_settings()))
+    of("i o").check_randlora_settings(saved)
+    with pytest.raises(ConfigError, match=r"the axes of up \(views\): .* saved with io, .* has oi"):
+        of("o i").check_randlora_settings(saved)
+    # settings of before axes were kept tell shapes alone
+    saved["default"]["layers"] = {"up": [8, 8]}
+    of("o i").check_randlora_settings(saved)
+    saved["default"]["layers"] = {"up": [8, 4]}
+    with pytest.raises(
+        ConfigError, match=r"up of shape \(8, 4\), and this .* up of shape \(8, 8\)"
+    ):
+        of("o i").check_randlora_settings(saved)
+
+
 def test_what_decides_nothing_may_differ():
     other = replace(CONFIG, randlora_dropout=0.5, target_modules="all-linear")
     model = get_peft_model(Net(nnx.Rngs(0)), other, rngs=nnx.Rngs(1))

@@ -206,13 +206,17 @@ def without(params: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def cleared(result: Any, mutable: Any) -> Any:
-    """What ``Module.apply`` gave back, with nothing beside the kernels in its updates.
+def cleared(result: Any, mutable: Any, variables: Mapping[str, Any]) -> Any:
+    """What ``Module.apply`` gave back, with nothing of adapters among the params in its updates.
 
     Args:
       mutable: as it was given to ``apply``.
+      variables: of the call: what adapters in them train whole is the base model's in the updates.
     """
     if mutable is False or "params" not in result[-1]:
         return result
     output, updates = result
-    return output, {**updates, "params": without(updates["params"])}
+    base = flat(variables["params"])
+    saved = {path for tree in adapter_trees(variables).values() for path in state_of(tree).saved}
+    params = with_leaves(without(updates["params"]), {path: unboxed(base[path]) for path in saved})
+    return output, {**updates, "params": params}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 from flax.core import unfreeze
 
 from randlora_jax.core.abstract import some_abstract
@@ -20,6 +21,10 @@ from randlora_jax.models.front_end import WrapRules, register_front_end, warn_of
 from randlora_jax.models.layer_types import LayerTypes, refuse_idle_types
 from randlora_jax.models.names import Path
 from randlora_jax.models.registry import BaseModelInfo
+from randlora_jax.models.slots import RowChoice
+
+# Methods that make params of the base model, or cast them.
+_OF_BASE_PARAMS = ("init_weights", "to_bf16", "to_fp16", "to_fp32")
 
 
 class HuggingFaceStore(CollectionStore):
@@ -99,48 +104,62 @@ class HuggingFaceRandLora(InterceptedRandLora):
         self.variables = params
 
     @shows_call_of(lambda self: self.model)
-    def __call__(
-        self,
-        *args: Any,
-        params: Mapping[str, Any] | None = None,
-        adapter_names: Any = None,
-        **kwargs: Any,
-    ) -> Any:
+    def __call__(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         """Calls the model.
 
         Args:
           params: as `self.params`, which is the default.
           adapter_names: an adapter for each row of the batch, by name or as `rows` gives them.
         """
-        params = self._variables_for(adapter_names) if params is None else params
         call = self._with_adapters(self.model.__call__)
-        output = call(*args, params=params, adapter_names=adapter_names, **kwargs)
-        self._refuse_unreached(params)
-        return output
+        return call(*args, adapter_names=adapter_names, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name == "model":  # __init__ has not run yet, as under copy
             raise AttributeError(name)
         found = getattr(self.model, name)
-        if callable(found) and "params" in _parameters(found):
+        if name in _OF_BASE_PARAMS:
+            return _refused(found)
+        if callable(found) and _takes_params(self.model, name):
             return self._with_adapters(found)
         return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set on the model, where `__getattr__` finds it, if it is none of the wrapper's own."""
+        if self._is_own(name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_own(name):
+            super().__delattr__(name)
+        else:
+            delattr(self.model, name)
+
+    def _is_own(self, name: str) -> bool:
+        return name.startswith("_") or name in ("model", "module") or hasattr(type(self), name)
 
     def _with_adapters(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """A method of the model that takes ``params``, with the adapters joined in."""
 
         @functools.wraps(method)
-        def joined(
-            *args: Any,
-            params: Mapping[str, Any] | None = None,
-            adapter_names: Any = None,
-            **kwargs: Any,
-        ) -> Any:
+        def joined(*args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+            call = inspect.signature(method).bind_partial(*args, **kwargs)
+            told = {**call.arguments, **kwargs}
+            params = told.get("params")
             given = self._variables_for(adapter_names) if params is None else params
             variables = self._checked(given, adapter_names)
-            beams = _beams(method, args, kwargs)
-            with self._adapting(variables, self._rows_in(variables, adapter_names, beams)) as whole:
-                return method(*args, params=self._collections.params_of(whole), **kwargs)
+            choice = self._rows_in(variables, adapter_names, _beams(method, told))
+            if method.__name__ == "generate":
+                _refuse_other_rows(next(iter(_parameters(method))), told, choice)
+            call.arguments.pop("params", None)  # what comes after it is given by name, then
+            with self._adapting(variables, choice) as whole:
+                inner = {**call.kwargs, "params": self._collections.params_of(whole)}
+                output = method(*call.args, **inner)
+            if method == self.model.__call__:
+                self._refuse_unreached(variables)
+            return output
 
         return joined
 
@@ -156,6 +175,27 @@ def _warn_of_another_model(model: Any) -> None:
         )
 
 
+def _refused(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the base model that has no meaning where adapters are."""
+
+    @functools.wraps(method)
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        name = method.__name__
+        raise ConfigError(
+            f"{name} gives params of the base model, and model.params hold adapters and bases "
+            f"too: call it before wrapping, base.params = base.{name}(...); or now, "
+            f"model.model.{name}(...), for what model.params hold of the base model"
+        )
+
+    return refused
+
+
+def _takes_params(model: Any, name: str) -> bool:
+    """Whether a method takes ``params``, or hands them on to one that it overrides (Whisper's)."""
+    kinds = [vars(kind)[name] for kind in type(model).__mro__ if name in vars(kind)]
+    return any("params" in _parameters(method) for method in [getattr(model, name), *kinds])
+
+
 def _parameters(method: Callable[..., Any]) -> Mapping[str, Any]:
     try:
         return inspect.signature(method).parameters
@@ -163,13 +203,38 @@ def _parameters(method: Callable[..., Any]) -> Mapping[str, Any]:
         return {}
 
 
-def _beams(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """How many rows a search makes of one, one after another, in a call of a model's method."""
+def _beams(method: Callable[..., Any], told: Mapping[str, Any]) -> int:
+    """How many rows a search makes of one, one after another, in a call of a model's method.
+
+    Args:
+      told: its arguments, by name.
+    """
     if method.__name__ != "generate":
         return 1
-    told = inspect.signature(method).bind_partial(*args, **kwargs).arguments
     config = told.get("generation_config") or method.__self__.generation_config  # type: ignore[attr-defined]
-    return int(kwargs.get("num_beams") or config.num_beams or 1)
+    return int(told.get("num_beams") or config.num_beams or 1)
+
+
+def _refuse_other_rows(name: str, told: Mapping[str, Any], choice: RowChoice | None) -> None:
+    """Nothing, if rows of a batch that is searched choose for themselves, one each, or none does.
+
+    With beams a layer cannot tell a list that is as many times too long.
+
+    Args:
+      name: of what the model is called with, such as ``input_ids``.
+      told: the arguments, by name.
+
+    Raises:
+      ConfigError: the batch has another number of rows.
+    """
+    if choice is None or choice.rows is None or name not in told:
+        return
+    size = np.shape(told[name])[0]
+    if size != choice.rows:
+        raise ConfigError(
+            f"adapter_names (or set_rows) has {choice.rows} rows, and {name} {size}: expected one "
+            "name for each row of the batch, however many beams each becomes"
+        )
 
 
 def _info(model: Any, paths: Iterable[Path]) -> BaseModelInfo:

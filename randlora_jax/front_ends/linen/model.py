@@ -99,7 +99,7 @@ class InterceptedRandLora(FunctionalRandLora):
             refuse_idle_types(self._untold, kinds or ())
             self._untold = {}
             self._refuse_unreached(variables)
-        return cleared(result, kwargs.get("mutable", False))
+        return cleared(result, kwargs.get("mutable", False), variables)
 
     def _runs(self, layers: Sequence[Layer], base: Leaves) -> dict[str, LayerRun]:
         return {**super()._runs(layers, base), **self._seen}

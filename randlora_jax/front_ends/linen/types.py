@@ -69,6 +69,10 @@ def type_of(
     return known
 
 
+# Collections that no call of a known type changes; flax itself sows what a call gave.
+_UNCHANGED = ("params", "intermediates", "perturbations")
+
+
 def changes_state(module: nn.Module) -> bool:
     """Whether a layer may change its collections in this call."""
     if is_filter_empty(module.scope.mutable):
@@ -77,7 +81,7 @@ def changes_state(module: nn.Module) -> bool:
     if not any(type(module).__call__ is kind.__call__ for kind in known):
         return True
     held = [name for name, collection in module.variables.items() if collection]
-    return any(module.is_mutable_collection(name) for name in held if name != "params")
+    return any(module.is_mutable_collection(name) for name in held if name not in _UNCHANGED)
 
 
 def unquantised(module: nn.Module) -> nn.Module:
