@@ -14,6 +14,7 @@ gives other numbers. Both flattenings are reshapes, so nothing is transposed in 
 JAX kernels are (in, out), so functions here return delta_W.T and call it delta.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -121,9 +122,9 @@ def _through(x: jax.Array, matrix: jax.Array, comes_in: DTypeLike, scales: bool)
 
 
 def _unit(matrix: jax.Array) -> jax.Array:
-    """What float16 counts `matrix` in."""
+    """What float16 counts `matrix` in: at most one, as gradients would overflow times more."""
     peak = jnp.abs(matrix).max()
-    return jnp.where(peak > 0, 64 * peak, 1).astype(jnp.float32)
+    return jnp.where(peak > 0, jnp.minimum(64 * peak, 1), 1).astype(jnp.float32)
 
 
 @partial(_through.defjvp, symbolic_zeros=True)
@@ -157,10 +158,18 @@ class FlatFactors(NamedTuple):
         return times(self.b, self.a)
 
     def applied(self, x: jax.Array) -> jax.Array:
-        """x (..., in) @ delta without forming delta, (..., out), as `through` it."""
+        """x (..., in) @ delta without forming delta, (..., out), as `through` it.
+
+        B's numbers are about one, so x @ B_flat is about the norm of x: the root of `in` times what
+        x's numbers are. float16 might not reach as far up. There that root goes from B to A, in a
+        power of two, which rounds nothing, and eight times as much, which holds whatever x does.
+        """
         if self.in_is_smaller:
             return through(through(x, self.a.T).astype(x.dtype), self.b.T, basis=True)
-        return through(times(x, self.b.astype(x.dtype)), self.a)
+        if x.dtype != jnp.float16:
+            return through(times(x, self.b.astype(x.dtype)), self.a)
+        far = 8.0 * 2 ** math.ceil(math.log2(x.shape[-1]) / 2)
+        return through(times(x, (self.b / far).astype(x.dtype)), self.a * far)
 
 
 @jax.tree_util.register_dataclass
