@@ -197,7 +197,7 @@ def test_float16_holds_what_a_large_input_makes(how, matrix, tokens, size):
 
 
 @WAYS
-@pytest.mark.parametrize("matrix", [(1024, 64)])
+@MATRICES
 def test_float16_holds_what_large_cotangents_make(how, matrix):
     """As a loss scaled for float16 has them."""
     update, x = drawn(matrix, deviation=1e-4), jnp.ones((3, matrix[0]), jnp.float16)
