@@ -25,7 +25,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from randlora_jax.core.bases import BasisPair
-from randlora_jax.core.update import FlatFactors, Update, formed_in, through, times
+from randlora_jax.core.update import FlatFactors, Update, formed_in, through, times, to_basis
 
 
 class RowOrder(enum.Enum):
@@ -112,8 +112,10 @@ class RowUpdates:
         parts = [(self.lam[:, i, None], self.gamma[:, i]) for i in range(self.lam.shape[1])]
         if self.in_is_smaller:
             mixed = _sum(lam * _narrowed(x, a, gamma) for lam, gamma in parts)
-            flat = mixed.reshape(*x.shape[:2], r * n).astype(x.dtype)
-            return through(flat, b_flat.T, basis=True)
+            flat = mixed.reshape(*x.shape[:2], r * n)
+            if x.dtype == jnp.float16:
+                return to_basis(flat, b_flat.T)
+            return through(flat.astype(x.dtype), b_flat.T, basis=True)
         mixed = times(x, b_flat, jnp.float32).reshape(*x.shape[:2], r, n)
         return _sum(_widened(lam * mixed, a, gamma) for lam, gamma in parts)
 

@@ -14,6 +14,7 @@ gives other numbers. Both flattenings are reshapes, so nothing is transposed in 
 JAX kernels are (in, out), so functions here return delta_W.T and call it delta.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -101,42 +102,81 @@ def through(x: jax.Array, matrix: jax.Array, *, basis: bool = False) -> jax.Arra
       matrix: a delta, or one of its factors.
       basis: that factor which has no lambda and gamma in it.
     """
+    comes_in = _comes_in(x, matrix)
+    scales = x.dtype == jnp.float16 and not basis
+    return _through(x, matrix, comes_in, math.inf if scales else None).astype(comes_in)
+
+
+def _comes_in(x: jax.Array, matrix: jax.Array) -> DTypeLike:
+    """What `through` returns."""
     few = x.size // x.shape[-1] <= matrix.shape[0]
-    comes_in = jnp.float32 if few and x.dtype.itemsize < 4 else x.dtype
-    return _through(x, matrix, comes_in, x.dtype == jnp.float16 and not basis)
+    return jnp.float32 if few and x.dtype.itemsize < 4 else x.dtype
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _through(x: jax.Array, matrix: jax.Array, comes_in: DTypeLike, scales: bool) -> jax.Array:
-    """The product, summed and returned in `comes_in`. Its gradients are multiplied in x's dtype.
+def _through(x: jax.Array, matrix: jax.Array, comes_in: DTypeLike, most: float | None) -> jax.Array:
+    """The product, summed in `comes_in`. Its gradients are multiplied in x's dtype.
 
     Left to JAX, what is summed in float32 would be multiplied in float32 backwards. float16 does
     not reach as far down as float32: there `matrix` is brought to where it holds 18 bits, and the
-    result brought back (`scales`). Gradients are as large as elsewhere, and are not scaled.
+    result brought back, in float32. Gradients are as large as elsewhere, and are not scaled.
+
+    Args:
+      most: what `matrix` may be divided by; None for nothing, and a result in `comes_in`.
     """
-    unit = _unit(matrix) if scales else None
+    unit = _unit(matrix, most) if most else None
     scaled = (matrix if unit is None else matrix / unit).astype(x.dtype)
     y = times(x, scaled, comes_in)
-    return y if unit is None else (y * unit).astype(comes_in)
+    return y if unit is None else y * unit
 
 
-def _unit(matrix: jax.Array) -> jax.Array:
+def _unit(matrix: jax.Array, most: float) -> jax.Array:
     """What float16 counts `matrix` in."""
     peak = jnp.abs(matrix).max()
-    return jnp.where(peak > 0, 64 * peak, 1).astype(jnp.float32)
+    return jnp.where(peak > 0, jnp.minimum(64 * peak, most), 1).astype(jnp.float32)
 
 
 @partial(_through.defjvp, symbolic_zeros=True)
 def _(
-    comes_in: DTypeLike, scales: bool, values: tuple[Any, ...], steps: tuple[Any, ...]
+    comes_in: DTypeLike, most: float | None, values: tuple[Any, ...], steps: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
     (x, matrix), (x_step, matrix_step) = values, steps
+    y = _through(x, matrix, comes_in, most)
     shares = (
-        (x_step, lambda: _through(x_step, matrix, x.dtype, scales)),
+        # a cotangent is multiplied by the unit first: more than one, and it would overflow
+        (x_step, lambda: _through(x_step, matrix, x.dtype, most and 1.0)),
         (matrix_step, lambda: times(x, matrix_step.astype(x.dtype))),
     )
     moved = [share() for step, share in shares if not isinstance(step, SymbolicZero)]
-    return _through(x, matrix, comes_in, scales), sum(moved[1:], moved[0]).astype(comes_in)
+    return y, sum(moved[1:], moved[0]).astype(y.dtype)
+
+
+@jax.custom_jvp
+def to_basis(v: jax.Array, basis: jax.Array) -> jax.Array:
+    """v (..., flat rank), float32, @ basis (flat rank, out): multiplied in float16, as `through`.
+
+    B's numbers are about one. So a cotangent times B is about its norm, which float16 might not
+    hold: there it is taken in units of that (`_root`), and brought back in float32.
+    """
+    return through(v.astype(jnp.float16), basis, basis=True)
+
+
+@partial(to_basis.defjvp, symbolic_zeros=True)
+def _(values: tuple[Any, ...], steps: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    (v, basis), (v_step, basis_step) = values, steps
+    y, far = to_basis(v, basis), _root(basis.shape[1])
+    half = partial(jnp.asarray, dtype=jnp.float16)
+    shares = (
+        (v_step, lambda: times(half(v_step * far), half(basis / far))),
+        (basis_step, lambda: times(half(v), half(basis_step))),
+    )
+    moved = [share() for step, share in shares if not isinstance(step, SymbolicZero)]
+    return y, sum(moved[1:], moved[0]).astype(y.dtype)
+
+
+def _root(size: int) -> float:
+    """Of `size`, or a little more: a power of two, which rounds nothing."""
+    return float(2 ** math.ceil(math.log2(size) / 2))
 
 
 class FlatFactors(NamedTuple):
@@ -157,10 +197,25 @@ class FlatFactors(NamedTuple):
         return times(self.b, self.a)
 
     def applied(self, x: jax.Array) -> jax.Array:
-        """x (..., in) @ delta without forming delta, (..., out), as `through` it."""
+        """x (..., in) @ delta without forming delta, (..., out), as `through` it.
+
+        B's numbers are about one, so x @ B_flat is about the norm of x, and float16 might not reach
+        as far up. There its root of `in` goes from B to A, and eight times as much: then it holds
+        whatever x does.
+        """
+        if x.dtype == jnp.float16:
+            return self._applied_in_float16(x)
         if self.in_is_smaller:
             return through(through(x, self.a.T).astype(x.dtype), self.b.T, basis=True)
         return through(times(x, self.b.astype(x.dtype)), self.a)
+
+    def _applied_in_float16(self, x: jax.Array) -> jax.Array:
+        if self.in_is_smaller:
+            far = _root(self.b.shape[0])  # as of the cotangents, which A's gradient is made of
+            a = (self.a * far).T
+            return to_basis(_through(x, a, _comes_in(x, a), math.inf) / far, self.b.T)
+        far = 8 * _root(x.shape[-1])
+        return through(times(x, (self.b / far).astype(x.dtype)), self.a * far)
 
 
 @jax.tree_util.register_dataclass

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from randlora_jax.core.update import holds_sums
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a call: by position, by keyword
 
 
@@ -49,6 +51,16 @@ def with_input(arguments: Arguments, place: int | str, x: Any) -> Arguments:
 
 
 def multiplies_in(layer: Any, otherwise: DTypeLike) -> DTypeLike:
-    """The dtype a layer promotes its input and kernel to; `otherwise`, if it states none."""
-    stated: DTypeLike | None = getattr(layer, "dtype", None)
-    return otherwise if stated is None else stated
+    """The dtype a layer promotes its input and kernel to; `otherwise`, if it states none.
+
+    Flax's layers state it as `dtype`. A layer of another make may call by that name what its kernel
+    is stored in, integers or floats of 8 bits, or hold a word of its own: nothing is said by those.
+    """
+    stated = getattr(layer, "dtype", None)
+    if stated is None:
+        return otherwise
+    try:
+        dtype = jnp.dtype(stated)
+    except TypeError:
+        return otherwise
+    return dtype if holds_sums(dtype) else otherwise

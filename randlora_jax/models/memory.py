@@ -50,7 +50,15 @@ def memory(base: Any, pairs: Any, adapters: Any, trained: Any) -> Memory:
       trained: the part of `adapters` that trains.
     """
     moving = _nbytes(trained)
-    return Memory(_nbytes(base), _nbytes(pairs), _nbytes(adapters), moving, 2 * moving)
+    held = (_nbytes(_distinct(tree)) for tree in (base, pairs, adapters))
+    return Memory(*held, moving, 2 * moving)
+
+
+def _distinct(tree: Any) -> list[Any]:
+    """Its leaves; once an array that has several names. Shapes alone have no such."""
+    leaves = jax.tree.leaves(tree)
+    arrays = {id(leaf): leaf for leaf in leaves if isinstance(leaf, jax.Array)}
+    return [*arrays.values(), *(leaf for leaf in leaves if id(leaf) not in arrays)]
 
 
 def _nbytes(tree: Any) -> int:

@@ -15,7 +15,9 @@ import jax
 from randlora_jax.core.update import holds_sums
 from randlora_jax.interop import targets
 from randlora_jax.interop.errors import ConfigError
+from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path
+from randlora_jax.models.quantised import are_integers
 from randlora_jax.models.registry import AdapterRegistry, AdapterState
 
 
@@ -32,7 +34,8 @@ class TunerLayerStatus:
       requires_grad: by adapter, whether an optimizer moves its numbers here.
       available_adapters: that have something here, sorted.
       devices: by adapter, where its numbers are.
-      quantization_backend: "qwix" where the kernel is quantised, else None.
+      quantization_backend: "qwix" where qwix quantised the kernel; "other" where it holds integers,
+        or floats of 8 bits or fewer, of anyone else's making; else None.
     """
 
     name: str
@@ -93,7 +96,7 @@ def layer_status(
     if not adapted:
         raise ConfigError("this model has no adapter, so no layer has a status: add one first")
     owners = registry.owners()
-    backends = {n: _backend(base[owners[n].kernel_path]) for n in adapted}
+    backends = {n: _backend(owners[n], base[owners[n].kernel_path]) for n in adapted}
     return [
         *(_status(registry, n, held, backends[n], matrix=True) for n, held in adapted.items()),
         *(_status(registry, n, held, None, matrix=False) for n, held in whole.items()),
@@ -168,8 +171,10 @@ def _devices(arrays: Iterable[Any]) -> list[str]:
     return sorted({device.platform for x in held for device in x.devices()})
 
 
-def _backend(kernel: Any) -> str | None:
-    return None if holds_sums(kernel.dtype) else "qwix"
+def _backend(layer: Layer, kernel: Any) -> str | None:
+    if are_integers(layer.leaf):
+        return "qwix"
+    return None if holds_sums(kernel.dtype) else "other"
 
 
 def _saved_module(registry: AdapterRegistry, adapter_name: str, path: Path) -> str | None:

@@ -1,6 +1,7 @@
 """A layer that multiplies in 16 bits does so with its adapter, too, and loses nothing."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,6 +12,9 @@ from flax import nnx
 from jax.extend.mlir import ir
 
 from randlora_jax import RandLoraConfig, get_peft_model
+from randlora_jax.core.bases import BasisPair
+from randlora_jax.core.rows import RowOrder, RowUpdates
+from randlora_jax.core.update import Update
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -151,3 +155,66 @@ def test_gradients_are_those_of_float32(dtype, apply, update):
     for mine, right in zip(found, wanted, strict=True):
         apart = np.linalg.norm(np.asarray(mine, np.float32) - right)
         assert np.isfinite(apart) and apart <= 0.01 * np.linalg.norm(right)
+
+
+def drawn(matrix, r=16, deviation=1e-3):
+    """An update of a matrix, whose deltas deviate from zero by so much."""
+    draw = np.random.default_rng(0)
+    n = -(-min(matrix) // r)
+    shapes = (r, n), (n, min(matrix)), (r, min(matrix)), (max(matrix), n, r)
+    lam, gamma, a, b = (jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes)
+    update = Update(lam, gamma, BasisPair(a, b), 1.0, matrix)
+    return replace(update, lam=lam * deviation / jnp.std(update.formed()))
+
+
+def way_of(update, how):
+    """x to x @ delta: factored, formed, or as a row of a batch has it, in an order."""
+    if isinstance(how, RowOrder):
+        rows = RowUpdates(
+            update.lam[None, None], update.gamma[None, None], update.pair, update.matrix
+        )
+        return lambda x: rows.applied(x[None], how)[0]
+    return lambda x: update.applied(x, factored=how == "factored")
+
+
+WAYS = pytest.mark.parametrize("how", ["factored", "formed", *RowOrder])
+MATRICES = pytest.mark.parametrize("matrix", [(1024, 64), (64, 1024), (256, 256)])
+
+
+@WAYS
+@MATRICES
+@pytest.mark.parametrize("tokens", [2, 300])
+@pytest.mark.parametrize("size", [1.0, 60_000.0])
+def test_float16_holds_what_a_large_input_makes(how, matrix, tokens, size):
+    """x @ B is as large as the norm of x, which float16 need not hold where it does hold x."""
+    update = drawn(matrix)
+    signs = np.random.default_rng(1).choice([-1, 1], (tokens, matrix[0]))
+    x = jnp.asarray(size * signs, jnp.float16)
+    wanted = np.asarray(x, np.float64) @ np.asarray(update.formed(), np.float64)
+    found = np.asarray(way_of(update, how)(x), np.float64)
+    assert np.abs(wanted).max() < 6e4
+    assert np.linalg.norm(found - wanted) < 1e-3 * np.linalg.norm(wanted)
+
+
+@WAYS
+@MATRICES
+def test_float16_holds_what_large_cotangents_make(how, matrix):
+    """As a loss scaled for float16 has them."""
+    update, x = drawn(matrix, deviation=1e-4), jnp.ones((3, matrix[0]), jnp.float16)
+    y, back = jax.vjp(way_of(update, how), x)
+    dy = jnp.asarray(1e4 * np.random.default_rng(1).normal(size=y.shape), y.dtype)
+    wanted = np.asarray(dy, np.float64) @ np.asarray(update.formed(), np.float64).T
+    found = np.asarray(back(dy)[0], np.float64)
+    assert np.abs(wanted).max() < 6e4
+    assert np.linalg.norm(found - wanted) < 1e-3 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("apply", ["auto", "factored", "merged"])
+def test_a_float16_model_runs_where_its_base_does(apply):
+    layer = nnx.Linear(1024, 64, dtype=jnp.float16, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
+    config = RandLoraConfig(r=16, target_modules="all-linear")
+    x = jnp.asarray(1000 * np.random.default_rng(1).normal(size=(2, 1024)), jnp.float16)
+    base = np.asarray(layer(x))
+    model = get_peft_model(nnx.Sequential(layer), config, apply=apply)
+    np.testing.assert_array_equal(model(x), base)
+    assert np.isfinite(base).all()

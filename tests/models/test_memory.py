@@ -45,6 +45,17 @@ def test_a_small_model_is_shown_in_smaller_units():
     assert shown == [*units, ["1.0", "MiB"]]
 
 
+def test_an_array_under_two_names_counts_once():
+    class Tied(Net):
+        def __init__(self):
+            super().__init__()
+            self.head = nnx.Param(self.up.kernel.get_raw_value())
+
+    assert get_peft_model(Tied(), CONFIG).memory() == get_peft_model(Net(), CONFIG).memory()
+    shape = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    assert memory([shape, shape], [], [], []).base == 48
+
+
 def test_it_is_of_one_device():
     mesh = AbstractMesh((4, 2), ("data", "model"))
     kernel = jax.ShapeDtypeStruct(

@@ -3,13 +3,15 @@
 from dataclasses import asdict, fields
 
 import jax
+import jax.numpy as jnp
 import peft
 import pytest
+import qwix
 from flax import nnx
 from mlp import KINDS, NnxNet, torch_net
 from peft.peft_model import TunerLayerStatus, TunerModelStatus
 
-from randlora_jax import ConfigError, RandLoraConfig, get_peft_model
+from randlora_jax import ConfigError, KernelLayout, LayerType, RandLoraConfig, get_peft_model
 from randlora_jax.models import status
 
 pytestmark = pytest.mark.torch
@@ -96,3 +98,24 @@ def test_of_a_model_with_stacks_and_of_one_without_numbers():
     model.delete_adapter("default")
     with pytest.raises(ConfigError, match="no adapter"):
         model.get_layer_status()
+
+
+@pytest.mark.parametrize("held", ["int8", "float8_e4m3fn"])
+def test_only_what_qwix_quantised_is_qwixs(held):
+    class Mine(nnx.Module):
+        def __init__(self):
+            self.kernel = nnx.Param(jnp.ones((6, 8), held))
+
+        def __call__(self, x):
+            return x @ self.kernel[...].astype(x.dtype)
+
+    config = RandLoraConfig(r=2, target_modules="all-linear")
+    types = {Mine: LayerType(KernelLayout("i o"))}
+    mine = get_peft_model(nnx.Sequential(Mine()), config, layer_types=types)
+    base = nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)))
+    rules = [qwix.QuantizationRule(module_path=".*", weight_qtype=held)]
+    base = qwix.quantize_model(base, qwix.PtqProvider(rules), jnp.ones((1, 6)))
+    for model, backend in ((mine, "other"), (get_peft_model(base, config), "qwix")):
+        (layer,) = model.get_layer_status()
+        assert layer.quantization_backend == backend
+        assert model.get_model_status().quantization_backend == backend
