@@ -177,9 +177,11 @@ class Placement:
         every, specs = (x, *arrays), (P(*rows, kept_in or None), *specs)
         if _explicit(self.mesh):
             every = tuple(map(self._placed, every, specs))
+        # an explicit mesh that the user has set is the context's, and shard_map takes that
+        in_context = _explicit(self.mesh) and not jax.sharding.get_abstract_mesh().empty
         mapped = jax.shard_map(
             local,
-            mesh=None if _explicit(self.mesh) else self.mesh,
+            mesh=None if in_context else self.mesh,
             in_specs=specs,
             out_specs=P(*rows, kept_out or None),
             axis_names=set(self.used),

@@ -83,12 +83,28 @@ def each_pass_its_way(forward: Function, inputs: Function, trained: Function) ->
         for i, leaf in enumerate(leaves):
             again = not shared[i] if i >= first else quantised and i not in moving
             (formed if again else others)[i] = leaf
-        # With the cotangents that are to come, `formed` goes through one barrier.
-        along_steps = jax.checkpoint(rebuilt, prevent_cse=(True, False, False))
-        return function(*primals), along_steps(formed, others, steps)
+        # not `function`: of an operation with a rule of its own, no policy would keep the products
+        return forward(*primals), as_one_operation(rebuilt)(formed, others, steps)
 
     function.defjvp(rule, symbolic_zeros=True)
     return function
+
+
+def as_one_operation(rebuilt: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`rebuilt(formed, others, steps)`, linear in the steps, from its arguments again in each pass.
+
+    With the cotangents that are to come, `formed` goes through one barrier. To the policy of a
+    ``jax.checkpoint`` around, it is one operation that a custom rule differentiates: a policy that
+    saves products would keep delta otherwise. (And JAX 0.8 to 0.10 fail where a policy saves
+    something inside of a checkpoint with a barrier around some of its arguments alone.)
+    """
+    operation = jax.custom_jvp(jax.checkpoint(rebuilt, prevent_cse=(True, False, False)))
+
+    def again(primals: tuple[Leaves, ...], tangents: tuple[Leaves, ...]) -> Any:
+        return jax.jvp(jax.checkpoint(rebuilt), primals, tangents)
+
+    operation.defjvp(again)
+    return operation
 
 
 def which_are_large_bases(tree: Tree) -> list[bool]:

@@ -226,9 +226,18 @@ class Layer:
           known: of the running layer's class, whose name is `kind`.
 
         Raises:
-          ConfigError: nothing is known of the class, or its layout is not this layer's, or its
-            equation has another kernel.
+          ConfigError: the kernel is a shard; nothing is known of the class, or its layout is not
+            this layer's, or its equation has another kernel.
         """
+        left = self.layout.axes_left(self.shape, shape)
+        whole = tuple(self.shape[i] for i in left)
+        if len(shape) == len(whole) and shape != whole:
+            raise ConfigError(
+                f"layer {self.name!r} runs with a kernel of shape {shape}, expected {whole}, which "
+                "its adapter is for. If that is a shard inside jax.shard_map: put the kernel on "
+                "the mesh before wrapping, and run under jax.jit without shard_map; adapters "
+                "follow how it is cut"
+            )
         layout = self.layout.within(self.shape, shape)
         if known is None and self.type is not None:
             raise ConfigError(

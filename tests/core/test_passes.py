@@ -148,6 +148,41 @@ def test_inside_other_transformations(plan, wrapped):
     close(jax.jit(jax.grad(of(layer)))(lams), jax.grad(of(plain))(lams))
 
 
+POLICIES = {
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots without batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "everything": jax.checkpoint_policies.everything_saveable,
+    "but names": jax.checkpoint_policies.save_anything_except_these_names("none"),
+    "offloaded dots": jax.checkpoint_policies.offload_dot_with_no_batch_dims(
+        "device", "pinned_host"
+    ),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_a_users_policy_may_save_what_it_likes(policy):
+    """JAX failed on it, with the barrier around some arguments; and would have saved delta."""
+    kernel, x, update = example("wide")
+
+    def loss(f, x, lam, gamma):
+        h = f(kernel, x, replace(update, lam=lam, gamma=gamma))
+        return (jnp.sin(f(2 * kernel, jnp.tanh(h[..., : x.shape[-1]]), update) + h) ** 2).sum()
+
+    at = (x, update.lam, update.gamma)
+    saving = jax.checkpoint(lambda *at: loss(layer, *at), policy=policy)
+    expected = jax.grad(lambda *at: loss(plain, *at), (0, 1, 2))(*at)
+    for grad in (jax.grad(saving, (0, 1, 2)), jax.jit(jax.grad(saving, (0, 1, 2)))):
+        close(grad(*at), expected)
+    second = lambda f: jax.jvp(jax.grad(f, 1), at, jax.tree.map(jnp.cos, at))[1]  # noqa: E731
+    close(second(saving), second(lambda *at: loss(plain, *at)))
+    _, backward = jax.vjp(saving, *at)
+    kinds = {kernel.shape, kernel.shape[::-1]}
+    held = jax.tree.leaves(backward)
+    assert any(a.size == kernel.shape[1] * x.size // x.shape[-1] for a in held)  # a layer's output
+    large = [a for a in held if a.shape in kinds]
+    assert all(any(np.array_equal(a, k * kernel) for k in (1, 2)) for a in large)
+
+
 # --- what it costs --------------------------------------------------------------------------------
 
 
