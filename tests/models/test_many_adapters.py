@@ -104,7 +104,6 @@ def test_what_rows_take_in_calls_that_name_none_is_data(each):
         model.set_rows([name] * 4)
         same_rows(run(model, IDS), each, [name] * 4)
     assert len(traces) == 2
-    model.set_adapter("d")
     same_rows(run(model, IDS, model.rows(NAMES)), each, NAMES)
     with model.disable_adapter():
         same_rows(run(model, IDS), each, ["__base__"] * 4)
