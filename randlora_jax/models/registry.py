@@ -269,11 +269,9 @@ class AdapterRegistry:
     def chosen_slots(self) -> int | list[int]:
         """The slots of a call that names none: one for all rows, or one for each."""
         applied = self.applied
-        if not applied:  # the base model's, which takes a batch of any size
-            return 0
         if self.chosen:
-            return [self.slot_of(name) for name in self.chosen]
-        return self.slot_of(applied[0]) if self.stacks else 0
+            return [self.slot_of(name) if applied else 0 for name in self.chosen]
+        return self.slot_of(applied[0]) if self.stacks and applied else 0
 
     def scale(self, adapter_name: str) -> float:
         """How strong an adapter, or a combination, was set to be; 1 at first.

@@ -117,14 +117,6 @@ def test_what_rows_take_in_calls_that_name_none_is_data(each):
     assert len(traces) == 4
 
 
-def test_the_base_model_takes_any_batch_whatever_rows_were_set(each):
-    model = stacked()
-    model.set_rows(NAMES)
-    with model.disable_adapter():
-        same_rows(by_row(model, IDS[:1]), each, ["__base__"])
-    same_rows(by_row(model, IDS), each, NAMES)
-
-
 def test_a_partial_that_keeps_its_model_sees_what_is_swapped(each, saved):
     model = stacked()
     run = nnx.cached_partial(
