@@ -247,8 +247,8 @@ class RowChoice:
                 return self.chosen[stack].repeated(times)
         raise ConfigError(
             f"layer {layer!r} was called with {size} rows along the first axis of its input, and "
-            f"adapter_names has {self.rows}: expected one name for each row of the batch, and the "
-            f"batch first in every layer. {BY_VMAP}"
+            f"adapter_names (or set_rows) has {self.rows}: expected one name for each row of the "
+            f"batch, and the batch first in every layer. {BY_VMAP}"
         )
 
     def of_batches(self, size: int, layer: str) -> dict[str, Chosen]:
