@@ -50,8 +50,8 @@ def memory(base: Any, pairs: Any, adapters: Any, trained: Any) -> Memory:
       trained: the part of `adapters` that trains.
     """
     moving = _nbytes(trained)
-    held = (_nbytes(_distinct(tree)) for tree in (base, pairs, adapters))
-    return Memory(*held, moving, 2 * moving)
+    base, pairs, adapters = map(_distinct, (base, pairs, adapters))
+    return Memory(_nbytes(base), _nbytes(pairs), _nbytes(adapters), moving, 2 * moving)
 
 
 def _distinct(tree: Any) -> list[Any]:
