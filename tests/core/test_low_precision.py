@@ -199,14 +199,43 @@ def test_float16_holds_what_a_large_input_makes(how, matrix, tokens, size):
 @WAYS
 @MATRICES
 def test_float16_holds_what_large_cotangents_make(how, matrix):
-    """As a loss scaled for float16 has them."""
-    update, x = drawn(matrix, deviation=1e-4), jnp.ones((3, matrix[0]), jnp.float16)
-    y, back = jax.vjp(way_of(update, how), x)
-    dy = jnp.asarray(1e4 * np.random.default_rng(1).normal(size=y.shape), y.dtype)
-    wanted = np.asarray(dy, np.float64) @ np.asarray(update.formed(), np.float64).T
-    found = np.asarray(back(dy)[0], np.float64)
-    assert np.abs(wanted).max() < 6e4
-    assert np.linalg.norm(found - wanted) < 1e-3 * np.linalg.norm(wanted)
+    """As a loss scaled for float16 has them: the gradients of lambda, gamma and x."""
+    draw, update = np.random.default_rng(1), drawn(matrix, deviation=1e-4)
+    x = jnp.asarray(draw.choice([-1e-3, 1e-3], (3, matrix[0])), jnp.float16)
+    dy = jnp.asarray(1e4 * draw.normal(size=(3, matrix[1])), jnp.float16)
+
+    def gradients(x, how):
+        def run(lam, gamma, x):
+            return way_of(replace(update, lam=lam, gamma=gamma), how)(x)
+
+        y, back = jax.vjp(run, update.lam, update.gamma, x)
+        return back(dy.astype(y.dtype))
+
+    wanted = gradients(x.astype(jnp.float32), "formed")
+    for mine, right in zip(gradients(x, how), wanted, strict=True):
+        assert np.abs(right).max() < 6e4
+        apart = np.linalg.norm(np.asarray(mine, np.float32) - right)
+        assert apart < 2e-3 * np.linalg.norm(right)
+
+
+@pytest.mark.parametrize("how", ["factored", "formed", RowOrder.FACTORS, RowOrder.DELTA])
+@MATRICES
+def test_no_product_with_float16_rows_has_a_float32_operand(how, matrix):
+    tokens, update = 300, drawn(matrix)
+    x = jnp.ones((tokens, matrix[0]), jnp.float16)
+
+    def loss(lam, gamma, x):
+        y = way_of(replace(update, lam=lam, gamma=gamma), how)(x)
+        return y.astype(jnp.float32).sum()
+
+    lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(update.lam, update.gamma, x)
+    products = [
+        [ir.RankedTensorType(one.type) for one in operation.operands]
+        for operation in operations(lowered.compiler_ir())
+        if operation.name == "stablehlo.dot_general"
+    ]
+    of_rows = [types for types in products if any(tokens in one.shape for one in types)]
+    assert of_rows and all(str(one.element_type) == "f16" for types in of_rows for one in types)
 
 
 @pytest.mark.parametrize("apply", ["auto", "factored", "merged"])
