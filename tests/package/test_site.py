@@ -50,9 +50,11 @@ def test_a_cell_that_fails_fails_the_build(cell, status, tmp_path):
 def test_every_public_name_has_its_place():
     page = (DOCS / "api.md").read_text()
     told = set(re.findall(r"auto(?:class|function|exception|data):: ([\w.]+)", page))
-    # flax's own class is told beside
+    # flax's own class is told beside; what `get_peft_model` gives is made by nobody
+    given = {name for name in told if name.startswith("randlora_jax.front_ends.")}
     apart = {"AdapterParam", "randlora_jax.layer_types.of_einsum"}
-    assert told ^ apart == set(randlora_jax.__all__)
+    assert (told - given) ^ apart == set(randlora_jax.__all__)
+    assert given
     assert "AdapterParam" in page
 
 

@@ -232,8 +232,8 @@ def _refuse_other_rows(name: str, told: Mapping[str, Any], choice: RowChoice | N
     size = np.shape(told[name])[0]
     if size != choice.rows:
         raise ConfigError(
-            f"adapter_names (or set_rows) has {choice.rows} rows, and {name} {size}: expected one "
-            "name for each row of the batch, however many beams each becomes"
+            f"adapter_names (or set_rows) has {choice.rows}: expected one name for each row of "
+            f"{name}, which has {size}, however many beams each becomes"
         )
 
 
