@@ -50,7 +50,7 @@ class MergingModel(AdaptedModel):
 
         Such models have the same Variables, adapters included. What one of them merges or unloads,
         or trained whole, is in that one alone. Of what trains there is one choice: where one of
-        them makes it (`set_adapter`), the others refuse to run the adapter. ``nnx.clone(model)``
+        them makes it (`set_adapter`), the others warn when they are called. ``nnx.clone(model)``
         shares arrays alone.
         """
         if self._registry.merged:

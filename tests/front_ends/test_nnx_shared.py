@@ -116,13 +116,15 @@ def test_who_freezes_the_others_adapter_is_told_of():
     served = split(model)
     served.set_adapter("default", inference_mode=True)
     np.testing.assert_array_equal(served(X), adapted)
-    for asked in (lambda: model(X), model.get_nb_trainable_parameters):
-        with pytest.raises(ConfigError, match=r"is trained .* its leaves frozen .*nnx.clone"):
-            asked()
+    told = r"is trained .* its leaves frozen .*nnx.clone"
+    with pytest.warns(UserWarning, match=told):
+        np.testing.assert_array_equal(model(X), adapted)
+    with pytest.raises(ConfigError, match=told):
+        model.get_nb_trainable_parameters()
     model.set_adapter("default")
     np.testing.assert_array_equal(model(X), adapted)
-    with pytest.raises(ConfigError, match="is frozen in this model, and another one"):
-        served(X)
+    with pytest.warns(UserWarning, match="is frozen in this model, and another one"):
+        np.testing.assert_array_equal(served(X), adapted)
 
 
 def test_a_clone_chooses_for_itself():
@@ -143,8 +145,8 @@ def test_a_reference_that_is_off_for_a_while_freezes_for_that_while_and_says_so(
     with reference.disable_adapter():
         np.testing.assert_array_equal(reference(X), plain)
         assert reference.get_nb_trainable_parameters()[0] == 0
-        with pytest.raises(ConfigError, match="its leaves frozen that has the same Variables"):
-            model(X)
+        with pytest.warns(UserWarning, match="its leaves frozen that has the same Variables"):
+            np.testing.assert_array_equal(model(X), adapted)
     np.testing.assert_array_equal(model(X), adapted)
     assert len(trained_leaves(model)) == 4
     reference.disable_adapter_layers()

@@ -129,7 +129,7 @@ class RandLoraLayer(AdapterLeaves):
 
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A method of the base layer, with the active adapters joined in."""
-        self.refuse_others_changes()
+        self.mind_what_trains()
         if by_row := self._call_by_row():
             return run_by_row(self, method, args, kwargs, by_row)
         base, applied = self._effective(), self.applied()
@@ -159,7 +159,7 @@ class RandLoraLayer(AdapterLeaves):
 
     def _in_kernels(self, base: nnx.Module) -> nnx.Module:
         """A copy of the base layer with W + delta in place of its kernels."""
-        self.refuse_others_changes()
+        self.mind_what_trains()
         context = reached(self.settings.model, self.applied())
         graph, state = nnx.split(base)
         flat = with_jax_arrays(dict(nnx.to_flat_state(state)))

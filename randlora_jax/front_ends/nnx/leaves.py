@@ -1,6 +1,6 @@
 """What a wrapper holds of its adapters: which of its layers they change, and with what."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from randlora_jax.front_ends.nnx.call import ModelToken, OpenCalls
 from randlora_jax.front_ends.nnx.held import array_at
 from randlora_jax.front_ends.nnx.running import refuse_abstract
 from randlora_jax.front_ends.nnx.variables import AdapterParam, retyped
-from randlora_jax.interop.errors import ConfigError
+from randlora_jax.interop.errors import ConfigError, warn
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec
@@ -110,21 +110,32 @@ class AdapterLeaves(nnx.Module):
                 for key, leaf in leaves.items():
                     leaves[key] = retyped(leaf, trained=name in trained)
 
-    def refuse_others_changes(self) -> None:
-        """Nothing, if the leaves of the active adapters are what this model made them.
+    def chosen_by_another(self) -> str | None:
+        """What to say where leaves of active adapters are not of the type that this model gave."""
+        for name in (spec.name for spec in self.settings.specs):
+            for leaf in self._leaves_of(name):
+                is_trained = isinstance(leaf, AdapterParam)
+                if is_trained != (name in self.settings.trained):
+                    return _chosen_by_another(name, is_trained)
+        return None
+
+    def mind_what_trains(self) -> None:
+        """Warns where another model, which has the same Variables, chose what trains.
+
+        What is computed is the same, so a state that was split off before runs on.
 
         Raises:
-          ConfigError: another model, which has the same Variables, chose what trains; or a gradient
-            is taken of an adapter that is merged.
+          ConfigError: a gradient is taken of an adapter that is merged.
         """
-        settings = self.settings
-        for name in (spec.name for spec in settings.specs):
-            for leaf in (x for held in self.held()[:3] for x in held.get(name, {}).values()):
-                is_trained = isinstance(leaf, AdapterParam)
-                if is_trained != (name in settings.trained):
-                    raise ConfigError(_chosen_by_another(name, is_trained))
-                if is_trained and name in settings.merged:
+        if why := self.chosen_by_another():
+            warn(why)
+        for name in self.settings.merged:
+            for leaf in self._leaves_of(name):
+                if isinstance(leaf, AdapterParam):
                     refuse_gradient(leaf.get_raw_value(), _MERGED.format(repr(name)))
+
+    def _leaves_of(self, adapter_name: str) -> Iterator[nnx.Variable[Any]]:
+        return (x for held in self.held()[:3] for x in held.get(adapter_name, {}).values())
 
     @property
     def kept_in_stacks(self) -> bool:

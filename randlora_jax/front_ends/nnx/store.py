@@ -283,9 +283,14 @@ class NnxStore(ArrayStore):
         self.root._expected = frozenset(reaching.expected(applied, registry.optional))
 
     def refuse_others_changes(self) -> None:
-        """As every wrapper does."""
+        """Nothing, if what trains is what this model chose.
+
+        Raises:
+          ConfigError: another one, which has the same Variables, did.
+        """
         for wrapper in self._wrappers().values():
-            wrapper.refuse_others_changes()
+            if why := wrapper.chosen_by_another():
+                raise ConfigError(why)
 
     def release(self) -> Any:
         """The base model, its own modules back in place of their wrappers."""
