@@ -236,11 +236,11 @@ class BaseModel:
                 carried = adapter.saved.get(file_key(f"{name}.{leaf}", [name]))
                 if carried is not None and carried.shape != shape:
                     raise self.resized(f"{name}.{leaf}", list(shape), carried.shape)
-        heads = [layer for name, layer in found.items() if name.split(".")[-1] in LM_HEADS]
-        for key, value in trained_tensors(adapter.saved).items() if heads else ():
+        rows = {layer.shape[0] for name, layer in found.items() if name.split(".")[-1] in LM_HEADS}
+        for key, value in trained_tensors(adapter.saved).items() if rows else ():
             place = self.find(key)
             here = self.tensor(place).shape if place in self.home else ()
-            if len(here) == 2 and here != value.shape and here[0] in [h.shape[0] for h in heads]:
+            if len(here) == 2 and here != value.shape and here[0] in rows:
                 raise self.resized(key, list(here), value.shape)
 
     def resized(self, key: str, here: object, carried: tuple[int, ...]) -> TargetError:

@@ -26,7 +26,6 @@ from randlora_jax.interop.progress import Progress, silent
 from randlora_jax.interop.torch_rng import (
     Generation,
     TorchDraw,
-    rounding_dtype,
     torch_bases,
     torch_draw,
     word_bytes,
@@ -34,7 +33,7 @@ from randlora_jax.interop.torch_rng import (
 
 ASSUMED = Generation.BF16_24BIT
 CHOOSE = "torch_generation= or, on the command line, --torch-generation"
-_F16, _BF16 = map(np.dtype, (np.float16, ml_dtypes.bfloat16))
+_F32, _F16, _BF16 = map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16))
 CHOOSE_DTYPE = "base_dtype= or, on the command line, --base-dtype"
 
 
@@ -108,6 +107,24 @@ def draw_missing(
         f"{shown(recorded.digest[:16])}...): choose another {CHOOSE}, or the dtype that the base "
         f"model was trained in: {CHOOSE_DTYPE}"
     )
+
+
+def rounding_dtype(generation: Generation | None, dtypes: Collection[npt.DTypeLike]) -> np.dtype:
+    """Of the dtypes of a model's adapted layers, the one that decides what its bases are.
+
+    PEFT's layers share one pair, and each casts it to its own dtype: the coarsest lasts, in
+    whatever order they come. Dense bases are drawn in one kind of 16 bits, which rounds them no
+    more, nor what the other kind leaves of them. Sparse ones may come to bfloat16 by way of float16
+    otherwise than at once: `draw_missing` refuses those. PEFT casts to no integers, and float64
+    rounds nothing.
+
+    Args:
+      generation: None for sparse bases.
+    """
+    found = {np.dtype(dtype) for dtype in dtypes}
+    drawn_in = generation and generation.dtype
+    coarsest_first = (_F16, _BF16) if drawn_in == _BF16 else (_BF16, _F16)
+    return next((dtype for dtype in coarsest_first if dtype in found), _F32)
 
 
 def _refuse_order(by_way: StoredPair, at_once: StoredPair, where: object) -> None:

@@ -25,7 +25,7 @@ The rules, each with the place in PyTorch or PEFT that makes it:
 import enum
 import math
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, NoReturn, cast
 
@@ -57,6 +57,11 @@ class Generation(enum.StrEnum):
     F16_11BIT = "f16-11bit"
     F16_24BIT = "f16-24bit"
     F16_24BIT_NO_FMA = "f16-24bit-no-fma"
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What is drawn in."""
+        return _RULES[self].dtype
 
     @classmethod
     def _missing_(cls, value: object) -> NoReturn:
@@ -188,27 +193,9 @@ def torch_draw(kind: Kind, generation: Generation | None, base_dtype: npt.DTypeL
 
     The dtype of a dense draw rounds nothing more: such a draw is named float32, as by `identify`.
     """
-    if generation is not None and np.dtype(base_dtype) == _RULES[generation].dtype:
+    if generation is not None and np.dtype(base_dtype) == generation.dtype:
         base_dtype = _F32
     return TorchDraw(kind, generation, np.dtype(base_dtype))
-
-
-def rounding_dtype(generation: Generation | None, dtypes: Collection[npt.DTypeLike]) -> np.dtype:
-    """Of the dtypes of a model's adapted layers, the one that decides what its bases are.
-
-    PEFT's layers share one pair, and each casts it to its own dtype: the coarsest lasts, in
-    whatever order they come. Dense bases are drawn in one kind of 16 bits, which rounds them no
-    more, nor what the other kind leaves of them. Sparse ones may come to bfloat16 by way of float16
-    otherwise than at once: `missing_bases` refuses those. PEFT casts to no integers, and float64
-    rounds nothing.
-
-    Args:
-      generation: None for sparse bases.
-    """
-    from_bf16 = generation is not None and _RULES[generation].dtype == _BF16
-    found = {np.dtype(dtype) for dtype in dtypes}
-    coarsest_first = (_F16, _BF16) if from_bf16 else (_BF16, _F16)
-    return next((dtype for dtype in coarsest_first if dtype in found), _F32)
 
 
 def identify(

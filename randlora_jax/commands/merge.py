@@ -6,9 +6,8 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from fnmatch import fnmatch
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from randlora_jax.commands.inputs import add_inputs, deltas_of, read_showing_progress
 from randlora_jax.commands.merge_plan import MergePlan, plan
-from randlora_jax.commands.output import Output, are_weights, holds_an_adapter
+from randlora_jax.commands.output import Output, are_weights, holds_an_adapter, is_like
 from randlora_jax.commands.report import (
     Commands,
     Misuse,
@@ -64,9 +63,10 @@ _MODEL_FILES = [
     }.items()
     for part in (end, f"{_SHARD}{end}", f"{end}.index.json")
 ]
-# The base model's weights in other programs' formats; and an adapter, which transformers would load
-# on top. In subfolders, too, where what transformers itself loads (`are_weights`) is part of a
-# pipeline.
+# The base model's weights besides those that are merged, and a trainer's state of them; in other
+# programs' formats; and an adapter, which transformers would load on top. All but the first kind in
+# subfolders, too, where that is part of a pipeline.
+_OTHER_WEIGHTS = ("*.safetensors*", "pytorch_model*", "tf_model*", "flax_model*", "*.pt", "*.pth")
 _ANYWHERE = (
     *("*.onnx*", "*.gguf", "openvino_*", "adapter_*", "ggml-*", "*.ot", "*.tflite"),
     *("weights.npz", "*.mlmodel", "*.nemo", "*.engine"),
@@ -242,14 +242,11 @@ def _other_files(base: BaseModel) -> tuple[list[Path], list[Path]]:
         name = path.name
         if str(path) in (*base.files, base.index):
             continue
-        other = _like(name, _ANYWHERE) or any(_like(part, _FOLDERS) for part in path.parts[:-1])
-        at_top = path.parent == Path(".")
-        (leave if other or (at_top and are_weights(name)) else keep).append(path)
+        other = is_like(name, _ANYWHERE) or any(is_like(x, _FOLDERS) for x in path.parts[:-1])
+        if path.parent == Path("."):
+            other = other or are_weights(name) or is_like(name, _OTHER_WEIGHTS)
+        (leave if other else keep).append(path)
     return keep, leave
-
-
-def _like(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _walk(folder: Path) -> Iterator[Path]:

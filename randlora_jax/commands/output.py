@@ -16,7 +16,7 @@ from randlora_jax.interop.config import CONFIG_NAME
 # Files that hold a model's weights, in any format; an adapter's and a trainer's own are not such.
 _WEIGHTS = (
     *("*.safetensors", "*.bin", "*.h5", "*.msgpack", "*.index.json"),
-    *("*.gguf", "*.onnx", "*.pt", "*.pth", "*.ckpt*", "*.safetensors.*"),
+    *("*.gguf", "*.onnx", "*.pt", "*.pth", "*.ckpt*"),
 )
 _NO_WEIGHTS = (
     *("adapter_*", "non_lora_trainables*", "training_args.*"),
@@ -113,6 +113,9 @@ def holds_an_adapter(folder: Path) -> str:
 
 def are_weights(name: str) -> bool:
     """Whether a file's name is that of a model's weights, or of a part of them."""
-    return any(fnmatch(name, pattern) for pattern in _WEIGHTS) and not any(
-        fnmatch(name, pattern) for pattern in _NO_WEIGHTS
-    )
+    return is_like(name, _WEIGHTS) and not is_like(name, _NO_WEIGHTS)
+
+
+def is_like(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns (fnmatch) matches."""
+    return any(fnmatch(name, pattern) for pattern in patterns)

@@ -63,7 +63,11 @@ class KernelLayout:
 
     def within(self, whole: tuple[int, ...], shape: tuple[int, ...]) -> "KernelLayout":
         """The layout inside scans that took some stack axes of a kernel; see `axes_left`."""
-        return KernelLayout("".join(self.axes[i] for i in self.axes_left(whole, shape)))
+        return self.of(self.axes_left(whole, shape))
+
+    def of(self, axes: tuple[int, ...]) -> "KernelLayout":
+        """The layout of these of its axes alone."""
+        return KernelLayout("".join(self.axes[i] for i in axes))
 
     def axes_left(self, whole: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
         """The axes of a kernel of shape `whole` that are left inside scans over stack axes.

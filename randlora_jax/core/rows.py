@@ -112,10 +112,7 @@ class RowUpdates:
         parts = [(self.lam[:, i, None], self.gamma[:, i]) for i in range(self.lam.shape[1])]
         if self.in_is_smaller:
             mixed = _sum(lam * _narrowed(x, a, gamma) for lam, gamma in parts)
-            flat = mixed.reshape(*x.shape[:2], r * n)
-            if x.dtype == jnp.float16:
-                return to_basis(flat, b_flat.T)
-            return through(flat.astype(x.dtype), b_flat.T, basis=True)
+            return to_basis(mixed.reshape(*x.shape[:2], r * n), b_flat.T, x.dtype)
         mixed = times(x, b_flat, jnp.float32).reshape(*x.shape[:2], r, n)
         return _sum(_widened(lam * mixed, a, gamma) for lam, gamma in parts)
 

@@ -151,9 +151,16 @@ def _(
     return y, sum(moved[1:], moved[0]).astype(y.dtype)
 
 
+def to_basis(v: jax.Array, basis: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """v (..., flat rank) @ basis (flat rank, out): multiplied in `dtype`, as `through`."""
+    if dtype == jnp.float16:
+        return _to_basis(v, basis)
+    return through(v.astype(dtype), basis, basis=True)
+
+
 @jax.custom_jvp
-def to_basis(v: jax.Array, basis: jax.Array) -> jax.Array:
-    """v (..., flat rank), float32, @ basis (flat rank, out): multiplied in float16, as `through`.
+def _to_basis(v: jax.Array, basis: jax.Array) -> jax.Array:
+    """`to_basis` in float16, of v in float32.
 
     B's numbers are about one. So a cotangent times B is about its norm, which float16 might not
     hold: there it is taken in units of that (`_root`), and brought back in float32.
@@ -161,10 +168,10 @@ def to_basis(v: jax.Array, basis: jax.Array) -> jax.Array:
     return through(v.astype(jnp.float16), basis, basis=True)
 
 
-@partial(to_basis.defjvp, symbolic_zeros=True)
+@partial(_to_basis.defjvp, symbolic_zeros=True)
 def _(values: tuple[Any, ...], steps: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
     (v, basis), (v_step, basis_step) = values, steps
-    y, far = to_basis(v, basis), _root(basis.shape[1])
+    y, far = _to_basis(v, basis), _root(basis.shape[1])
     half = partial(jnp.asarray, dtype=jnp.float16)
     shares = (
         (v_step, lambda: times(half(v_step * far), half(basis / far))),
@@ -206,14 +213,14 @@ class FlatFactors(NamedTuple):
         if x.dtype == jnp.float16:
             return self._applied_in_float16(x)
         if self.in_is_smaller:
-            return through(through(x, self.a.T).astype(x.dtype), self.b.T, basis=True)
+            return to_basis(through(x, self.a.T), self.b.T, x.dtype)
         return through(times(x, self.b.astype(x.dtype)), self.a)
 
     def _applied_in_float16(self, x: jax.Array) -> jax.Array:
         if self.in_is_smaller:
             far = _root(self.b.shape[0])  # as of the cotangents, which A's gradient is made of
             a = (self.a * far).T
-            return to_basis(_through(x, a, _comes_in(x, a), math.inf) / far, self.b.T)
+            return to_basis(_through(x, a, _comes_in(x, a), math.inf) / far, self.b.T, x.dtype)
         far = 8 * _root(x.shape[-1])
         return through(times(x, (self.b / far).astype(x.dtype)), self.a * far)
 

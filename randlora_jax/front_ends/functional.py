@@ -243,7 +243,7 @@ class FunctionalRandLora(RandLoraModel):
 
     def _check_adapters(self, variables: Mapping[str, Any]) -> None:
         """What `variables` have of adapters is this model's, and the bases they need are there."""
-        params = self._params_of(variables)
+        params, merged = self._params_of(variables), self._merged_in(variables)
         for name, tree in adapter_trees(variables).items():
             if name not in self._kept_specs:
                 raise ConfigError(
@@ -252,8 +252,7 @@ class FunctionalRandLora(RandLoraModel):
                 )
             if not self._registry.stacks:
                 check_spec(self._registry.specs[name], variables.get(SPECS, {}))
-            merged = name in self._merged_in(variables)
-            check_leaves(name, tree, self._collections.trees[name], merged=merged)
+            check_leaves(name, tree, self._collections.trees[name], merged=name in merged)
             state = state_of(tree)
             if state.layers:
                 check_pair(self._registry, self._kept_specs[name], state, variables)

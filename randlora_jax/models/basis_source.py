@@ -17,14 +17,13 @@ from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents, draw, use
 from randlora_jax.interop.adapter import Adapter, StoredPair, bases_digest
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import ConfigError
-from randlora_jax.interop.missing_bases import draw_missing, refuse_in_vain
+from randlora_jax.interop.missing_bases import draw_missing, refuse_in_vain, rounding_dtype
 from randlora_jax.interop.peft_dir import narrowest
 from randlora_jax.interop.tensor_file import pieces
 from randlora_jax.interop.torch_rng import (
     Generation,
     TorchDraw,
     identify,
-    rounding_dtype,
     torch_bases,
     torch_draw,
 )

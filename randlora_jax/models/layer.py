@@ -238,7 +238,7 @@ class Layer:
                 "the mesh before wrapping, and run under jax.jit without shard_map; adapters "
                 "follow how it is cut"
             )
-        layout = self.layout.within(self.shape, shape)
+        layout = self.layout.of(left)
         if known is None and self.type is not None:
             raise ConfigError(
                 f"layer {self.name!r} is a {kind}, whose kernel layout is unknown: state it, such "

@@ -4,15 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
+
+from randlora_jax.front_ends.nnx.held import of_numpy
 
 
 def with_value(leaf: nnx.Variable[Any], value: jax.Array) -> nnx.Variable[Any]:
     """A Variable like `leaf` with another value."""
     new = leaf.replace(leaf.get_raw_value())
-    if any(isinstance(x, np.ndarray) for x in jax.tree.leaves(leaf.get_raw_value())):
-        new.set_raw_value(value)  # NumPy's are written into, and may be read-only
+    if of_numpy(leaf):  # they are written into, and may be read-only
+        new.set_raw_value(value)
     else:
         new[...] = value
     return new
