@@ -14,6 +14,7 @@
 #   make low-precision  how a bfloat16 model learns, by the ways to apply an adapter; loss curves
 #   make tpu     what XLA's TPU compiler makes of a bfloat16 step; no TPU needed
 #   make scale   a step of Llama 8B on 8 chips and of 70B on 64: operations, bytes, what is sent
+#                (SCALE_ARGS=whole: 8B compiled whole, a quarter of an hour)
 #   make figures  draws the pictures of docs/ again, of numbers kept in docs/figures/
 #   make docs    the site, into build/site; `make docs-open` serves it
 #   make fuzz    damages adapters in 100,000 ways (FUZZ_ARGS='--cases 5000 --seed 1')
@@ -81,9 +82,10 @@ tpu: $(VENV)/.installed
 	$(PIP) install -q --no-deps --upgrade --target $(LIBTPU) libtpu==0.0.52
 	JAX_PLATFORMS=cpu PYTHONPATH=$(LIBTPU) $(RUN) -W ignore benchmarks/compiled_for_tpu.py
 
+SCALE_ARGS ?= # whole: see the file
 scale: $(VENV)/.installed
 	$(PIP) install -q --no-deps --upgrade --target $(LIBTPU) libtpu==0.0.52
-	JAX_PLATFORMS=cpu PYTHONPATH=$(LIBTPU) $(RUN) -W ignore benchmarks/scale.py
+	JAX_PLATFORMS=cpu PYTHONPATH=$(LIBTPU) $(RUN) -W ignore benchmarks/scale.py $(SCALE_ARGS)
 
 # One Python of the matrix goes along, unless tests were chosen; on what meets new releases of flax.
 # Most of the time goes into compiling; half of it where machine code is not optimised and XLA's older
