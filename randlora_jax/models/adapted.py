@@ -116,7 +116,7 @@ class AdaptedModel(ABC):
         self._follow(chosen)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forgets an adapter; if it was the only active one, the first that is left takes over.
+        """Forgets an adapter; if it was the only active one, the first by name takes over.
 
         Raises:
           ConfigError: no such adapter, adapters are merged, or (in stacks) `set_rows` or a

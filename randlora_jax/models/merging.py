@@ -1,6 +1,6 @@
 """A wrapped model with its adapters merged into the base model, or off."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,9 +22,10 @@ class MergingModel(AdaptedModel):
     def disable_adapter(self) -> Iterator[None]:
         """Within, the model is its base model: modules trained whole and biases included.
 
-        (PEFT's biases stay trained.) A function that was compiled outside and closes over the
-        model cannot notice: pass the model, or its variables, as an argument. In nnx all adapters
-        are frozen meanwhile, so that one program is the base model's whichever is active.
+        (PEFT's biases stay trained.) `set_adapter` within chooses for afterwards. A function that
+        was compiled outside and closes over the model cannot notice: pass the model, or its
+        variables, as an argument. In nnx all adapters are frozen meanwhile, so that one program is
+        the base model's whichever is active.
         """
         before, merged = self._registry, self._registry.merged
         if merged:
@@ -33,9 +34,12 @@ class MergingModel(AdaptedModel):
         try:
             yield
         finally:
-            self._follow(life.reenabled(self._registry, before))
-            if merged:
-                self.merge_adapter(list(merged))
+            within, after = self._registry, life.reenabled(self._registry, before)
+            self._follow(after)
+            if not within.active and set(after.active) - set(before.active):
+                warn(f"what was active was deleted; now {after.active[0]!r} is active")
+            if left := [name for name in merged if name in after.specs]:
+                self.merge_adapter(left)
 
     def disable_adapter_layers(self) -> None:
         """From here on the model is its base model, until `enable_adapter_layers`.
@@ -78,23 +82,21 @@ class MergingModel(AdaptedModel):
 
         Raises:
           ConfigError: no such adapter; adapters are off or in stacks; a kernel can take no update
-            (a quantised one), or is a shape that waits for numbers; or (with `safe_merge`) a kernel
-            would not be finite.
+            (a quantised one), or is a shape that waits for numbers; one that is active beside it
+            trained a kernel whole that another adapts; or (with `safe_merge`) a kernel would not be
+            finite.
         """
         life.check_flag("safe_merge", safe_merge)
         life.refuse_while_off(self._registry, "merge_adapter")
         life.refuse_while_stacked(self._registry, "merge_adapter")
-        registry, store = self._registry, self._store
+        registry = self._registry
         asked = life.named_or_active(registry, adapter_names)
         wanted = [n for n in asked if n not in registry.merged]
         if not wanted:
             warn("all these adapters are merged already: nothing to do")
             return
-        base = store.base_leaves()
-        kernels = self._kernels_with(wanted, base, safe_merge)
-        originals = {p: Kept(base[p]) for p in kernels if p not in registry.originals}
-        store.set_base_leaves(kernels)
-        self._follow(life.merged(registry, wanted, originals))
+        self._refuse_covered(wanted, (*registry.active, *registry.merged, *wanted))
+        self._merge(wanted, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Puts the original kernels back, to the bit (PEFT subtracts, and keeps the rounding)."""
@@ -143,8 +145,10 @@ class MergingModel(AdaptedModel):
             life.refuse_while_off(self._registry, "merge_and_unload")
             store = self._store
             store.set_base_leaves(self._kernels_with(names, store.base_leaves(), safe_merge))
-        elif not set(names) <= set(self._registry.merged):
-            self.merge_adapter(names, safe_merge)
+        elif wanted := [name for name in names if name not in self._registry.merged]:
+            life.refuse_while_off(self._registry, "merge_and_unload")
+            self._refuse_covered(both := (*self._registry.merged, *wanted), both)
+            self._merge(wanted, safe_merge)
         return self._unwrapped(names)
 
     def unload(self) -> Any:
@@ -158,6 +162,15 @@ class MergingModel(AdaptedModel):
         return self._unwrapped([n for n in self._registry.active if n in self._registry.specs])
 
     # Within.
+
+    def _merge(self, adapter_names: Sequence[str], safe_merge: bool) -> None:
+        """Merges adapters that are not, and keeps the kernels as they were before any was."""
+        registry, store = self._registry, self._store
+        base = store.base_leaves()
+        kernels = self._kernels_with(adapter_names, base, safe_merge)
+        originals = {p: Kept(base[p]) for p in kernels if p not in registry.originals}
+        store.set_base_leaves(kernels)
+        self._follow(life.merged(registry, adapter_names, originals))
 
     def _merge_into_floats(self, adapter_names: Sequence[str], safe_merge: bool) -> None:
         """Puts float kernels in place of quantised ones, the named adapters merged into all.
@@ -197,6 +210,23 @@ class MergingModel(AdaptedModel):
                     "that are not finite: an adapter is broken; nothing was merged"
                 )
         return kernels
+
+    def _refuse_covered(self, merging: Iterable[str], together: Iterable[str]) -> None:
+        """Nothing, if no kernel into which adapters are merged makes room for a trained one.
+
+        Raises:
+          ConfigError: one does: the delta would be lost with it.
+        """
+        registry, states = self._registry, self._fresh_states(dict.fromkeys(together))
+        whole = {path: name for name, state in states.items() for path in state.saved}
+        for name in merging:
+            for layer in map(registry.layers.get, states[name].layers):
+                if other := whole.get(layer.kernel_path):
+                    raise ConfigError(
+                        f"{layer.name!r}: adapter {other!r} trained its kernel whole and {name!r} "
+                        "adapts it; merging would add to a kernel that is not used. Such adapters "
+                        "run together, and cannot be merged together (PEFT has no such pair)"
+                    )
 
     def _unwrapped(self, adapter_names: Sequence[str]) -> Any:
         """The base model, with what the named adapters trained whole in place."""

@@ -138,7 +138,7 @@ def test_adapters_are_off_until_they_are_enabled(pair):
     np.testing.assert_array_equal(pair.run_ours(pair.ours), base)
     assert pair.ours.get_nb_trainable_parameters()[0] == 0
     assert "adapters are off" in repr(pair.ours)
-    with pytest.raises(ConfigError, match=r"merge_adapter: the adapters are off.*enable_ad"):
+    with pytest.raises(ConfigError, match=r"merge_and_unload: the adapters are off.*enable_ad"):
         pair.ours.merge_and_unload()
     for model in both:
         model.enable_adapter_layers()
@@ -171,6 +171,73 @@ def test_delete_adapter(pair):
     with pytest.raises(ConfigError, match="no adapter named 'default'"):
         pair.ours.set_adapter("default")
     assert pair.ours.get_nb_trainable_parameters()[0] > 0
+
+
+def test_what_is_chosen_while_adapters_are_off_stays(pair):
+    pair.load()
+    for model in (pair.ours, pair.theirs):
+        with model.disable_adapter():
+            model.set_adapter("second")
+    assert pair.ours.active_adapters == pair.theirs.active_adapters == ["second"]
+    counts = [model.get_nb_trainable_parameters()[0] for model in (pair.ours, pair.theirs)]
+    assert counts[0] == counts[1] > 0
+    with (
+        pytest.warns(UserWarning, match="was deleted; now 'default' is"),
+        pair.ours.disable_adapter(),
+    ):
+        pair.ours.delete_adapter("second")
+    assert pair.ours.active_adapters == ["default"]
+
+
+def test_where_none_is_active_an_adapter_more_is_not(pair):
+    theirs = peft.get_peft_model(torch_net(), peft.RandLoraConfig(**FIRST))
+    theirs.base_model.set_adapter([])
+    theirs.add_adapter("third", peft.RandLoraConfig(**FIRST))
+    pair.ours.set_adapter([])
+    base = pair.run_ours(pair.ours)
+    pair.ours.add_adapter("third", RandLoraConfig(**FIRST, projection_source="torch:bf16-24bit"))
+    assert pair.ours.active_adapters == theirs.base_model.active_adapters == []
+    pair.ours.delete_adapter("third")
+    assert pair.ours.active_adapters == []
+    np.testing.assert_array_equal(pair.run_ours(pair.ours), base)
+
+
+def test_whoever_takes_over_is_peft_s_choice(pair):
+    pair.ours.add_adapter("also", RandLoraConfig(**FIRST, projection_source="torch:bf16-24bit"))
+    pair.load()
+    both = pair.ours, pair.theirs
+    pair.ours.set_adapter("default", inference_mode=True)
+    pair.theirs.base_model.set_adapter("default", inference_mode=True)
+    for model in both:
+        with pytest.warns(UserWarning, match="active"):
+            model.delete_adapter("default")
+    assert pair.ours.active_adapters == pair.theirs.active_adapters == ["also"]
+    counts = [model.get_nb_trainable_parameters()[0] for model in both]
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_delta_under_a_kernel_that_another_trained_whole_is_not_merged(pair):
+    more = {**FIRST, "target_modules": ["square", "head"]}
+    pair.ours.add_adapter("onto", RandLoraConfig(**more, projection_source="torch:bf16-24bit"))
+    pair.ours.set_adapter("onto")
+    pair.randomise(pair.ours, np.random.default_rng(3))
+    alone = pair.run_ours(pair.ours)
+    pair.ours.set_adapter(["second", "onto"])
+    together = pair.run_ours(pair.ours)
+    for merge in (
+        pair.ours.merge_adapter,
+        pair.ours.merge_and_unload,
+        lambda: pair.ours.merge_adapter(["onto"]),
+    ):
+        with pytest.raises(ConfigError, match=r"'head': adapter 'second' trained .* 'onto' adapts"):
+            merge()
+        np.testing.assert_array_equal(pair.run_ours(pair.ours), together)
+    pair.ours.merge_adapter(["second"])
+    np.testing.assert_allclose(pair.run_ours(pair.ours), together, rtol=1e-4, atol=1e-5)
+    pair.ours.unmerge_adapter()
+    base = pair.ours.merge_and_unload(adapter_names=["onto"])
+    found = pair.run_ours(get_peft_model(base, RandLoraConfig(**FIRST)))
+    np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_merge_and_unmerge_go_back_to_the_very_bits(pair):
