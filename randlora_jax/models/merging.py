@@ -93,7 +93,8 @@ class MergingModel(AdaptedModel):
         asked = life.named_or_active(registry, adapter_names)
         wanted = [n for n in asked if n not in registry.merged]
         if not wanted:
-            warn("all these adapters are merged already: nothing to do")
+            found = "all these adapters are merged already" if asked else "no adapter is active"
+            warn(f"{found}: nothing to do")
             return
         self._refuse_covered(wanted, (*registry.active, *registry.merged, *wanted))
         self._merge(wanted, safe_merge)

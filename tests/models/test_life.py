@@ -194,6 +194,8 @@ def test_where_none_is_active_an_adapter_more_is_not(pair):
     theirs.base_model.set_adapter([])
     theirs.add_adapter("third", peft.RandLoraConfig(**FIRST))
     pair.ours.set_adapter([])
+    with pytest.warns(UserWarning, match="no adapter is active: nothing to do"):
+        pair.ours.merge_adapter()
     base = pair.run_ours(pair.ours)
     pair.ours.add_adapter("third", RandLoraConfig(**FIRST, projection_source="torch:bf16-24bit"))
     assert pair.ours.active_adapters == theirs.base_model.active_adapters == []
