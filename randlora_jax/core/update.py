@@ -50,7 +50,7 @@ def product(lam: jax.Array, a: jax.Array, gamma: jax.Array) -> jax.Array:
     The gradients of lam and gamma are products of matrices. Left to the multiplication they would
     be sums over products of arrays as large as the result, which XLA's CPU compiler writes out.
     """
-    return lam[:, :, None] * a[:, None] * gamma
+    return lam[:, :, None] * a[:, None] * gamma[None]
 
 
 @partial(product.defjvp, symbolic_zeros=True)
