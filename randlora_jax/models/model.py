@@ -38,6 +38,7 @@ from randlora_jax.models.life import check_flag
 from randlora_jax.models.many import ManyAdapters
 from randlora_jax.models.memory import Memory, memory
 from randlora_jax.models.names import Rules
+from randlora_jax.models.quantised import is_beside_integers
 from randlora_jax.models.status import TunerLayerStatus, TunerModelStatus
 
 
@@ -104,11 +105,13 @@ class RandLoraModel(ManyAdapters):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trained numbers, all numbers), bases excluded as they are in PEFT's count.
 
-        None are trained while the adapters are off.
+        None are trained while the adapters are off. Of a quantised array its integers count, and no
+        scales, likewise.
         """
         states, registry = self._states(), self._registry
         trained = sum(states[name].size() for name in registry.training) * registry.enabled
-        sizes = {path: x.size for path, x in self._store.base_leaves().items()}
+        leaves = self._store.base_leaves()
+        sizes = {p: x.size for p, x in leaves.items() if not is_beside_integers(p, leaves)}
         for layer in registry.layers.values():
             sizes[layer.kernel_path] = math.prod(layer.shape)  # which may be packed
         base = sum(sizes.values())

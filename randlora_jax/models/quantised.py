@@ -1,6 +1,6 @@
 """Quantised arrays as qwix makes them: known by what they hold, read by the package they are of."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from importlib import import_module
 from typing import Any
 
@@ -57,6 +57,11 @@ def kernel_at(leaf: Path, arrays: Iterable[Path]) -> Path | None:
     written = {slashed(path): path for path in arrays}
     places = (slashed((*leaf, *place)) for place in ((), *PLACES))
     return next((written[place] for place in places if place in written), None)
+
+
+def is_beside_integers(leaf: Path, leaves: Container[Path]) -> bool:
+    """Whether an array tells what the integers beside it stand for: their scales, their zero."""
+    return leaf[-1] != INTEGERS and (*leaf[:-1], INTEGERS) in leaves
 
 
 def array_of(integers: Path) -> Path:

@@ -57,6 +57,7 @@ def test_it_runs_and_merges_as_the_dequantised_model_does(front_end, kind, tile,
     assert_near(base(X), plain, 2e-6)
     twin = RandLoraModel.from_pretrained(base, tmp_path, is_trainable=True, **samples(front_end))
     assert_near(twin(X), out, 2e-6)
+    assert model.get_nb_trainable_parameters() == twin.get_nb_trainable_parameters()
     expected = gradients(twin, weights)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
