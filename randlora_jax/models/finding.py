@@ -12,7 +12,7 @@ from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.idle_rules import refuse_idle, refuse_shadowed, refuse_unused_views
 from randlora_jax.models.layer import Layer, LayerType
 from randlora_jax.models.names import KERNEL_LEAVES, Names, Path, slashed
-from randlora_jax.models.quantised import kernel_at
+from randlora_jax.models.quantised import array_of, kernel_at
 
 
 class Stated(NamedTuple):
@@ -159,17 +159,13 @@ def _layers_of(module: FoundModule, stated: StatedLayouts, names: Names) -> list
     """The layers whose kernels a module holds: by its type, or by rules on it or on its arrays."""
     whole = _whole_layer(module, stated)
     found = [_layer(module, whole, names, module.path)] if whole else []
-    for leaf, array in module.arrays.items():
-        path = (*module.path, *leaf)
-        # a rule on the whole module is not about what lies beside its kernel
-        said = stated.find(path, unless=module.path if whole else None)
-        is_taken = whole and leaf == whole.leaf
-        if is_taken or said is None or len(said.layout.axes) != len(array.shape):
-            continue
-        # such an array's module is the layer, also to PyTorch
-        is_whole = not whole and module.path and leaf[0] in KERNEL_LEAVES
-        kernel = _Kernel(leaf, said.layout, said.rule)
-        found.append(_layer(module, kernel, names, module.path if is_whole else path))
+    others = _stated_kernels(module, stated, whole)
+    own = [kernel for kernel in others if slashed(array_of(kernel.leaf)) in KERNEL_LEAVES]
+    for kernel in others:
+        # the module of one such array is the layer, also to PyTorch; of several, each is a layer
+        is_whole = not whole and module.path and own == [kernel]
+        path = module.path if is_whole else (*module.path, *kernel.leaf)
+        found.append(_layer(module, kernel, names, path))
     if not found:
         _refuse_misfits(module, stated)
     return found
@@ -181,6 +177,20 @@ class _Kernel(NamedTuple):
     leaf: Path
     layout: KernelLayout
     view: str | None
+
+
+def _stated_kernels(
+    module: FoundModule, stated: StatedLayouts, whole: _Kernel | None
+) -> list[_Kernel]:
+    """The kernels that rules on a module's arrays state, beside that of the `whole` module."""
+    found = []
+    for leaf, array in module.arrays.items():
+        # a rule on the whole module is not about what lies beside its kernel
+        said = stated.find((*module.path, *leaf), unless=module.path if whole else None)
+        is_taken = whole and leaf == whole.leaf
+        if said and not is_taken and len(said.layout.axes) == len(array.shape):
+            found.append(_Kernel(leaf, said.layout, said.rule))
+    return found
 
 
 def _whole_layer(module: FoundModule, stated: StatedLayouts) -> _Kernel | None:

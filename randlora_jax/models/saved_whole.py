@@ -48,26 +48,46 @@ def modules_of(
 def tensors_of(registry: AdapterRegistry, state: AdapterState) -> dict[str, np.ndarray]:
     """What is trained whole, by the file's key."""
     saved: dict[str, np.ndarray] = {}
+    owners: dict[str, Path] = {}
     adapted = {name for layer in state.layers for name in registry.layers[layer].names}
     for path, value in state.saved.items():
         layer = registry.layer_of(path)
         _refuse_stacked(registry, path, layer, value)
         for key, tensor in to_peft_layout(value, path, layer, registry.names).items():
+            _refuse_another(owners, key, path)
             saved[file_key(key, adapted)] = tensor
     return saved
 
 
 def warn_of_unwritable(registry: AdapterRegistry, name: str, state: AdapterState) -> None:
     """Warn before an adapter is trained if what it trains whole cannot be written for PEFT."""
+    owners: dict[str, Path] = {}
     try:
         for path, leaf in state.saved.items():
             layer = registry.layer_of(path)
             refuse_unwritable(path, layer, registry.names, leaf)
             _refuse_stacked(registry, path, layer, leaf)
+            for key in torch_keys(path, layer, registry.names):
+                _refuse_another(owners, key, path)
     except TargetError as error:
         warn(
             f"adapter {name!r} can be trained, and kept by orbax, but save_pretrained will refuse "
             f"it: {error}"
+        )
+
+
+def _refuse_another(owners: dict[str, Path], key: str, path: Path) -> None:
+    """Takes down in `owners` that the leaf at `path` is what PyTorch calls `key`.
+
+    Raises:
+      TargetError: another one is, too, and a file has room for one.
+    """
+    other = owners.setdefault(key, path)
+    if other != path:
+        raise TargetError(
+            f"{dotted(other)!r} and {dotted(path)!r} both are {key!r} in PyTorch, which is one "
+            "tensor: correct the names rules where these gave two modules one name; else leave "
+            "them out of modules_to_save and bias"
         )
 
 
@@ -97,7 +117,8 @@ def leaves_of(
 ) -> dict[Path, jax.Array]:
     """What the file holds of modules trained whole, by path."""
     tensors = trained_tensors(adapter.saved)
-    saved, used = {}, set()
+    saved: dict[Path, jax.Array] = {}
+    owners: dict[str, Path] = {}
     for path, leaf in base.items() if tensors else ():
         layer = registry.layer_of(path)
         try:
@@ -111,11 +132,12 @@ def leaves_of(
                 f"array here: {sorted(set(keys) - set(present))} are missing"
             )
         if present:
+            for key in keys:
+                _refuse_another(owners, key, path)
             held = [_held(key, tensors[key], leaf, directory) for key in keys]
             saved[path] = from_peft_layout(held, path, layer, leaf)
-            used |= set(keys)
     for key in tensors:
-        if key not in used:
+        if key not in owners:
             raise TargetError(
                 f"{directory} carries {shown(key)}, which this model does not have; its parameters "
                 f"of modules_to_save={shown(adapter.config.modules_to_save)} and bias="

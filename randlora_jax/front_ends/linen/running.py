@@ -16,7 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from randlora_jax.core.applying import Contribution, adapted, dropout
+from randlora_jax.core.applying import Contribution, adapted
 from randlora_jax.core.applying_rows import SPLIT, adapted_rows
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.contraction import Contraction
@@ -40,6 +40,7 @@ from randlora_jax.front_ends.linen.by_row import (
     trained_whole,
     trained_whole_at,
 )
+from randlora_jax.front_ends.linen.dropout import Drawing
 from randlora_jax.front_ends.linen.lifted import (
     HandsOutModules,
     is_lifted,
@@ -151,6 +152,7 @@ class LinenRunner:
       seen: takes down how each layer ran, by name.
       kinds: takes down the classes of modules that ran; None where nobody asks.
       choice: what the call takes of stacked adapters; None where it applies the active ones.
+      drawing: draws what adapters drop.
     """
 
     registry: AdapterRegistry
@@ -159,6 +161,7 @@ class LinenRunner:
     seen: dict[str, LayerRun]
     kinds: set[type] | None = None
     choice: RowChoice | None = None
+    drawing: Drawing = field(default_factory=Drawing)
     _maps: int = field(default=0, init=False)  # our own nn.map_variables that are running
 
     @contextmanager
@@ -188,6 +191,7 @@ class LinenRunner:
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
+        self.drawing.meet(context.module)
         if self.kinds is not None:
             self.kinds |= kinds_of(context.module)
         met = self._met(context, (args, kwargs))
@@ -285,7 +289,7 @@ class LinenRunner:
         if self._by_row:
             updates = [
                 chosen[stack].along(taken.x).row_updates(*arrays, self.pairs[stack], layer.matrix)
-                for stack, arrays in self._stacked(module, kernel, beside[SHARES][name])
+                for stack, arrays in self._stacked(kernel, beside[SHARES][name])
             ]
             ids = set(map(id, own.values()))
             by_row = [id(x) in ids for x in read]
@@ -334,10 +338,10 @@ class LinenRunner:
     def _contributions(
         self, module: nn.Module, layer: Layer, kernel: Kernel, beside: Shares
     ) -> list[Contribution]:
-        """What adapters add to a layer. Dropout is on exactly where there is a rng to draw with."""
+        """What adapters add to a layer."""
         found = []
         if self.choice:
-            for name, (lam, gamma) in self._stacked(module, kernel, beside):
+            for name, (lam, gamma) in self._stacked(kernel, beside):
                 pair = self.pairs[name]
                 updates = self.choice.chosen[name].updates(lam, gamma, pair, layer.matrix)
                 found += [Contribution(update) for update in updates]
@@ -346,13 +350,11 @@ class LinenRunner:
             spec = self.registry.specs[name]
             lam, gamma = map(kernel.layout.stack_first, arrays)
             update = spec.update(lam, gamma, self.pairs, layer.matrix)
-            drops = spec.dropout > 0 and module.has_rng("dropout")
-            drop = dropout(spec.dropout, module.make_rng("dropout")) if drops else None
-            found.append(Contribution(update, drop))
+            found.append(Contribution(update, self.drawing.of(module, layer, spec.dropout)))
         return found
 
     def _stacked(
-        self, module: nn.Module, kernel: Kernel, beside: Shares
+        self, kernel: Kernel, beside: Shares
     ) -> Iterator[tuple[str, tuple[jax.Array, jax.Array]]]:
         """Lambda and gamma of all adapters of each stack, (*stack axes, slots, ...).
 
@@ -362,7 +364,7 @@ class LinenRunner:
         stacks = {stack.name: stack for stack in self.registry.row_stacks}
         for name, arrays in beside.items():
             for member in stacks[name].members:
-                if self.registry.specs[member].dropout > 0 and module.has_rng("dropout"):
+                if self.registry.specs[member].dropout > 0 and self.drawing.is_on:
                     raise ConfigError(
                         f"adapter {member!r} has dropout, which a dropout rng turns on, and "
                         "adapter_names are for inference, as in PEFT: call without that rng"

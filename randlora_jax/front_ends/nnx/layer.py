@@ -1,10 +1,9 @@
 """The wrapper that stands in the place of a module and runs it with its adapters."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import jax
 from flax import nnx
 
 from randlora_jax.core.applying import Contribution, adapted
@@ -206,7 +205,7 @@ class RandLoraLayer(AdapterLeaves):
             found.append(Contribution(update, self._drop(spec.name)))
         return found
 
-    def _drop(self, adapter_name: str) -> Callable[[jax.Array], jax.Array] | None:
+    def _drop(self, adapter_name: str) -> nnx.Dropout | None:
         """The dropout of an adapter here; None where it is off, or there is none.
 
         Raises:
@@ -221,7 +220,7 @@ class RandLoraLayer(AdapterLeaves):
                 "and was opened frozen and without rngs, so that nothing can be drawn: open it "
                 "with rngs=nnx.Rngs(seed), or call model.eval()"
             )
-        return cast(Callable[[jax.Array], jax.Array], drop)
+        return drop
 
     def _shares_of_stack(
         self, layer: Layer, stack: Stack, layout: KernelLayout, context: CallContext
