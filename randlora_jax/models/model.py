@@ -191,7 +191,8 @@ class RandLoraModel(ManyAdapters):
         """What the adapters' leaves mean, by adapter, for JSON: to be saved beside them.
 
         ``config`` holds the arguments of `RandLoraConfig`; ``bases`` names the shared pair;
-        ``layers`` and ``trained_whole`` have the shapes of what is adapted, by path in the model.
+        ``layers`` and ``trained_whole`` have the shapes of what is adapted, by path in the model;
+        ``merged`` tells whether the kernels hold the adapter.
         """
         return settings.settings_of(self._registry, self._states())
 
