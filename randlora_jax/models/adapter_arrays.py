@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from randlora_jax.core.abstract import is_abstract, moved, put, shape_of
+from randlora_jax.core.abstract import is_abstract, moved, put, shape_of, some_abstract
 from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents, used_extents
 from randlora_jax.core.hoisting import is_traced
 from randlora_jax.core.kernel import Kernel, merged
@@ -159,6 +159,12 @@ def trained_whole(states: Mapping[str, AdapterState]) -> dict[Path, jax.Array]:
                 )
             found[path], owners[path] = leaf, name
     return found
+
+
+def is_fresh(state: AdapterState) -> bool:
+    """Whether an adapter adds nothing: it has numbers, and every lambda is zero."""
+    lams = [lam for lam, _ in state.layers.values()]
+    return not some_abstract(lams) and not any(map(jnp.any, lams))
 
 
 def added_size(registry: AdapterRegistry, adapter_name: str, state: AdapterState) -> int:

@@ -194,7 +194,9 @@ class RandLoraModel(ManyAdapters):
         """What the adapters' leaves mean, by adapter, for JSON: to be saved beside them.
 
         ``config`` holds the arguments of `RandLoraConfig`; ``bases`` names the shared pair;
-        ``layers`` and ``trained_whole`` have the shapes of what is adapted, by path in the model.
+        ``layers`` and ``trained_whole`` have the shapes of what is adapted, by path in the model;
+        ``scale`` is what `set_scale` set; ``trains`` tells whether its leaves are among what trains
+        and ``merged`` whether the kernels hold it.
         """
         return settings.settings_of(self._registry, self._states())
 
@@ -208,6 +210,14 @@ class RandLoraModel(ManyAdapters):
           ConfigError: they would mean something else here; it names the setting.
         """
         settings.refuse_others(self.randlora_settings(), saved)
+        fresh = [n for n in settings.idle_in(saved) if adapter_arrays.is_fresh(self._states()[n])]
+        if fresh:
+            warn(
+                f"{listed(fresh)}: did not train when the checkpoint was saved, so that what "
+                "trained (nnx.state(model, AdapterParam), or split()'s trained leaves) is without "
+                "it, and here its lambda is zero. Unless all of the model's state is restored, "
+                "load it from a directory of its own (save_pretrained, load_adapter)"
+            )
 
     # Files.
 

@@ -20,7 +20,9 @@ def settings_of(
     registry: AdapterRegistry, states: Mapping[str, AdapterState]
 ) -> dict[str, dict[str, Any]]:
     """By adapter: ``config`` as in its file, ``bases`` by their identity, ``layers`` by path, with
-    the ``shape`` and ``axes`` of their kernels, ``trained_whole`` by path, with shapes.
+    the ``shape`` and ``axes`` of their kernels, ``trained_whole`` by path, with shapes; its
+    ``scale``; whether it ``trains``, and whether it is ``merged`` into kernels, which may be saved
+    beside its leaves.
     """
     return {
         name: {
@@ -30,6 +32,9 @@ def settings_of(
             "trained_whole": {
                 dotted(path): list(x.shape) for path, x in sorted(state.saved.items(), key=str)
             },
+            "scale": registry.specs[name].scale,
+            "trains": name in registry.active and name in registry.trained,
+            "merged": name in registry.merged,
         }
         for name, state in states.items()
     }
@@ -67,6 +72,11 @@ def refuse_others(ours: Mapping[str, Any], found: Any) -> None:
         _compare(name, ours[name], theirs)
 
 
+def idle_in(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The adapters that did not train: what trains, kept beside the settings, is without them."""
+    return [name for name, theirs in found.items() if not theirs.get("trains", True)]
+
+
 def _compare(name: str, ours: Mapping[str, Any], theirs: Any) -> None:
     parts = ("config", "bases", "layers", "trained_whole")
     whole = isinstance(theirs, Mapping) and all(part in theirs for part in parts)
@@ -88,6 +98,12 @@ def _compare(name: str, ours: Mapping[str, Any], theirs: Any) -> None:
             if all(isinstance(x, Mapping) for x in sides):
                 axes = [x["axes"] for x in sides]
                 _refuse(name, f"the axes of {path} (views)", *axes)
+    if (scale := theirs.get("scale", 1.0)) != ours["scale"]:
+        raise ConfigError(
+            f"adapter {name!r}: the checkpoint was saved while its scale was {scale}, and here it "
+            f"is {ours['scale']}: call set_scale({name!r}, {scale})"
+        )
+    _refuse_merged(name, ours["merged"], theirs.get("merged", False))  # which earlier ones lack
 
 
 def _shape(kept: Any) -> tuple[int, ...]:
@@ -103,4 +119,22 @@ def _refuse(name: str, field: str, ours: Any, theirs: Any) -> None:
             f"has {ours}, so its leaves would mean something else here: wrap the model with the "
             f"configuration that is kept there, RandLoraConfig(**settings[{name!r}]['config']), "
             "and with the same views= and layer_types="
+        )
+
+
+def _refuse_merged(name: str, ours: bool, theirs: bool) -> None:
+    """Nothing, if the kernels of both sides hold an adapter's delta, or those of none."""
+    if theirs and not ours:
+        raise ConfigError(
+            f"adapter {name!r}: the checkpoint was saved while it was merged into the base model, "
+            "and here it is not: with kernels restored from there its delta would be there twice. "
+            f"Call merge_adapter([{name!r}]) first, and unmerge_adapter() once all is restored; "
+            "where only leaves of the adapter are restored, too"
+        )
+    if ours and not theirs:
+        raise ConfigError(
+            f"adapter {name!r}: the checkpoint was saved while it was not merged, and here it is "
+            "merged into the base model: with kernels restored from there its delta would be "
+            f"lost. Call unmerge_adapter() first, and merge_adapter([{name!r}]) once all is "
+            "restored; where only leaves of the adapter are restored, too"
         )

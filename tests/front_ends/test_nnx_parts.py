@@ -62,6 +62,53 @@ def test_what_holds_no_module_is_handed_out_itself():
     assert model.notes is model.model.notes and len(model.heads) == 2 and "a" in model.heads
 
 
+def new_kernel(seed):
+    return nnx.Param(nnx.Rngs(seed).normal((8, 8)))
+
+
+def put_in_a_layer(model):
+    model.blocks[0].kernel = new_kernel(5)
+    model.blocks[1].bias = nnx.Param(np.full(8, 5, np.float32))
+
+
+PUT = {
+    "through the wrapper": put_in_a_layer,
+    "into the model": lambda model: put_in_a_layer(getattr(model, "model", model)),
+    "in a layer's place": lambda model: setattr(model, "blocks", nnx.List([linear(5), linear(6)])),
+    "as flax does": lambda model: model.set_attributes(nnx.Linear, dtype="bfloat16"),
+}
+
+
+@pytest.mark.parametrize("way", PUT)
+def test_what_is_set_in_a_wrapped_model_is_what_runs(way):
+    config = RandLoraConfig(r=4, target_modules=["blocks.0", "blocks.1"], init_weights=False)
+    model = get_peft_model(Parted(), config, rngs=nnx.Rngs(1))
+    before = list(Parted().outputs(X))
+    PUT[way](model)
+    plain = Parted()
+    PUT[way](plain)
+    with model.disable_adapter():
+        found = list(model.outputs(X))
+    jax.tree.map(np.testing.assert_array_equal, found, list(plain.outputs(X)))
+    assert not np.allclose(found[-1], before[-1])
+
+
+def test_what_is_set_takes_the_adapter_and_is_there_without_it():
+    model = get_peft_model(Parted(), CONFIG, rngs=nnx.Rngs(1))
+    block, new = model.model.blocks[0], new_kernel(5)
+    block.kernel = new
+    assert block.kernel is new and block.base_layer.kernel is new
+    assert {path[0] for path, _ in nnx.to_flat_state(nnx.state(block))} == {
+        "base_layer",
+        "randlora_lambda",
+        "randlora_gamma",
+    }
+    expected = X @ (new[...] + model.delta_weights()["blocks.0"].T) + block.bias[...]
+    close(model.blocks[0](X), expected)
+    assert nnx.clone(model).unload().blocks[0].kernel[...].shape == (8, 8)
+    assert model.unload().blocks[0].kernel is new
+
+
 def test_a_part_of_a_wrapped_model_is_not_wrapped():
     model = get_peft_model(Parted(), CONFIG, rngs=nnx.Rngs(1))
     with pytest.raises(ConfigError, match=r"part of a model that is wrapped already.*add_adapter"):

@@ -25,6 +25,9 @@ from randlora_jax.models.slots import Stack, in_slots, slots_apart
 
 Leaves = dict[str, nnx.Variable[jax.Array]]
 
+# Of a wrapper itself, besides what is called randlora_*.
+_OWN = ("base_layer", "trained_leaves", "settings")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -85,6 +88,13 @@ class AdapterLeaves(nnx.Module):
         self.randlora_dropout: dict[str, nnx.Dropout] = nnx.data({})
         self.settings = settings
         self.randlora_calls: OpenCalls = nnx.data(OpenCalls())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What adapters have here is set here; anything else in the module, which runs with it."""
+        if name in _OWN or name.startswith(("randlora_", "_")):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.base_layer, name, value)
 
     def held(self) -> tuple[dict[str, Any], ...]:
         """Everything that is kept by adapter name."""

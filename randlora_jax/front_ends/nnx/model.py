@@ -146,6 +146,13 @@ class NnxRandLora(RandLoraModel, nnx.Module):
             raise AttributeError(name)
         return attribute(self.model, name, self._opened)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name == "model" or name.startswith(("randlora_", "_")) or hasattr(type(self), name)
+        if own:
+            super().__setattr__(name, value)
+        else:  # in the model, which runs with it
+            setattr(self.model, name, value)
+
     @contextmanager
     def _opened(self, adapter_names: Any = None) -> Iterator[None]:
         """Within, the layers of this model find its bases, and what rows take of its adapters."""
