@@ -14,7 +14,7 @@ from randlora_jax.interop.base_model import BaseModel
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import TargetError, shown
 from randlora_jax.interop.expert_stacks import apart
-from randlora_jax.interop.keys import trained_tensors
+from randlora_jax.interop.keys import biases_by_one_name, trained_tensors
 from randlora_jax.interop.numpy_delta import Deltas
 
 # The last layers of classifiers, whose rows are the labels.
@@ -71,7 +71,9 @@ def plan(deltas: Deltas, base: BaseModel) -> MergePlan:
     sums: dict[str, list[str]] = {}
     for name, layer in deltas.layers.items():
         sums.setdefault(layer.stored.key, []).append(name)
-    trained = _as_apart(trained_tensors(adapter.saved), base)
+    carried = trained_tensors(adapter.saved)
+    carried = biases_by_one_name(carried, lambda key: base.find(key) is not None)
+    trained = _as_apart(carried, base)
     replaced, added = {}, {}
     for key, value in trained.items():
         # what has no tensor of its own may use another's

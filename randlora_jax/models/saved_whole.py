@@ -1,6 +1,8 @@
 """What adapters train whole, to and from PEFT's files."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path as FilePath
 
 import jax
@@ -10,7 +12,7 @@ from randlora_jax.core.update import at_least_float32
 from randlora_jax.interop.adapter import Adapter
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import TargetError, listed, shown, warn
-from randlora_jax.interop.keys import file_key, trained_tensors
+from randlora_jax.interop.keys import biases_by_one_name, file_key, trained_tensors
 from randlora_jax.interop.written_modules import taken, written_modules
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import EMBEDDINGS, Path, dotted
@@ -97,13 +99,10 @@ def leaves_of(
 ) -> dict[Path, jax.Array]:
     """What the file holds of modules trained whole, by path."""
     tensors = trained_tensors(adapter.saved)
+    known = _known_keys(registry, base) if tensors else {}
+    tensors = biases_by_one_name(tensors, set(chain(*known.values())).__contains__)
     saved, used = {}, set()
-    for path, leaf in base.items() if tensors else ():
-        layer = registry.layer_of(path)
-        try:
-            keys = torch_keys(path, layer, registry.names)
-        except TargetError:  # what has no name in PyTorch is in no file
-            continue
+    for path, keys in known.items():
         present = [key for key in keys if key in tensors]
         if present and len(present) < len(keys):
             raise TargetError(
@@ -111,8 +110,9 @@ def leaves_of(
                 f"array here: {sorted(set(keys) - set(present))} are missing"
             )
         if present:
+            leaf = base[path]
             held = [_held(key, tensors[key], leaf, directory) for key in keys]
-            saved[path] = from_peft_layout(held, path, layer, leaf)
+            saved[path] = from_peft_layout(held, path, registry.layer_of(path), leaf)
             used |= set(keys)
     for key in tensors:
         if key not in used:
@@ -122,6 +122,15 @@ def leaves_of(
                 f"{adapter.config.bias!r} have other names"
             )
     return saved
+
+
+def _known_keys(registry: AdapterRegistry, paths: Iterable[Path]) -> dict[Path, tuple[str, ...]]:
+    """The state-dict keys of leaves; without those that have no name in PyTorch, and so no file."""
+    known = {}
+    for path in paths:
+        with suppress(TargetError):
+            known[path] = torch_keys(path, registry.layer_of(path), registry.names)
+    return known
 
 
 def _held(key: str, tensor: np.ndarray, leaf: jax.Array, directory: str | FilePath) -> np.ndarray:

@@ -237,3 +237,33 @@ def test_what_encoder_and_decoder_share_is_refused(kind, task, module, tmp_path,
     adapt(bart(kind), tmp_path, **settings)
     assert run("merge", tmp_path) == 1
     assert "shares its weight with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["query"], "bias": "all"},
+        {"target_modules": ["query", "decoder"], "bias": "randlora_only"},
+        {"target_modules": ["query"], "modules_to_save": ["decoder"]},
+    ],
+)
+@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+def test_a_bias_of_two_names_is_merged(kind, settings, tmp_path):
+    """The head's own, which its decoder uses: files of models have the first name alone."""
+    torch.manual_seed(0)
+    config = getattr(T, f"{kind}Config")(**BERT, tie_word_embeddings=False)
+    model = getattr(T, f"{kind}ForMaskedLM")(config)
+    expected = adapt(model, tmp_path, **settings).merge_and_unload()
+    assert run("merge", tmp_path) == 0
+    ids = torch.arange(2, 9)[None]
+    merged = type(model).from_pretrained(tmp_path / "merge").eval()
+    unadapted = type(model).from_pretrained(tmp_path / "base").eval()
+    with torch.no_grad():
+        found, right, before = (m(ids).logits for m in (merged, expected, unadapted))
+    assert (
+        (found - right).abs().max()
+        <= 1e-5 * right.abs().max()
+        < 1e-3 * (right - before).abs().max()
+    )
+    keys = [load_file(tmp_path / name / FILE).keys() for name in ("base", "merge")]
+    assert keys[0] == keys[1]
