@@ -9,13 +9,14 @@ import jax
 import numpy as np
 
 from randlora_jax.core.update import at_least_float32
+from randlora_jax.interop import targets
 from randlora_jax.interop.adapter import Adapter
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import TargetError, listed, shown, warn
 from randlora_jax.interop.keys import biases_by_one_name, file_key, trained_tensors
 from randlora_jax.interop.written_modules import taken, written_modules
 from randlora_jax.models.layer import Layer
-from randlora_jax.models.names import EMBEDDINGS, Path, dotted
+from randlora_jax.models.names import EMBEDDINGS, Path, dotted, slashed
 from randlora_jax.models.peft_layout import (
     from_peft_layout,
     refuse_unwritable,
@@ -71,6 +72,27 @@ def warn_of_unwritable(registry: AdapterRegistry, name: str, state: AdapterState
             f"adapter {name!r} can be trained, and kept by orbax, but save_pretrained will refuse "
             f"it: {error}"
         )
+
+
+def warn_of_no_bias(
+    registry: AdapterRegistry, config: RandLoraConfig, paths: Iterable[Path], state: AdapterState
+) -> None:
+    """Warn before an adapter is trained if its ``bias`` finds nothing to train.
+
+    Args:
+      paths: of the base model's leaves.
+    """
+    whole = targets.saved_modules(config)
+    if config.bias == "none" or not all(registry.is_whole(path, whole) for path in state.saved):
+        return
+    others = [slashed(path) for path in paths if str(path[-1]).endswith("_bias")]
+    besides = f" Names in PyTorch are unknown of {listed(others)}." if others else ""
+    warn(
+        f"bias={config.bias!r} finds nothing to train: "
+        f"{'no adapted layer' if config.bias == 'randlora_only' else 'no module'} has an array "
+        f"called 'bias' or 'b'.{besides} PEFT trains every bias that the model has in PyTorch: if "
+        "it has some, expect another result; if not, bias='none' says so"
+    )
 
 
 def _refuse_stacked(
