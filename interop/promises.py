@@ -43,14 +43,15 @@ class BaseNames:
       layers: linear layers; of a checkpoint of another class, those beside the adapted ones.
       is_whole: whether it is of the class that was trained, and so has all of its modules. Another
         checkpoint may lack a head, or have one that the adapter's class has not.
-      doubtful: of `tensors`, what the class that was trained may not have, since a checkpoint keeps
-        what it was once saved with: BERT's, a head that no class of today reads.
+      doubtful: of a checkpoint's `tensors`, what the class that was trained may not have, since a
+        file keeps what it was once saved with: BERT's, a head that no class of today reads. None
+        where the model itself is at hand; a file also lacks a head that shares another's weight.
     """
 
     tensors: Collection[str]
     layers: Collection[str]
     is_whole: bool
-    doubtful: Collection[str] = ()
+    doubtful: Collection[str] | None = None
 
 
 def settled_config(
@@ -122,7 +123,7 @@ def check(adapter: Adapter, where: object, base: BaseNames | None) -> Adapter:
     missing = [sorted(selected - adapter.layers.keys()) for selected in readings]
     if missing[0] and not all(missing):
         return replace(adapter, config=_as_trained(adapter.config, adapter.layers, where))
-    sure = [name for name in missing[0] if f"{name}.weight" not in base.doubtful]
+    sure = [name for name in missing[0] if _sure({f"{name}.weight"}, base)]
     if sure:
         raise AdapterFileError(
             f"{where}: expected tensors of {listed(sure)}, which {_settings(adapter.config)} "
@@ -142,7 +143,7 @@ def refuse_incomplete(adapter: Adapter, where: object, base: BaseNames | None) -
     """
     _check_modules(adapter, set(trained_tensors(adapter.saved)), where, base)
     _, found, lost = _biases(adapter, base)
-    sure = lost.difference(base.doubtful if base else ())
+    sure = _sure(lost, base)
     if found and sure:
         raise AdapterFileError(
             f"{where}: expected {listed(sorted(sure))}, since bias={adapter.config.bias!r} and "
@@ -234,7 +235,7 @@ def _check_modules(
     for names in _promised_modules(config):
         if any(_root(key, names) for key in trained):
             continue
-        if base is not None and base.is_whole:
+        if base is not None and base.is_whole and base.doubtful is None:
             if not any(_root(key, names) for key in base.tensors):
                 continue  # the model has no such module
         elif names == task_heads(config.task_type) and (
@@ -249,7 +250,7 @@ def _check_modules(
             "model has such a module. Fetch the file again; if the model has none, remove the name "
             "from adapter_config.json"
         )
-    sure = _lost_of_modules(adapter, base).difference(base.doubtful if base else ())
+    sure = _sure(_lost_of_modules(adapter, base), base)
     if sure:
         raise AdapterFileError(
             f"{where}: expected {listed(sorted(sure))}, found other tensors of the modules "
@@ -312,6 +313,11 @@ def _likely(missing: set[str], found: Iterable[str], base: BaseNames | None) -> 
     """
     kinds = set(map(kind, found))
     return {key for key in missing if (base and base.is_whole) or kind(key) in kinds}
+
+
+def _sure(missing: set[str], base: BaseNames | None) -> set[str]:
+    """What of `missing` is not doubtful."""
+    return missing.difference((base and base.doubtful) or ())
 
 
 def _root(key: str, patterns: Collection[str]) -> str | None:

@@ -9,7 +9,7 @@ import torch
 import transformers
 from families import WIDTHS
 from peft_nets import CONFIG, WEIGHTS, change_config, jax_adapter, rewrite, without
-from peft_side import randomise, save_adapter, save_base
+from peft_side import load, randomise, save_adapter, save_base
 from randlora_jax.interop.peft_dir import write_adapter
 from safetensors.numpy import load_file, save_file
 
@@ -133,6 +133,17 @@ def test_a_base_model_that_has_more_than_the_adapters_class(tmp_path, capsys):
     rewrite(tmp_path / "adapter", without("layer.0.output.dense.randlora_"))
     (tmp_path / "out").rename(tmp_path / "lora")
     refused(tmp_path, "inspect", capsys, "expected tensors of 'bert.encoder.layer.0.output.dense'")
+
+
+@pytest.mark.parametrize("command", WITH_BASE)
+def test_a_head_that_the_checkpoint_does_not_hold_either(tmp_path, command, capsys):
+    """PEFT trains a copy of a tied one, and refuses the file without it."""
+    base = save_base("opt", tmp_path / "base")
+    save_adapter("opt", base, tmp_path / "adapter", modules_to_save=["lm_head"])
+    rewrite(tmp_path / "adapter", without("lm_head"))
+    with pytest.raises(KeyError, match="lm_head"):
+        peft.PeftModel.from_pretrained(load("opt", base), tmp_path / "adapter")
+    refused(tmp_path, command, capsys, "expected tensors of 'lm_head'", "modules_to_save")
 
 
 KEPT = {
