@@ -28,10 +28,11 @@ _TASK_CLASSES = {
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
 }
-# Of classes and PEFT's tasks, those without an output layer over the vocabulary.
+# Of classes and PEFT's tasks, those without an output layer over the vocabulary that goes in.
 _HEADLESS_TASKS = {*_TASK_CLASSES, "FEATURE_EXTRACTION"}
 _HEADLESS = re.compile(
     r"Classification|Regression|QuestionAnswering|MultipleChoice|NextSentence|Retrieval|Detection"
+    r"|CTC|MaskedImageModeling"
     r"|WithProjection|(?<!LMHead)(?<!DoubleHeads)(?<!EncoderDecoder)(?<!Chat)Model$"
 )
 
@@ -115,7 +116,7 @@ def _as_apart(trained: Mapping[str, np.ndarray], base: BaseModel) -> dict[str, n
 
 
 def _has_head(found: Mapping[str, Any], config: RandLoraConfig) -> bool:
-    """Whether the adapted model makes logits over its vocabulary, and may tie two weights so."""
+    """Whether the adapted model makes logits over what goes in, and may tie two weights so."""
     if config.task_type is not None:
         return config.task_type not in _HEADLESS_TASKS
     classes = found.get("architectures")

@@ -153,7 +153,24 @@ def bart(kind):
     return kind(T.BartConfig(**sides, d_model=24, vocab_size=96, max_position_embeddings=64))
 
 
+def speech():
+    convolutions = {"conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 4)}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    config = T.Wav2Vec2Config(**WIDE, **convolutions, **positions, vocab_size=32)
+    return T.Wav2Vec2ForCTC(config)
+
+
+def hidden_patches():
+    size = {"image_size": 8, "patch_size": 4, "vocab_size": 32, "use_mask_token": True}
+    return T.BeitForMaskedImageModeling(T.BeitConfig(**WIDE, **size))
+
+
 UNTIED = {
+    "letters, of sound": (speech, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "a codebook, of patches": (
+        hidden_patches,
+        {"target_modules": ["query"], "modules_to_save": ["lm_head"]},
+    ),
     "a classifier's embeddings": (
         lambda: T.BertForSequenceClassification(T.BertConfig(**BERT)),
         {
