@@ -82,6 +82,7 @@ def run(commands: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
 
     with leaving_soon(arguments) as interrupted, warnings.catch_warnings():
         warnings.showwarning = warn  # type: ignore[assignment]
+        warnings.simplefilter("default", UserWarning)  # part of the report, whatever is set outside
         try:
             status, report = _outcome(commands, arguments, interrupted)
             if wants_json(arguments):

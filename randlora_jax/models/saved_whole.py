@@ -1,19 +1,22 @@
 """What adapters train whole, to and from PEFT's files."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path as FilePath
 
 import jax
 import numpy as np
 
 from randlora_jax.core.update import at_least_float32
+from randlora_jax.interop import targets
 from randlora_jax.interop.adapter import Adapter
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import TargetError, listed, shown, warn
-from randlora_jax.interop.keys import file_key, trained_tensors
+from randlora_jax.interop.keys import biases_by_one_name, file_key, trained_tensors
 from randlora_jax.interop.written_modules import taken, written_modules
 from randlora_jax.models.layer import Layer
-from randlora_jax.models.names import EMBEDDINGS, Path, dotted
+from randlora_jax.models.names import EMBEDDINGS, Path, dotted, slashed
 from randlora_jax.models.peft_layout import (
     from_peft_layout,
     refuse_unwritable,
@@ -91,6 +94,27 @@ def _refuse_another(owners: dict[str, Path], key: str, path: Path) -> None:
         )
 
 
+def warn_of_no_bias(
+    registry: AdapterRegistry, config: RandLoraConfig, paths: Iterable[Path], state: AdapterState
+) -> None:
+    """Warn before an adapter is trained if its ``bias`` finds nothing to train.
+
+    Args:
+      paths: of the base model's leaves.
+    """
+    whole = targets.saved_modules(config)
+    if config.bias == "none" or not all(registry.is_whole(path, whole) for path in state.saved):
+        return
+    others = [slashed(path) for path in paths if str(path[-1]).endswith("_bias")]
+    besides = f" Names in PyTorch are unknown of {listed(others)}." if others else ""
+    warn(
+        f"bias={config.bias!r} finds nothing to train: "
+        f"{'no adapted layer' if config.bias == 'randlora_only' else 'no module'} has an array "
+        f"called 'bias' or 'b'.{besides} PEFT trains every bias that the model has in PyTorch: if "
+        "it has some, expect another result; if not, bias='none' says so"
+    )
+
+
 def _refuse_stacked(
     registry: AdapterRegistry, path: Path, layer: Layer | None, leaf: jax.Array
 ) -> None:
@@ -119,12 +143,9 @@ def leaves_of(
     tensors = trained_tensors(adapter.saved)
     saved: dict[Path, jax.Array] = {}
     owners: dict[str, Path] = {}
-    for path, leaf in base.items() if tensors else ():
-        layer = registry.layer_of(path)
-        try:
-            keys = torch_keys(path, layer, registry.names)
-        except TargetError:  # what has no name in PyTorch is in no file
-            continue
+    known = _known_keys(registry, base) if tensors else {}
+    tensors = biases_by_one_name(tensors, set(chain(*known.values())).__contains__)
+    for path, keys in known.items():
         present = [key for key in keys if key in tensors]
         if present and len(present) < len(keys):
             raise TargetError(
@@ -134,8 +155,9 @@ def leaves_of(
         if present:
             for key in keys:
                 _refuse_another(owners, key, path)
+            leaf = base[path]
             held = [_held(key, tensors[key], leaf, directory) for key in keys]
-            saved[path] = from_peft_layout(held, path, layer, leaf)
+            saved[path] = from_peft_layout(held, path, registry.layer_of(path), leaf)
     for key in tensors:
         if key not in owners:
             raise TargetError(
@@ -144,6 +166,15 @@ def leaves_of(
                 f"{adapter.config.bias!r} have other names"
             )
     return saved
+
+
+def _known_keys(registry: AdapterRegistry, paths: Iterable[Path]) -> dict[Path, tuple[str, ...]]:
+    """The state-dict keys of leaves; without those that have no name in PyTorch, and so no file."""
+    known = {}
+    for path in paths:
+        with suppress(TargetError):
+            known[path] = torch_keys(path, registry.layer_of(path), registry.names)
+    return known
 
 
 def _held(key: str, tensor: np.ndarray, leaf: jax.Array, directory: str | FilePath) -> np.ndarray:

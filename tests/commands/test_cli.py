@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from peft_nets import Net, jax_adapter, peft_net, rewrite
+from peft_nets import Net, change_config, jax_adapter, peft_net, rewrite
 from peft_side import save_adapter, save_base
 from randlora_jax.interop.peft_dir import write_adapter
 from randlora_jax.interop.torch_rng import Generation, generation_of
@@ -151,6 +152,17 @@ def test_warnings_are_lines_on_stderr(tmp_path, capsys):
     main(["inspect", str(tmp_path / "src")])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("randlora-jax: warning: ") and "a_new_field" in line
+
+
+@pytest.mark.parametrize("told", ["ignore", "error"])
+def test_filters_of_the_surroundings_leave_warnings_as_they_are(tmp_path, capsys, told):
+    """PYTHONWARNINGS sets such: a guess would be silent, or end in a traceback."""
+    peft_net(tmp_path)
+    change_config(tmp_path, a_new_field=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter(told)
+        status, report = ask(capsys, "inspect", tmp_path)
+    assert (status, len(report["warnings"])) == (0, 1)
 
 
 def test_progress_shows_bytes_after_two_seconds(capsys, monkeypatch):
