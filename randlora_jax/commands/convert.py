@@ -34,7 +34,13 @@ from randlora_jax.interop.missing_bases import DrawnPair, refuse_in_vain
 from randlora_jax.interop.peft_dir import WEIGHTS_NAME, write_adapter
 from randlora_jax.interop.promises import refuse_incomplete
 from randlora_jax.interop.strict_json import read_object
-from randlora_jax.interop.targets import inside_saved, naming_in_full, saved_modules, task_heads
+from randlora_jax.interop.targets import (
+    inside_saved,
+    naming_in_full,
+    read_alike,
+    saved_modules,
+    task_heads,
+)
 from randlora_jax.interop.written_modules import taken, written_modules
 
 DESCRIPTION = """\
@@ -132,7 +138,7 @@ def with_bases(
     assert deltas.draw is not None
     drawn = DrawnPair(deltas.bases, deltas.draw)
     provenance = drawn.provenance(adapter.config.projection_prng_key, shapes)
-    config = naming_in_full(replace(adapter.config, save_projection=True), adapter.layers)
+    config = read_alike(replace(adapter.config, save_projection=True), adapter.layers)
     return replace(adapter, config=config, bases=deltas.bases, provenance=provenance)
 
 

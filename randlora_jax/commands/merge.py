@@ -69,9 +69,10 @@ _MODEL_FILES = [
 _OTHER_WEIGHTS = ("*.safetensors*", "pytorch_model*", "tf_model*", "flax_model*", "*.pt", "*.pth")
 _ANYWHERE = (
     *("*.onnx*", "*.gguf", "openvino_*", "adapter_*", "ggml-*", "*.ot", "*.tflite"),
-    *("weights.npz", "*.mlmodel", "*.nemo", "*.engine"),
+    *("weights.npz", "*.mlmodel", "*.nemo", "*.engine", "consolidated.*", "consolidated-*"),
 )
-_FOLDERS = ("coreml", "*.mlpackage", "*.mlmodelc")
+# Meta's and OpenAI's own formats of their models, and what a trainer keeps, are among these.
+_FOLDERS = ("coreml", "*.mlpackage", "*.mlmodelc", "original", "metal", "checkpoint-*")
 
 
 def add_parser(commands: Commands) -> argparse.ArgumentParser:

@@ -23,7 +23,7 @@ from randlora_jax.interop.keys import PREFIX, file_key, trained_tensors
 from randlora_jax.interop.numpy_delta import Deltas, too_strong
 from randlora_jax.interop.peft_dir import WEIGHTS_NAME
 from randlora_jax.interop.strict_json import dump_object, thaw, write_text
-from randlora_jax.interop.targets import by_full_names
+from randlora_jax.interop.targets import read_alike
 from randlora_jax.interop.tensor_writer import write_tensors
 
 DESCRIPTION = """\
@@ -162,7 +162,7 @@ def lora_config(config: RandLoraConfig, ranks: dict[str, int], conv1d: bool) -> 
         "rank_pattern": others,
         "alpha_pattern": others,
         "lora_dropout": config.randlora_dropout,
-        "target_modules": by_full_names(ranks),
+        "target_modules": thaw(read_alike(config, ranks).target_modules),
         "layers_to_transform": None,
         "layers_pattern": None,
         "modules_to_save": thaw(config.modules_to_save),

@@ -194,6 +194,8 @@ def restore(
             for layer in chosen.values()
         }
         saved = saved_whole.leaves_of(registry, base, adapter, directory)
+        asked = adapter_arrays.whole_paths(registry, base, config, layers)
+        saved = saved_whole.less_the_bases(saved, base, asked, directory)
         return Restored(spec, config, AdapterState(layers, saved), kept)
 
 

@@ -1,13 +1,15 @@
 """What adapters train whole, to and from PEFT's files."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path as FilePath
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from randlora_jax.core.abstract import is_abstract
 from randlora_jax.core.update import at_least_float32
 from randlora_jax.interop import targets
 from randlora_jax.interop.adapter import Adapter
@@ -159,13 +161,60 @@ def leaves_of(
             held = [_held(key, tensors[key], leaf, directory) for key in keys]
             saved[path] = from_peft_layout(held, path, registry.layer_of(path), leaf)
     for key in tensors:
-        if key not in owners:
+        if key not in owners and not _is_repeated(key, tensors, registry.info.tied):
             raise TargetError(
                 f"{directory} carries {shown(key)}, which this model does not have; its parameters "
                 f"of modules_to_save={shown(adapter.config.modules_to_save)} and bias="
                 f"{adapter.config.bias!r} have other names"
             )
     return saved
+
+
+def less_the_bases(
+    saved: Mapping[Path, jax.Array],
+    base: Mapping[Path, jax.Array],
+    asked: Collection[Path],
+    directory: str | FilePath,
+) -> dict[Path, jax.Array]:
+    """`saved` less what no setting trains and the base model has: PEFT keeps that frozen.
+
+    It writes embeddings where the vocabulary was resized, and the weight of an adapted head. Such
+    that differ from the base model's are kept, and said.
+
+    Args:
+      asked: what the adapter's configuration trains whole.
+    """
+    carried = {path: saved[path] for path in saved.keys() - set(asked)}
+    others = [path for path, leaf in carried.items() if not _is_held(base[path], leaf)]
+    if others:
+        warn(
+            f"{directory}: carries {listed(sorted(map(dotted, others)))}, which its configuration "
+            "does not train, with other numbers than this model has. PEFT puts them into the base "
+            "model and keeps them frozen; here they are the adapter's, and train if it does. Give "
+            "the base model that was adapted, its vocabulary resized as it was, and they stay its "
+            "own"
+        )
+    return {path: leaf for path, leaf in saved.items() if path not in carried or path in others}
+
+
+def _is_held(leaf: jax.Array, carried: jax.Array) -> bool:
+    """Whether the base model holds these numbers, as far as its dtype does."""
+    return not is_abstract(leaf) and bool(jnp.array_equal(leaf, carried.astype(leaf.dtype)))
+
+
+def _is_repeated(
+    key: str, tensors: Mapping[str, np.ndarray], tied: Iterable[Sequence[str]]
+) -> bool:
+    """Whether the file has a tensor again under the name that the model has it by.
+
+    PEFT writes the input and the output embedding where the vocabulary was resized, tied or not.
+
+    Args:
+      tied: as `BaseModelInfo.tied`.
+    """
+    module, _, leaf = key.rpartition(".")
+    held = [f"{group[0]}.{leaf}" for group in tied if module in group[1:]]
+    return any(name in tensors and np.array_equal(tensors[name], tensors[key]) for name in held)
 
 
 def _known_keys(registry: AdapterRegistry, paths: Iterable[Path]) -> dict[Path, tuple[str, ...]]:

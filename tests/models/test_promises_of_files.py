@@ -12,7 +12,7 @@ import transformers
 from families import WIDTHS, twins
 from flax import nnx
 from peft_nets import CONFIG, PREFIX, WEIGHTS, change_config, rewrite, without
-from peft_side import save_adapter, save_both
+from peft_side import load, save_adapter, save_both
 from randlora_jax.interop.peft_dir import read_adapter
 from safetensors.numpy import load_file
 
@@ -126,6 +126,47 @@ def test_a_bias_of_two_names(tmp_path):
     np.testing.assert_allclose(back, expected, rtol=0, atol=0)
     found = np.asarray(ours(ids).logits)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"), [("llama", ["q_proj", "lm_head"]), ("opt", ["q_proj"])]
+)
+def test_what_peft_carries_of_the_base_model_stays_the_base_models(family, targets, tmp_path):
+    """An adapted head's weight, both sides of tied embeddings: in PEFT, too, they are frozen."""
+    pair = twins(family, tmp_path / "base")
+    theirs = save_adapter(family, pair.path, tmp_path, target_modules=targets)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    carried = [k for k in load_file(tmp_path / "theirs" / WEIGHTS) if k.endswith("weight")]
+    assert len(carried) == (2 if family == "opt" else 1) and any(
+        "lm_head" in key for key in carried
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = RandLoraModel.from_pretrained(pair.flax, tmp_path / "theirs", is_trainable=True)
+    trained, _ = ours.split()
+    names = {path[-1].key for path, _ in jax.tree_util.tree_flatten_with_path(trained)[0]}
+    assert names == {"randlora_lambda", "randlora_gamma"}
+    expected = pair.torch_logits(theirs)
+    np.testing.assert_allclose(
+        pair.flax_logits(ours), expected, rtol=0, atol=2e-5 * np.abs(expected).max()
+    )
+    ours.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(load(family, pair.path), tmp_path / "ours").eval()
+    np.testing.assert_array_equal(pair.torch_logits(again), expected)
+
+
+def test_what_peft_carries_of_another_base_model_is_said(tmp_path):
+    pair = twins("llama", tmp_path / "base")
+    theirs = save_adapter("llama", pair.path, tmp_path, target_modules=["lm_head"])
+    rewrite(tmp_path, lambda t: {k: x + 1 if "base_layer" in k else x for k, x in t.items()})
+    with pytest.warns(UserWarning, match=r"carries 'lm_head\.kernel', .* keeps them frozen"):
+        ours = RandLoraModel.from_pretrained(pair.flax, tmp_path)
+    with torch.no_grad():
+        theirs.base_model.model.lm_head.base_layer.weight.add_(1)
+    expected = pair.torch_logits(theirs)
+    np.testing.assert_allclose(
+        pair.flax_logits(ours), expected, rtol=0, atol=2e-5 * np.abs(expected).max()
+    )
 
 
 def test_a_model_without_such_a_head_needs_none(tmp_path):
