@@ -84,6 +84,7 @@ class AdaptedModel(ABC):
         state = adapter_arrays.fresh_state(registry, base, config, layers, rngs)
         saved_whole.warn_of_unwritable(registry, adapter_name, state)
         saved_whole.warn_of_no_bias(registry, config, base, state)
+        saved_whole.warn_of_no_parameter(registry, config, state)
         restored = files.Restored(spec, config, state, kept)
         self._add(store, restored, trainable, rngs, autocast_adapter_dtype)
 

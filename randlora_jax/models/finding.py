@@ -70,6 +70,7 @@ class FoundModule:
       refusals: why some of its arrays can take no adapter.
       inside: path of the module that it is a part of, where a framework within another is called
         as one.
+      constants: floats that it holds itself and that its framework takes for no parameters.
     """
 
     path: Path
@@ -79,6 +80,7 @@ class FoundModule:
     other: str | None = None
     refusals: Mapping[Path, str] = field(default_factory=dict)
     inside: Path | None = None
+    constants: Mapping[Path, Any] = field(default_factory=dict)
 
     @property
     def owner(self) -> Path:
@@ -296,14 +298,30 @@ _OTHER = {
 }
 
 
+def _may_be_kernel(leaf: Path, shape: tuple[int, ...]) -> bool:
+    """Whether an array may be a kernel by its shape; a vector, or a scalar, is none.
+
+    A column may be that of one output, and so may a row that is called a kernel; other rows are
+    tokens and gains.
+    """
+    wide = sum(extent != 1 for extent in shape)
+    if len(shape) != 2 or wide != 1:
+        return wide > 1
+    return shape[1] == 1 or slashed(array_of(leaf)) in KERNEL_LEAVES
+
+
 def _left_of(module: FoundModule, taken: set[Path]) -> list[LeftArray]:
     left = []
     for leaf, array in module.arrays.items():
         path, shape = (*module.path, *leaf), tuple(array.shape)
-        if path in taken or sum(extent != 1 for extent in shape) < 2:
+        if path in taken or not _may_be_kernel(leaf, shape):
             continue
         words = (str(leaf[-1]), module.kind, str(module.path[-1]) if module.path else "")
         guesses = (what for what, about in _OTHER.items() if any(map(about.search, words)))
         other = module.other or next(guesses, None)
         left.append(LeftArray(path, module.path, shape, module.kind, other))
+    for leaf, array in module.constants.items():
+        path, shape = (*module.path, *leaf), tuple(array.shape)
+        if _may_be_kernel(leaf, shape):
+            left.append(LeftArray(path, module.path, shape, module.kind, "no parameter"))
     return left

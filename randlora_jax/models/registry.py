@@ -183,6 +183,8 @@ class AdapterRegistry:
     ) -> "AdapterRegistry":
         """With other names of its layers and modules, where a rule of `names` gives any.
 
+        A rule of `names` with the very key of one that is here takes its place.
+
         Args:
           leaves: paths of the base model's.
           adapted: layers that adapters take: an error is about one of these, if it can be.
@@ -191,7 +193,8 @@ class AdapterRegistry:
           TargetError: a rule does not fit a stack.
           ConfigError: a rule matches no layer and no module.
         """
-        rules = Names({**names.rules, **self.names.rules}, frozenset(self.names.rules))
+        older = {rule: name for rule, name in self.names.rules.items() if rule not in names.rules}
+        rules = Names({**names.rules, **older}, frozenset(older))
         paths = [layer.path for layer in self.layers.values()]
         leaves = list(leaves)
         refuse_idle("names", names.rules, [*paths, *(leaf[:-1] for leaf in leaves)])

@@ -117,6 +117,27 @@ def warn_of_no_bias(
     )
 
 
+def warn_of_no_parameter(
+    registry: AdapterRegistry, config: RandLoraConfig, state: AdapterState
+) -> None:
+    """Warn before an adapter is trained of ``modules_to_save`` that find nothing to train."""
+    modules = {*registry.modules, *registry.owners()}
+    trained = set[str]()
+    for path in state.saved:
+        layer = registry.layer_of(path)
+        trained |= set(layer.names) if layer else {registry.names.first(path[:-1])}
+
+    def finds(pattern: str, names: set[str]) -> bool:
+        return any(targets.inside_saved(name, [pattern]) for name in names)
+
+    wanted = config.modules_to_save or ()
+    if idle := [x for x in wanted if finds(x, modules) and not finds(x, trained)]:
+        warn(
+            f"modules_to_save: there is nothing to train in {listed(idle)}: no array there is a "
+            "parameter. In nnx, hold what is to be trained in an nnx.Param"
+        )
+
+
 def _refuse_stacked(
     registry: AdapterRegistry, path: Path, layer: Layer | None, leaf: jax.Array
 ) -> None:

@@ -168,7 +168,7 @@ class HuggingFaceRandLora(InterceptedRandLora):
 
 def _warn_of_another_model(model: Any) -> None:
     """Warn where the Flax class does not compute what the model's configuration asks for."""
-    if gaps := not_computed(model.config):
+    if gaps := not_computed(model.config, type(model).__name__):
         warn_of_another_model(
             model,
             "; ".join(gaps),

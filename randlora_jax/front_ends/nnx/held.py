@@ -31,6 +31,20 @@ def is_container(value: Any) -> bool:
 
 def held_by(holder: Any) -> Iterator[tuple[Path, Any]]:
     """The Variables and quantised arrays that a module, or a container in it, holds itself."""
+    for path, value in _values_in(holder):
+        if isinstance(value, nnx.Variable) or _is_quantised(value):
+            yield path, value
+
+
+def constants_of(module: Any) -> Iterator[tuple[Path, Any]]:
+    """The arrays of floats that a module holds as they are, in no Variable."""
+    for path, value in _values_in(module):
+        if isinstance(value, jax.Array | np.ndarray) and jnp.issubdtype(value.dtype, jnp.floating):
+            yield path, value
+
+
+def _values_in(holder: Any) -> Iterator[tuple[Path, Any]]:
+    """What a module, or a container, holds itself."""
     if isinstance(holder, nnx.List | list | tuple):
         items: Any = enumerate(holder)
     elif isinstance(holder, dict):
@@ -39,9 +53,9 @@ def held_by(holder: Any) -> Iterator[tuple[Path, Any]]:
         items = vars(holder).items()
     for name, value in items:
         if is_container(value):
-            for leaf, held in held_by(value) if name != "_pytree__nodes" else ():
+            for leaf, held in _values_in(value) if name != "_pytree__nodes" else ():
                 yield (name, *leaf), held
-        elif isinstance(value, nnx.Variable) or _is_quantised(value):
+        else:
             yield (name,), value
 
 
