@@ -6,12 +6,13 @@ devices, each of them sums up its own tokens' share of the gradient of lambda an
 anything is sent: the sum over devices is then of lambda's and gamma's size. Left to itself, the
 partitioner would sum delta's gradient, which is as large as the kernel.
 
-Explicit mesh axes are part of an array's type. Automatic ones a trace cannot see: then the kernel
-counts as it lay when its model was wrapped, and the user names the axes that split the tokens.
+Explicit mesh axes are part of an array's type. How automatic ones cut an array a trace cannot see:
+then the kernel counts as it lay when its model was wrapped, and the user names the axes that split
+the tokens. The mesh itself it sees, without its devices: so a model may be moved to others.
 Where the layout cannot be followed (an inner axis of several that form one side of the matrix is
-cut), the partitioner decides, but for the bases: what a layer takes of them is whole on every
-device. A cut that runs through the shared pair would be another one in each layer's corner of it,
-and rows of bases would be sent to and fro.
+cut, or the kernel has come to lie on a mesh of other axes), the partitioner decides, but for the
+bases: what a layer takes of them is whole on every device. A cut that runs through the shared pair
+would be another one in each layer's corner of it, and rows of bases would be sent to and fro.
 """
 
 import math
@@ -232,6 +233,18 @@ def on_mesh(x: Any) -> NamedSharding | None:
     return sharding if isinstance(sharding, NamedSharding) else None
 
 
+def beside(x: Any) -> NamedSharding | None:
+    """Whole on every device of the mesh that an array lies on, in a trace or outside; None of none.
+
+    In a trace the mesh is without its devices, and none where each device runs by itself.
+    """
+    if not isinstance(x, jax.core.Tracer):
+        sharding = on_mesh(x)
+        return NamedSharding(sharding.mesh, P()) if sharding else None
+    mesh = jax.typeof(x).sharding.mesh
+    return None if mesh.empty or _manual(mesh) else NamedSharding(mesh, P())
+
+
 def off_mesh(x: jax.Array) -> bool:
     """Whether a traced array lies on no mesh that its trace can see."""
     return bool(jax.typeof(x).sharding.mesh.empty)
@@ -312,32 +325,46 @@ def placement_of(
 ) -> Placement | None:
     """Where a layer lies, by its kernel, None where there is no mesh.
 
+    Nor is there one where each device runs by itself, with all of the kernel.
+
     Args:
       base: the kernel's sharding when its model was wrapped, of the axes that scans left, for
         automatic meshes.
       packed: the array is no kernel of the layout, but holds one in another shape.
     """
     sharding = jax.typeof(kernel).sharding
-    if _explicit(sharding.mesh):
-        spec = _entries(sharding.spec, kernel.ndim)
-    elif base is not None:
-        sharding, spec = base, _entries(base.spec, kernel.ndim)
-    else:
+    mesh, spec, other = sharding.mesh, sharding.spec, False
+    if _manual(mesh):
         return None
-    if packed:
-        return Placement(sharding.mesh, (), (), followed=False)
+    if not _explicit(mesh):
+        if base is None:
+            return None
+        if isinstance(kernel, jax.core.Tracer):
+            # what ``jit`` itself puts on a mesh has none in its type
+            mesh, spec = base.mesh if mesh.empty else mesh, base.spec
+        elif lying := on_mesh(kernel):
+            mesh, spec = lying.mesh, lying.spec
+        else:
+            return None
+        other = mesh.shape_tuple != base.mesh.shape_tuple
+    if packed or other:
+        return Placement(mesh, (), (), followed=False)
     sides: dict[str, list[Axes]] = {"i": [], "o": [], "s": []}
-    for letter, axes in zip(layout.axes, spec, strict=True):
+    for letter, axes in zip(layout.axes, _entries(spec, kernel.ndim), strict=True):
         sides[letter].append(axes)
     # a side made of several axes is cut in contiguous parts only along the first of them
     inner = [axes for side in "io" for axes in sides[side][1:]]
     if any(inner) or any(sides["s"]):
-        return Placement(sharding.mesh, (), (), followed=False)
-    return Placement(sharding.mesh, sides["i"][0], sides["o"][0])
+        return Placement(mesh, (), (), followed=False)
+    return Placement(mesh, sides["i"][0], sides["o"][0])
 
 
 def _explicit(mesh: Any) -> bool:
     return not mesh.empty and AxisType.Explicit in mesh.axis_types
+
+
+def _manual(mesh: Any) -> bool:
+    return AxisType.Manual in mesh.axis_types
 
 
 def _entries(spec: P, ndim: int) -> list[Axes]:
