@@ -120,6 +120,20 @@ def test_its_adapters_live_on_there(to, tmp_path, expected):
         assert x.sharding.device_set == set(mesh.devices.flat)
 
 
+@pytest.mark.parametrize("to", ["half of them", "explicit axes"])
+def test_it_is_unmerged_there_to_the_bit(to, recwarn):
+    model = wrapped()
+    before = np.asarray(model.model.up.base_layer.kernel[...])
+    model.merge_adapter()
+    there = on(model, THERE[to])
+    recwarn.clear()
+    there.unmerge_adapter()
+    assert not recwarn.list
+    kernel = there.model.up.base_layer.kernel[...]
+    np.testing.assert_array_equal(kernel, before)
+    assert kernel.sharding.device_set == set(THERE[to].devices.flat)
+
+
 def test_each_row_has_its_own_there():
     model = wrapped()
     model.add_adapter("b", CONFIG, rngs=nnx.Rngs(2))

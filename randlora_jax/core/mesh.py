@@ -16,7 +16,6 @@ would be another one in each layer's corner of it, and rows of bases would be se
 """
 
 import math
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -255,59 +254,6 @@ def on_host(x: jax.Array) -> Any:
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-
-
-class Parts:
-    """What this process holds, in host memory, of an array that lies on devices of several."""
-
-    def __init__(self, x: jax.Array) -> None:
-        self.shape, self.sharding = x.shape, x.sharding
-        self.parts = {str(part.index): np.asarray(part.data) for part in x.addressable_shards}
-
-    @property
-    def nbytes(self) -> int:
-        """Of all parts, each counted once however many devices have it."""
-        return sum(part.nbytes for part in self.parts.values())
-
-    def joined(self) -> jax.Array:
-        """The array as it lay: every process calls this."""
-        return jax.make_array_from_callback(
-            self.shape, self.sharding, lambda index: self.parts[str(index)]
-        )
-
-
-class Kept:
-    """An array's numbers in host memory, of each process its own: nothing is sent.
-
-    And the array itself for as long as somebody else has it, such as another model that shares it.
-
-    Args:
-      x: the array.
-    """
-
-    def __init__(self, x: jax.Array) -> None:
-        self._numbers = np.asarray(x) if x.is_fully_addressable else Parts(x)
-        self._array: Callable[[], jax.Array | None] = weakref.ref(x)
-
-    @property
-    def nbytes(self) -> int:
-        """Of this process's memory."""
-        return self._numbers.nbytes
-
-    def put_back(self, like: jax.Array) -> jax.Array:
-        """The array, where `like` lies: the very one, if it is still there."""
-        array = self._array()
-        if array is not None and not array.is_deleted() and array.sharding == like.sharding:
-            return array
-        numbers = self._numbers
-        whole = numbers.joined() if isinstance(numbers, Parts) else numbers
-        return jax.device_put(whole, on_mesh(like))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_numbers": self._numbers}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._numbers, self._array = state["_numbers"], lambda: None
 
 
 @contextmanager

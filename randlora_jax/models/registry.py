@@ -9,7 +9,8 @@ import jax
 from jax.sharding import NamedSharding
 
 from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents, used_extents
-from randlora_jax.core.mesh import Kept, beside, on_host
+from randlora_jax.core.kept import Kept
+from randlora_jax.core.mesh import beside, on_host
 from randlora_jax.core.update import Update
 from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.interop import targets
