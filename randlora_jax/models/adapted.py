@@ -141,10 +141,11 @@ class AdaptedModel(ABC):
         A checkpoint of all the model's state holds its bases; one of adapter leaves alone does not.
         """
         store, registry = self._store, self._registry
+        base = store.base_leaves()
         if registry.stacks:  # which have room for more than the adapters in them
-            store.set_pairs(adapter_arrays.redrawn(registry, store.pairs()))
+            store.set_pairs(adapter_arrays.redrawn(registry, base, store.pairs()))
         else:
-            store.set_pairs(adapter_arrays.shared_pairs(registry, self._states(store)))
+            store.set_pairs(adapter_arrays.shared_pairs(registry, base, self._states(store)))
 
     # Within.
 
@@ -182,7 +183,9 @@ class AdaptedModel(ABC):
         Raises:
           ConfigError: the model has come to hold other numbers.
         """
-        drawn, held = adapter_arrays.shared_pairs(self._registry, states), self._store.pairs()
+        store = self._store
+        drawn = adapter_arrays.shared_pairs(self._registry, store.base_leaves(), states)
+        held = store.pairs()
         for identity, pair in drawn.items():
             if identity in held and not adapter_arrays.is_corner(pair, held[identity]):
                 raise ConfigError(
@@ -224,7 +227,7 @@ class AdaptedModel(ABC):
         self._registry = registry
         store.follow(registry)
         if registry.stacks:
-            store.set_slots(stacking.table(registry))
+            store.set_slots(stacking.table(registry, store.pairs()))
 
     def _add(
         self,
@@ -266,7 +269,7 @@ class AdaptedModel(ABC):
         leaves = jax.tree.leaves([list(state.layers.values()) for state in states.values()])
         abstract = bool(leaves) and all(map(is_abstract, leaves))
         pairs = adapter_arrays.abstract_pairs if abstract else adapter_arrays.shared_pairs
-        store.set_pairs(pairs(self._registry, states))
+        store.set_pairs(pairs(self._registry, store.base_leaves(), states))
 
 
 def _is_key(rngs: Any) -> bool:

@@ -1,6 +1,7 @@
 """The arrays of adapters: fresh ones, the updates they make, kernels with updates merged in."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -179,7 +180,7 @@ def added_size(registry: AdapterRegistry, adapter_name: str, state: AdapterState
 
 def placed(registry: AdapterRegistry, base: Leaves, state: AdapterState) -> AdapterState:
     """An adapter's arrays where the base model's lie: lambda and gamma on every device."""
-    layers = put(state.layers, registry.replicated)
+    layers = put(state.layers, registry.replicated(base))
     saved = {p: put(x, on_mesh(base[p])) for p, x in state.saved.items()}
     return AdapterState(layers, saved)
 
@@ -202,26 +203,28 @@ def in_base_dtype(registry: AdapterRegistry, base: Leaves, state: AdapterState) 
 
 
 def shared_pairs(
-    registry: AdapterRegistry, states: Mapping[str, AdapterState]
+    registry: AdapterRegistry, base: Leaves, states: Mapping[str, AdapterState]
 ) -> dict[str, BasisPair]:
     """One pair for each identity that the adapters of `states` use, of just what layers slice."""
+    where = registry.replicated(base)
     return {
-        str(identity): basis_source.device_pair(
-            identity, extents, registry.kept_pairs, registry.replicated
-        )
+        str(identity): basis_source.device_pair(identity, extents, registry.kept_pairs, where)
         for identity, extents in _needed(registry, states).items()
     }
 
 
-def redrawn(registry: AdapterRegistry, held: Mapping[str, BasisPair]) -> dict[str, BasisPair]:
+def redrawn(
+    registry: AdapterRegistry, base: Leaves, held: Mapping[str, BasisPair]
+) -> dict[str, BasisPair]:
     """The pairs in `held`, of a model with stacks, drawn anew at their sizes."""
+    where = registry.replicated(base)
     identities = {stack.name: stack.identity for stack in registry.stacks}
     return {
         name: basis_source.device_pair(
             identities[name],
             Extents(pair.B.shape[0], pair.B.shape[1], pair.A.shape[1]),
             registry.kept_pairs,
-            registry.replicated,
+            where,
         )
         for name, pair in held.items()
     }
@@ -237,11 +240,11 @@ def is_corner(pair: BasisPair, whole: BasisPair) -> bool:
 
 
 def abstract_pairs(
-    registry: AdapterRegistry, states: Mapping[str, AdapterState]
+    registry: AdapterRegistry, base: Leaves, states: Mapping[str, AdapterState]
 ) -> dict[str, BasisPair]:
     """The shapes of `shared_pairs`."""
-    drawn = jax.eval_shape(lambda: shared_pairs(registry, states))
-    shapes = jax.tree.map(lambda x: shape_of(x, registry.replicated), drawn)
+    drawn = jax.eval_shape(lambda: shared_pairs(registry, base, states))
+    shapes = jax.tree.map(partial(shape_of, sharding=registry.replicated(base)), drawn)
     return cast(dict[str, BasisPair], shapes)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from randlora_jax.core.mesh import Kept
+from randlora_jax.core.kept import Kept
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import ConfigError, listed, shown
 from randlora_jax.models.basis_source import KeptPairs
@@ -177,12 +177,12 @@ def merged(
 ) -> AdapterRegistry:
     """With the named adapters' deltas in the base kernels, whose `originals` are kept.
 
-    What was kept of an earlier merge stays: those are the kernels before any of it.
+    Where one was kept at an earlier merge, it is of the kernel before any of them.
     """
     return replace(
         registry,
         merged=(*registry.merged, *adapter_names),
-        originals={**originals, **registry.originals},
+        originals={**registry.originals, **originals},
     )
 
 

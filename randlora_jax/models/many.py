@@ -315,7 +315,8 @@ class ManyAdapters(MergingModel):
             stacking.refuse_names_in_trace(table)
             stacking.refuse_stale(adapter_names, registry, table)
             adapter_names = slots
-        table = table or self._store.slots() or stacking.table(registry)
+        store = self._store
+        table = table or store.slots() or stacking.table(registry, store.pairs())
         rows = None
         if adapter_names is not None:
             rows = as_rows(adapter_names, registry.slot_count, alike=bool(registry.stacks))

@@ -2,17 +2,19 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from randlora_jax.core.mesh import Kept
-from randlora_jax.interop.errors import ConfigError, warn
+from randlora_jax.core.kept import Kept
+from randlora_jax.core.update import Update
+from randlora_jax.interop.errors import ConfigError, listed, warn
 from randlora_jax.models import adapter_arrays, life
 from randlora_jax.models.adapted import AdaptedModel
 from randlora_jax.models.filled import refuse_abstract
-from randlora_jax.models.names import Path
+from randlora_jax.models.names import Path, dotted
 
 
 class MergingModel(AdaptedModel):
@@ -97,16 +99,41 @@ class MergingModel(AdaptedModel):
             warn(f"{found}: nothing to do")
             return
         self._refuse_covered(wanted, (*registry.active, *registry.merged, *wanted))
-        self._merge(wanted, safe_merge)
+        store = self._store
+        base = store.base_leaves()
+        kernels = self._kernels_with(wanted, base, safe_merge)
+        kept = registry.originals
+        originals = {
+            p: kept[p].then(base[p], x) if p in kept else Kept(base[p], x)
+            for p, x in kernels.items()
+        }
+        store.set_base_leaves(kernels)
+        self._follow(life.merged(registry, wanted, originals))
 
     def unmerge_adapter(self) -> None:
-        """Puts the original kernels back, to the bit (PEFT subtracts, and keeps the rounding)."""
+        """Puts the original kernels back, to the bit (PEFT subtracts, and keeps the rounding).
+
+        Warns where a kernel was changed meanwhile: then the deltas are subtracted from it, so that
+        the change stays.
+
+        Raises:
+          ConfigError: such a kernel can no longer take an update.
+        """
         if not self._registry.merged:
             warn("no adapter is merged: nothing to do")
             return
-        store = self._store
-        base, originals = store.base_leaves(), self._registry.originals.items()
-        store.set_base_leaves({p: kept.put_back(base[p]) for p, kept in originals})
+        store, merged = self._store, self._registry.merged
+        base, originals = store.base_leaves(), self._registry.originals
+        changed = {p: base[p] for p, kept in originals.items() if kept.changed(base[p])}
+        kernels = {p: kept.put_back(base[p]) for p, kept in originals.items() if p not in changed}
+        if changed:
+            kernels |= self._kernels_without(merged, changed)
+            warn(
+                f"{listed([dotted(path) for path in changed], 3)}: changed while {listed(merged)} "
+                "was merged, so the delta was subtracted from what is there now, as in PEFT: the "
+                "change stays, and the kernel is exact to rounding"
+            )
+        store.set_base_leaves(kernels)
         self._follow(life.unmerged(self._registry))
 
     @property
@@ -142,14 +169,11 @@ class MergingModel(AdaptedModel):
         self._trained_whole(names)
         if dequantize:
             self._merge_into_floats(names, safe_merge)
-        elif self._registry.stacks:
-            life.refuse_while_off(self._registry, "merge_and_unload")
-            store = self._store
-            store.set_base_leaves(self._kernels_with(names, store.base_leaves(), safe_merge))
         elif wanted := [name for name in names if name not in self._registry.merged]:
             life.refuse_while_off(self._registry, "merge_and_unload")
             self._refuse_covered(both := (*self._registry.merged, *wanted), both)
-            self._merge(wanted, safe_merge)
+            store = self._store
+            store.set_base_leaves(self._kernels_with(wanted, store.base_leaves(), safe_merge))
         return self._unwrapped(names)
 
     def unload(self) -> Any:
@@ -163,15 +187,6 @@ class MergingModel(AdaptedModel):
         return self._unwrapped([n for n in self._registry.active if n in self._registry.specs])
 
     # Within.
-
-    def _merge(self, adapter_names: Sequence[str], safe_merge: bool) -> None:
-        """Merges adapters that are not, and keeps the kernels as they were before any was."""
-        registry, store = self._registry, self._store
-        base = store.base_leaves()
-        kernels = self._kernels_with(adapter_names, base, safe_merge)
-        originals = {p: Kept(base[p]) for p in kernels if p not in registry.originals}
-        store.set_base_leaves(kernels)
-        self._follow(life.merged(registry, adapter_names, originals))
 
     def _merge_into_floats(self, adapter_names: Sequence[str], safe_merge: bool) -> None:
         """Puts float kernels in place of quantised ones, the named adapters merged into all.
@@ -200,9 +215,8 @@ class MergingModel(AdaptedModel):
         Raises:
           ConfigError: a kernel takes none, or (with `safe_merge`) would not be finite.
         """
-        states = self._numbers(adapter_names)
         refuse_abstract(base.values())
-        updates = adapter_arrays.updates_by_layer(self._registry, states, self._pairs(states))
+        updates = self._updates(adapter_names)
         kernels = adapter_arrays.merged_kernels(self._registry, base, updates)
         for path, kernel in kernels.items() if safe_merge else ():
             if not jnp.isfinite(kernel).all():
@@ -228,6 +242,26 @@ class MergingModel(AdaptedModel):
                         "adapts it; merging would add to a kernel that is not used. Such adapters "
                         "run together, and cannot be merged together (PEFT has no such pair)"
                     )
+
+    def _kernels_without(
+        self, adapter_names: Sequence[str], base: Mapping[Path, jax.Array]
+    ) -> dict[Path, jax.Array]:
+        """The kernels in `base` without the named adapters, which are merged in.
+
+        Raises:
+          ConfigError: a kernel takes no update.
+        """
+        minus = {
+            name: [replace(update, scaling=-update.scaling) for update in updates]
+            for name, updates in self._updates(adapter_names).items()
+            if self._registry.layers[name].kernel_path in base
+        }
+        return adapter_arrays.merged_kernels(self._registry, base, minus)
+
+    def _updates(self, adapter_names: Sequence[str]) -> dict[str, list[Update]]:
+        """What each layer gets from the named adapters, by its name."""
+        states = self._numbers(adapter_names)
+        return adapter_arrays.updates_by_layer(self._registry, states, self._pairs(states))
 
     def _unwrapped(self, adapter_names: Sequence[str]) -> Any:
         """The base model, with what the named adapters trained whole in place."""

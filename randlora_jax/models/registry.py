@@ -6,10 +6,11 @@ from functools import cached_property
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents, used_extents
-from randlora_jax.core.mesh import Kept, on_host
+from randlora_jax.core.kept import Kept
+from randlora_jax.core.mesh import beside, on_host
 from randlora_jax.core.update import Update
 from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.interop import targets
@@ -312,11 +313,10 @@ class AdapterRegistry:
         """
         return tuple(n for n in self.active if n in self.trained and n not in self.merged)
 
-    @property
-    def replicated(self) -> NamedSharding | None:
-        """Where to put what every device needs whole: on the mesh that holds the base kernels."""
-        meshes = {layer.sharding.mesh for layer in self.layers.values() if layer.sharding}
-        return NamedSharding(meshes.pop(), PartitionSpec()) if len(meshes) == 1 else None
+    def replicated(self, base: Mapping[Path, Any]) -> NamedSharding | None:
+        """Where to put what every device needs whole: on the mesh that holds the `base` kernels."""
+        found = {beside(base.get(layer.kernel_path)) for layer in self.layers.values()} - {None}
+        return found.pop() if len(found) == 1 else None
 
     def owners(self) -> dict[str, Layer]:
         """The layer that holds the matrix of each canonical name.

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from randlora_jax.core.abstract import put
+from randlora_jax.core.bases import BasisPair
+from randlora_jax.core.mesh import beside
 from randlora_jax.core.update import at_least_float32
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.names import Path, dotted
@@ -80,7 +82,7 @@ def new_stamp() -> int:
 def empty(
     registry: AdapterRegistry, base: Mapping[Path, Any], stack: Stack, like: Sequence[AdapterState]
 ) -> AdapterState:
-    """The arrays of a stack without adapters, with room for such as `like`.
+    """The arrays of a stack without adapters, on every device, with room for such as `like`.
 
     Raises:
       ConfigError: what is trained whole lies in a stack of layers.
@@ -102,14 +104,7 @@ def empty(
         path: jnp.broadcast_to(x, (stack.capacity, *x.shape)).astype(at_least_float32(x.dtype))
         for path, x in saved.items()
     }
-    return put_on(registry, AdapterState(layers, whole))
-
-
-def put_on(registry: AdapterRegistry, state: AdapterState) -> AdapterState:
-    """The arrays of a stack on every device."""
-    return AdapterState(
-        put(state.layers, registry.replicated), put(state.saved, registry.replicated)
-    )
+    return AdapterState(*put((layers, whole), registry.replicated(base)))
 
 
 def _room(x: Any, capacity: int) -> jax.Array:
@@ -218,8 +213,8 @@ def _free(registry: AdapterRegistry, stack: Stack) -> list[int]:
     return [number for number in stack.slots if number not in taken]
 
 
-def table(registry: AdapterRegistry) -> SlotTable:
-    """What the slots of a registry stand for, stacks kept or not."""
+def table(registry: AdapterRegistry, pairs: Mapping[str, BasisPair]) -> SlotTable:
+    """What the slots of a registry stand for, stacks kept or not; where its `pairs` lie."""
     count, width = registry.slot_count, registry.parts
     parts, weights = np.zeros((count, width), np.int32), np.zeros((count, width), np.float32)
     stamps = np.zeros(count, np.int32)
@@ -233,7 +228,8 @@ def table(registry: AdapterRegistry) -> SlotTable:
             weights[number] *= slot.scale
         stamps[number] = slot.stamp if slot else 0
     chosen = np.array(registry.chosen_slots(), np.int32)
-    arrays = jax.device_put((parts, weights, stamps, chosen), registry.replicated)
+    where = next((beside(pair.A) for pair in pairs.values()), None)
+    arrays = jax.device_put((parts, weights, stamps, chosen), where)
     return SlotTable(*arrays)
 
 

@@ -264,6 +264,64 @@ def test_merge_and_unmerge_go_back_to_the_very_bits(pair):
         pair.ours.unmerge_adapter()
 
 
+def kernels(model):
+    """Of the adapted layers."""
+    base = model._store.base_leaves()
+    layers = model._registry.layers
+    return {n: base[layers[n].kernel_path] for n in ("tall", "square", "wide")}
+
+
+def put(model, arrays):
+    """What `nnx.update` or new variables do."""
+    layers = model._registry.layers
+    model._store.set_base_leaves({layers[name].kernel_path: x for name, x in arrays.items()})
+
+
+def test_what_changes_while_merged_stays_changed_as_in_peft(pair):
+    before = kernels(pair.load().ours)
+    for model in (pair.ours, pair.theirs):
+        model.merge_adapter()
+    put(pair.ours, {"square": kernels(pair.ours)["square"] * 1.5})
+    with torch.no_grad():
+        pair.theirs.base_model.model.square.base_layer.weight *= 1.5
+    pair.same()
+    with pytest.warns(UserWarning, match=r"'square\S*': changed while 'default' was merged"):
+        pair.ours.unmerge_adapter()
+    pair.theirs.unmerge_adapter()
+    pair.same()
+    after = kernels(pair.ours)
+    for name in ("tall", "wide"):
+        np.testing.assert_array_equal(after[name], before[name])
+    assert np.abs(after["square"] - before["square"]).max() > 0.01
+
+
+def test_a_change_between_two_merges_stays(pair):
+    before = kernels(pair.ours)
+    pair.ours.merge_adapter(["default"])
+    put(pair.ours, {name: x + 1 for name, x in kernels(pair.ours).items() if name != "tall"})
+    pair.ours.merge_adapter(["second"])
+    with pytest.warns(UserWarning, match=r"changed while 'default', 'second' was merged"):
+        pair.ours.unmerge_adapter()
+    after = kernels(pair.ours)
+    for name in ("square", "wide"):
+        np.testing.assert_allclose(after[name], before[name] + 1, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(after["tall"], before["tall"])
+
+
+@pytest.mark.parametrize("undone", [True, False])
+def test_the_same_numbers_are_no_change(pair, undone, recwarn):
+    """Of merged kernels, in other arrays; or of the original ones, put there by hand."""
+    before = kernels(pair.ours)
+    pair.ours.merge_adapter(["default"])
+    pair.ours.merge_adapter(["second"])
+    put(pair.ours, {n: x.copy() for n, x in (before if undone else kernels(pair.ours)).items()})
+    recwarn.clear()
+    pair.ours.unmerge_adapter()
+    assert not recwarn.list
+    for name, kernel in kernels(pair.ours).items():
+        np.testing.assert_array_equal(kernel, before[name])
+
+
 def test_a_broken_adapter_is_not_merged(pair):
     state = pair.ours._store.state("default")
     lam, gamma = state.layers["square"]
