@@ -22,6 +22,7 @@ from randlora_jax.interop.targets import (
     full_names,
     has_another_head,
     inside_saved,
+    is_output_head,
     matches,
     matches_saved,
     naming_in_full,
@@ -235,8 +236,8 @@ def _check_modules(
     for names in _promised_modules(config):
         if any(_root(key, names) for key in trained):
             continue
-        if base is not None and base.is_whole and base.doubtful is None:
-            if not any(_root(key, names) for key in base.tensors):
+        if base is not None and base.is_whole:
+            if not any(_root(key, names) for key in base.tensors) and not _may_be_tied(names, base):
                 continue  # the model has no such module
         elif names == task_heads(config.task_type) and (
             _has_head_of_its_own(config, trained)
@@ -257,6 +258,11 @@ def _check_modules(
             f"trained whole ({listed(saved_modules(config))}), but not these; PEFT refuses such a "
             "file, too. Either the file lost them, or it is another base model: fetch it again"
         )
+
+
+def _may_be_tied(names: Iterable[str], base: BaseNames) -> bool:
+    """Whether a module of these names may be there though a checkpoint has no tensor of it."""
+    return base.doubtful is not None and any(map(is_output_head, names))
 
 
 def _lost_of_modules(adapter: Adapter, base: BaseNames | None) -> set[str]:

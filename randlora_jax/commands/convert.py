@@ -146,10 +146,13 @@ def read_rules(path: Path) -> dict[str, str]:
     """The rules in a file.
 
     Raises:
-      AdapterFileError: it holds no JSON object.
-      Misuse: an expression is none, or its name is none or refers to groups that it has not.
+      Misuse: it holds no JSON object; an expression is none, or its name is none or refers to
+        groups that it has not.
     """
-    rules = read_object(path)
+    try:
+        rules = read_object(path)
+    except AdapterFileError as error:
+        raise Misuse(str(error)) from error
     for expression, name in rules.items():
         if not isinstance(name, str):
             raise Misuse(

@@ -1,6 +1,7 @@
 """The randlora-jax command: what it imports, how it ends, and what `inspect` says."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -108,6 +109,7 @@ MISUSED = {
     ],
     "unknown picture": ["inspect", "{adapter}", "--base", "{base}", "--plot", "{tmp}/x.doc"],
     "picture there": ["inspect", "{adapter}", "--base", "{base}", "--plot", "{base}/config.json"],
+    "no rules": ["convert", "{adapter}", "{tmp}/x", "--to", "torch", "--names", "{tmp}/absent"],
     "no place": ["compact", "{adapter}", "{adapter}/adapter_config.json/x"],
 }
 
@@ -126,6 +128,16 @@ def test_misuse_ends_with_2(tmp_path, capsys, llama, how):
     assert "randlora-jax" in printed.err and not printed.out
     assert before == {p: p.stat().st_mtime_ns for p in [*adapter.iterdir(), *base.iterdir()]}
     assert not list(tmp_path.iterdir())
+
+
+def test_another_process_that_saves_is_no_fault_of_the_adapter(tmp_path, capsys, llama):
+    fcntl = pytest.importorskip("fcntl")
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert main(["compact", str(llama[1]), str(tmp_path)]) == 2
+    assert "another process is saving here" in capsys.readouterr().err
+    os.close(handle)
+    assert main(["compact", str(llama[1]), str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize("command", ["inspect", "compact"])
