@@ -1,6 +1,7 @@
 """The randlora-jax command: what it imports, how it ends, and what `inspect` says."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -126,6 +127,20 @@ def test_misuse_ends_with_2(tmp_path, capsys, llama, how):
     assert "randlora-jax" in printed.err and not printed.out
     assert before == {p: p.stat().st_mtime_ns for p in [*adapter.iterdir(), *base.iterdir()]}
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_for_a_directory_is_told_from_what_is_absent(tmp_path, capsys):
+    peft_net(tmp_path)
+    assert main(["inspect", str(tmp_path / WEIGHTS)]) == 2
+    said = capsys.readouterr().err
+    assert f"expected a directory, found a file; give the folder it is in: {tmp_path}" in said
+
+
+def test_commands_run_where_pipes_cannot_be_set_not_to_block(tmp_path, capsys, monkeypatch):
+    """As in Windows under Python 3.11."""
+    peft_net(tmp_path)
+    monkeypatch.delattr(os, "set_blocking")
+    assert main(["inspect", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize("command", ["inspect", "compact"])
