@@ -155,8 +155,8 @@ def trained_whole(states: Mapping[str, AdapterState]) -> dict[Path, jax.Array]:
             if path in owners:
                 raise ConfigError(
                     f"adapters {owners[path]!r} and {name!r} both trained {dotted(path)!r} whole "
-                    "(modules_to_save, a task's head, or bias), and only one of them can take its "
-                    "place: apply them one at a time, as in PEFT"
+                    "(modules_to_save, a task's head, or bias), or have it in their files, and "
+                    "only one of them can take its place: apply them one at a time, as in PEFT"
                 )
             found[path], owners[path] = leaf, name
     return found
@@ -171,11 +171,12 @@ def is_fresh(state: AdapterState) -> bool:
 def added_size(registry: AdapterRegistry, adapter_name: str, state: AdapterState) -> int:
     """How many numbers a model has more with an adapter, as PEFT counts.
 
-    A module trained whole is a copy beside the original; a bias is the original.
+    A module trained whole is a copy beside the original; a bias is the original, and so is what is
+    carried.
     """
     whole = targets.saved_modules(registry.configs[adapter_name])
-    biases = (leaf.size for path, leaf in state.saved.items() if not registry.is_whole(path, whole))
-    return state.size() - sum(biases)
+    others = (leaf.size for path, leaf in state.saved.items() if not registry.is_whole(path, whole))
+    return state.size() - sum(others)
 
 
 def placed(registry: AdapterRegistry, base: Leaves, state: AdapterState) -> AdapterState:

@@ -55,6 +55,7 @@ def added(
     spec: AdapterSpec,
     config: RandLoraConfig,
     kept: KeptPairs,
+    carried: frozenset[Path],
     *,
     trainable: bool,
 ) -> AdapterRegistry:
@@ -82,6 +83,7 @@ def added(
         configs={**registry.configs, spec.name: config},
         specs={**registry.specs, spec.name: spec},
         kept_pairs={**registry.kept_pairs, **kept},
+        carried={**registry.carried, spec.name: carried},
         active=registry.active if registry.specs else (spec.name,),
         trained=registry.trained | ({spec.name} if trainable else set()),
     )
@@ -143,6 +145,7 @@ def deleted(registry: AdapterRegistry, adapter_name: str) -> AdapterRegistry:
         active=tuple(n for n in registry.active if n != adapter_name),
         trained=registry.trained & set(specs),
         kept_pairs={i: pair for i, pair in registry.kept_pairs.items() if i in in_use},
+        carried={n: paths for n, paths in registry.carried.items() if n != adapter_name},
     )
     return left if left.active or not registry.active else _taken_over(left)
 

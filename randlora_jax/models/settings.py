@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from randlora_jax.interop.config import RandLoraConfig
-from randlora_jax.interop.errors import ConfigError, listed, shown
+from randlora_jax.interop.errors import ConfigError, listed, shown, warn
+from randlora_jax.models.adapter_arrays import is_fresh
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import dotted
 from randlora_jax.models.registry import AdapterRegistry, AdapterState
@@ -72,9 +73,20 @@ def refuse_others(ours: Mapping[str, Any], found: Any) -> None:
         _compare(name, ours[name], theirs)
 
 
-def idle_in(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The adapters that did not train: what trains, kept beside the settings, is without them."""
-    return [name for name, theirs in found.items() if not theirs.get("trains", True)]
+def warn_of_idle(found: Mapping[str, Any], states: Mapping[str, AdapterState]) -> None:
+    """Warn of adapters that what trained, kept beside the settings `found`, is without.
+
+    Args:
+      states: of this model's adapters; one that has numbers of its own lacks nothing.
+    """
+    idle = [name for name, theirs in found.items() if not theirs.get("trains", True)]
+    if fresh := [name for name in idle if is_fresh(states[name])]:
+        warn(
+            f"{listed(fresh)}: did not train when the checkpoint was saved, so that what trained "
+            "(nnx.state(model, AdapterParam), or split()'s trained leaves) is without it, and here "
+            "its lambda is zero. Unless all of the model's state is restored, load it from a "
+            "directory of its own (save_pretrained, load_adapter)"
+        )
 
 
 def _compare(name: str, ours: Mapping[str, Any], theirs: Any) -> None:
