@@ -41,6 +41,7 @@ from randlora_jax.front_ends.linen.by_row import (
     trained_whole_at,
 )
 from randlora_jax.front_ends.linen.dropout import Drawing
+from randlora_jax.front_ends.linen.interceptors import MetInside, Ours, entered_since, within
 from randlora_jax.front_ends.linen.lifted import (
     HandsOutModules,
     is_lifted,
@@ -167,7 +168,7 @@ class LinenRunner:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Within, linen modules that are called run with their adapters."""
-        with nn.intercept_methods(self._intercept):
+        with nn.intercept_methods(Ours(self._intercept)):
             yield
 
     @contextmanager
@@ -197,6 +198,18 @@ class LinenRunner:
         met = self._met(context, (args, kwargs))
         if met is None:
             return call(*args, **kwargs)
+        inner = entered_since()
+        if not inner:
+            return self._joined(met, call)
+
+        def joined(*args: Any, **kwargs: Any) -> Any:
+            return self._joined(replace(met, arguments=(args, kwargs)), context.orig_method)
+
+        return within(inner, joined, context)(*args, **kwargs)
+
+    def _joined(self, met: _Met, call: Callable[..., Any]) -> Any:
+        """What a method returns with adapters; `call` is the method as it is."""
+        args, kwargs = met.arguments
         if self._by_row and met.kernels_trained_whole:
             return run_trained_whole(
                 met.module, met.name, met.arguments, self._by_row, self._choosing
@@ -234,7 +247,10 @@ class LinenRunner:
         """What the method returns, with the adapters joined in."""
         taken = met.input_alone(by_row=self._by_row is not None)
         if isinstance(taken, CallInput):
-            return self._run_alone(met, taken)
+            try:
+                return self._run_alone(met, taken)
+            except MetInside:
+                taken = "methods inside it are intercepted (nn.intercept_methods)"
         if self._by_row:
             raise refusal(met.module, taken)
         return self._run_in_kernels(met, taken)
