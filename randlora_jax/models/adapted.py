@@ -219,6 +219,7 @@ class AdaptedModel(ABC):
         store = store or self._store
         if registry.stacks is self._registry.stacks:
             stacking.refuse_stale(self._registry.slots, self._registry, store.slots())
+            stacking.refuse_lost(self._registry, store.slots())
         self._registry = registry
         store.follow(registry)
         if registry.stacks:

@@ -63,7 +63,7 @@ class ManyAdapters(MergingModel):
             registry, stacks=room, slots={}, parts=int(parts), trained=frozenset()
         )
         numbers = stacking.renumbered(after, room)
-        slots = {name: stacking.in_slot(number, states[name]) for name, number in numbers.items()}
+        slots = {n: stacking.in_slot(after, n, number, states[n]) for n, number in numbers.items()}
         after = dataclasses.replace(after, slots=slots)
         for name in filter(registry.combination, registry.slots):
             after = stacking.with_combination(after, name, registry.slots[name])
@@ -280,7 +280,7 @@ class ManyAdapters(MergingModel):
         number = stacking.own_slot(registry, stack, spec.name)
         now = stacking.written(held, number - stack.first, state, store.base_leaves())
         store.install(registry, registry.spec_of_stack(stack), now, None)
-        slots = {**registry.slots, spec.name: stacking.in_slot(number, state)}
+        slots = {**registry.slots, spec.name: stacking.in_slot(registry, spec.name, number, state)}
         return dataclasses.replace(registry, slots=slots)
 
     def _need_stacks(self, what: str) -> None:

@@ -267,11 +267,18 @@ class AdapterRegistry:
         return self.row_stacks[-1].slots.stop if self.row_stacks else 1
 
     def chosen_slots(self) -> int | list[int]:
-        """The slots of a call that names none: one for all rows, or one for each."""
-        applied = self.applied
+        """The slots of a call that names none: one for all rows, or one for each.
+
+        Where adapters are off nothing is in these.
+        """
         if self.chosen:
-            return [self.slot_of(name) if applied else 0 for name in self.chosen]
-        return self.slot_of(applied[0]) if self.stacks and applied else 0
+            return [self.slot_of(name) for name in self.chosen]
+        return self.active_slot
+
+    @property
+    def active_slot(self) -> int:
+        """The slot of the active adapter of a model with stacks; 0 for none."""
+        return self.slot_of(self.active[0]) if self.stacks and self.active else 0
 
     def scale(self, adapter_name: str) -> float:
         """How strong an adapter, or a combination, was set to be; 1 at first.

@@ -202,6 +202,8 @@ def test_the_collections_of_stacks(tmp_path):
         "weights",
         "stamps",
         "chosen",
+        "active",
+        "scales",
     }
     stacks = frozen["randlora_frozen"]
     assert len(stacks) == 2
@@ -226,9 +228,12 @@ def test_the_collections_of_stacks(tmp_path):
     with pytest.raises(ConfigError, match="says otherwise"):
         model.variables = whole
     model.delete_adapter("b")
-    model.load_adapter(tmp_path / "b", "b")
+    model.load_adapter(tmp_path / "b", "b")  # of the same settings: what the variables hold runs
+    assert_rows(model.apply(whole, IDS, adapter_names=["b"] * 5), ["b"] * 5, each)
+    model.delete_adapter("b")
+    model.load_adapter(tmp_path / "b", "d")  # in b's slot
     with pytest.raises(ConfigError, match="as they were before"):
-        model.apply(whole, IDS, adapter_names=["b"] * 5)
+        model.apply(whole, IDS, adapter_names=["d"] * 5)
 
 
 def test_what_is_wrong_is_told(kept):
