@@ -199,7 +199,7 @@ class MergingModel(AdaptedModel):
         Raises:
           ConfigError: a kernel takes none, or (with `safe_merge`) would not be finite.
         """
-        states = self._numbers(adapter_names)
+        states = self._numbers_outside(adapter_names, "merge_adapter, merge_and_unload")
         refuse_abstract(base.values())
         updates = adapter_arrays.updates_by_layer(self._registry, states, self._pairs(states))
         kernels = adapter_arrays.merged_kernels(self._registry, base, updates)

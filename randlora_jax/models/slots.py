@@ -279,6 +279,16 @@ def adapted_or_base(chosen: Iterable[Chosen], own: Any, base: Any) -> Any:
     return jax.tree.map(either, own, base)
 
 
+def own_or_base(stacked: jax.Array, own: jax.Array, base: Any) -> jax.Array:
+    """(slots, ...) of a leaf trained whole; the base model's, as it is now, of those that did not.
+
+    Args:
+      own: (slots,) bool, which adapters trained it.
+    """
+    mine = jnp.expand_dims(own, range(1, stacked.ndim))
+    return jnp.where(mine, stacked, jnp.asarray(base, stacked.dtype))
+
+
 def in_slots(arrays: Sequence[jax.Array | None]) -> jax.Array:
     """(*stack axes, slots, a, b) of one (*stack axes, a, b) a slot; zeros where there is none."""
     like = next(x for x in arrays if x is not None)

@@ -93,6 +93,7 @@ def empty(
         for name, (lam, gamma) in state.layers.items()
     }
     saved = {path: base[path] for state in like for path in state.saved}
+    own = {path: jnp.zeros(stack.capacity, bool) for path in saved}
     for path in saved:
         layer = registry.layer_of(path)
         if layer is not None and layer.stack:
@@ -101,16 +102,16 @@ def empty(
                 "lie in one array: adapters that train it cannot run by row; open them one by one"
             )
     whole = {
-        path: jnp.broadcast_to(x, (stack.capacity, *x.shape)).astype(at_least_float32(x.dtype))
+        path: jnp.zeros((stack.capacity, *x.shape), at_least_float32(x.dtype))
         for path, x in saved.items()
     }
-    return put_on(registry, AdapterState(layers, whole))
+    return put_on(registry, AdapterState(layers, whole, own))
 
 
 def put_on(registry: AdapterRegistry, state: AdapterState) -> AdapterState:
     """The arrays of a stack on every device."""
     return AdapterState(
-        put(state.layers, registry.replicated), put(state.saved, registry.replicated)
+        *(put(held, registry.replicated) for held in (state.layers, state.saved, state.own))
     )
 
 
@@ -118,13 +119,11 @@ def _room(x: Any, capacity: int) -> jax.Array:
     return jnp.zeros((*x.shape[:-2], capacity, *x.shape[-2:]), jnp.float32)
 
 
-def written(
-    held: AdapterState, index: int, state: AdapterState, base: Mapping[Path, jax.Array]
-) -> AdapterState:
+def written(held: AdapterState, index: int, state: AdapterState) -> AdapterState:
     """What a stack holds once `state` is in place `index` of it.
 
-    Layers that the adapter does not take get lambda zero; leaves that it did not train, the base
-    model's.
+    Layers that the adapter does not take get lambda zero; leaves that it did not train are none of
+    its own.
     """
 
     def layer(name: str, stacked: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -136,10 +135,13 @@ def written(
 
     layers = {name: layer(name, stacked) for name, stacked in held.layers.items()}
     saved = {
-        path: _set(x, index, jnp.asarray(state.saved.get(path, base[path])), 0)
+        path: _set(x, index, jnp.asarray(state.saved.get(path, 0)), 0)
         for path, x in held.saved.items()
     }
-    return AdapterState(layers, saved)
+    own = {
+        path: _set(x, index, jnp.asarray(path in state.saved), 0) for path, x in held.own.items()
+    }
+    return AdapterState(layers, saved, own)
 
 
 def side_by_side(
@@ -225,11 +227,12 @@ def table(registry: AdapterRegistry) -> SlotTable:
     count, width = registry.slot_count, registry.parts
     parts, weights = np.zeros((count, width), np.int32), np.zeros((count, width), np.float32)
     stamps, scales = np.zeros(count, np.int32), np.ones(count, np.float32)
+    places = registry.places
     for name in (*registry.specs, *(n for n, slot in registry.slots.items() if slot.parts)):
         number, slot = registry.slot_of(name), registry.slots.get(name)
         together = slot.parts if slot and slot.parts else ((name, 1.0),)
         for i, (part, weight) in enumerate(together if registry.enabled else ()):
-            parts[number, i] = registry.slot_of(part)
+            parts[number, i] = places[part]
             weights[number, i] = weight * registry.specs[part].strength
         if slot and slot.parts:
             weights[number] *= slot.scale
@@ -255,7 +258,7 @@ def chosen_in(registry: AdapterRegistry, table: SlotTable) -> AdapterRegistry:
 
     Copies of a model share what is known of its adapters, and choose each for itself.
     """
-    held = SlotTable(*map(np.asarray, table))
+    held = SlotTable(*jax.device_get(tuple(table)))
     names = {0: BASE} | {slot.number: name for name, slot in registry.slots.items()}
 
     def scale(known: float, slot: Slot) -> float:

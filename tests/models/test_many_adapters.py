@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from many_nets import CONFIGS, IDS, NAMES, Net, adapted, by_row, same_rows, stacked
+from many_nets import CONFIGS, IDS, NAMES, Net, adapted, alone, by_row, move, same_rows, stacked
 
 from randlora_jax import ConfigError, RandLoraConfig, get_peft_model
 
@@ -209,6 +209,40 @@ def test_a_state_that_was_restored_is_known_by_name(each):
     same_rows(by_row(other, IDS, other.rows(NAMES)), each, NAMES)
 
 
+def test_rows_follow_the_base_model_as_it_is_now():
+    """What an adapter did not train whole is the base's, in stacks as one by one."""
+    model, apart = stacked(), adapted()
+    for each in (model, apart):
+        head, embedding = each.model.head.base_layer.kernel, each.model.emb.base_layer.embedding
+        head[...] += 1.0
+        embedding[...] *= 2.0
+    each = alone(apart, IDS)
+    for names in (NAMES, ["a", "b", "c", "d"]):
+        same_rows(by_row(model, IDS, model.rows(names)), each, names)
+    for name in CONFIGS:
+        model.set_adapter(name)
+        same_rows(by_row(model, IDS), each, [name] * 4)
+        same_rows(nnx.clone(model).merge_and_unload()(IDS), each, [name] * 4, 3e-6)
+
+
+def test_rows_made_before_an_adapter_went_mean_what_they_did(each):
+    """Before: the rows of another one, where adapters are kept one by one."""
+    model = adapted()
+    names = ["b", "__base__", "d", "c"]
+    rows = model.rows(names)
+    with pytest.warns(UserWarning, match="'a' was active"):
+        model.delete_adapter("a")
+    same_rows(by_row(model, IDS, rows), each, names)
+    model.add_adapter("e", CONFIGS["a"])
+    move(model, "e", seed=9)
+    same_rows(by_row(model, IDS, rows), each, names)
+    model.delete_adapter("b")
+    same_rows(by_row(model, IDS, rows), each, ["__base__", "__base__", "d", "c"])
+    np.testing.assert_array_equal(model.rows(["c", "d"]), rows[np.array([3, 2])])
+    model.stack_adapters()
+    same_rows(by_row(model, IDS, model.rows(["d"] * 4)), each, ["d"] * 4)
+
+
 def test_memory_is_lambda_and_gamma_times_room_and_the_bases_once():
     model = get_peft_model(Net(nnx.Rngs(0)), CONFIGS["b"], adapter_name="n0")
     one = model.memory()
@@ -222,7 +256,8 @@ def test_memory_is_lambda_and_gamma_times_room_and_the_bases_once():
     held = jax.tree.leaves(nnx.state(model))
     # parts, weights, stamps, scales of each slot and the base's; the chosen one, the active one
     table = 4 * 17 * 4 + 4 + 4
-    assert sum(x.nbytes for x in held) == model.memory().total + table
+    whole = 16 * len(nnx.to_flat_state(nnx.state(model, nnx.PathContains("randlora_own"))))
+    assert sum(x.nbytes for x in held) == model.memory().total + table + whole
     model.delete_adapter("n3")
     assert model.memory().adapters == 16 * one.adapters
 

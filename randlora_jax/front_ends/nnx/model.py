@@ -49,8 +49,8 @@ class NotedSlots:
     A model in a state in which it was before is not traced again, but flax then gives it the static
     parts of the one that was. Of which adapters are in which slots that would be an old list.
 
-    Copies of a model share it (``nnx.clone``, ``nnx.split`` and ``nnx.merge``), and each chooses for
-    itself what is active: that is in its table of slots.
+    Copies of a model share it (``nnx.clone``), and each chooses for itself what is active: that is
+    in its table of slots.
     """
 
     def __init__(self, registry: AdapterRegistry) -> None:
