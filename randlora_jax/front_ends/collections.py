@@ -34,6 +34,7 @@ from randlora_jax.models.store import ArrayStore
 Tree = Any
 
 LAMBDA, GAMMA = "randlora_lambda", "randlora_gamma"
+OWN = "randlora_own"  # beside a stack's leaves that were trained whole: which adapters trained them
 TRAINED, FROZEN, PAIRS = "randlora", "randlora_frozen", "randlora_bases"
 SLOTS = "randlora_slots"  # what the slots of stacked adapters stand for
 SPECS = "randlora_specs"
@@ -114,7 +115,7 @@ class CollectionStore(ArrayStore):
         self, registry: AdapterRegistry, spec: AdapterSpec, state: AdapterState, rngs: Any
     ) -> None:
         """Lambda and gamma by the path of their layer; dropout draws from linen's own rngs."""
-        leaves = dict(state.saved)
+        leaves = {**state.saved, **{(OWN, *path): told for path, told in state.own.items()}}
         for name, (lam, gamma) in state.layers.items():
             path = registry.layers[name].path
             leaves[(*path, LAMBDA)], leaves[(*path, GAMMA)] = lam, gamma
@@ -160,8 +161,10 @@ def state_of(tree: Mapping[str, Any]) -> AdapterState:
         for path, lam in leaves.items()
         if path[-1] == LAMBDA
     }
-    saved = {path: x for path, x in leaves.items() if path[-1] not in (LAMBDA, GAMMA)}
-    return AdapterState(layers, saved)
+    whole = {path: x for path, x in leaves.items() if path[-1] not in (LAMBDA, GAMMA)}
+    saved = {path: x for path, x in whole.items() if path[0] != OWN}
+    own = {path[1:]: x for path, x in whole.items() if path[0] == OWN}
+    return AdapterState(layers, saved, own)
 
 
 def adapter_trees(variables: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from randlora_jax.core.update import Update, at_least_float32, holds_sums
 from randlora_jax.interop import targets
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import ConfigError, shown
-from randlora_jax.models import basis_source
+from randlora_jax.models import basis_source, drawing
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import TORCH_LEAF, Path, dotted
 from randlora_jax.models.quantised import are_integers, array_of
@@ -42,7 +42,7 @@ def fresh_state(
       rngs: an ``nnx.Rngs`` or a ``jax.random.key``, for ``init_weights=False``.
 
     Raises:
-      ConfigError: ``init_weights=False`` without `rngs`.
+      ConfigError: ``init_weights=False`` without `rngs`, or without what it draws from in these.
     """
     key = None
     if not config.init_weights:
@@ -50,6 +50,7 @@ def fresh_state(
             raise ConfigError(
                 "init_weights=False draws lambda at random: pass rngs=nnx.Rngs(seed) or a jax key"
             )
+        drawing.refuse_without(rngs, "params", "init_weights=False")
         key = rngs
     layers = {}
     for i, layer in enumerate(chosen):

@@ -84,9 +84,18 @@ def added(
         specs={**registry.specs, spec.name: spec},
         kept_pairs={**registry.kept_pairs, **kept},
         carried={**registry.carried, spec.name: carried},
+        numbers=_numbered(registry, spec.name),
         active=registry.active if registry.specs else (spec.name,),
         trained=registry.trained | ({spec.name} if trainable else set()),
     )
+
+
+def _numbered(registry: AdapterRegistry, adapter_name: str) -> Mapping[str, int]:
+    """The numbers of adapters that are or were here, one more among them; none changes."""
+    known = registry.numbers
+    if registry.stacks or adapter_name in known:
+        return known
+    return {**known, adapter_name: 1 + len(known)}
 
 
 def chosen(

@@ -260,7 +260,7 @@ class MergingModel(AdaptedModel):
 
     def _updates(self, adapter_names: Sequence[str]) -> dict[str, list[Update]]:
         """What each layer gets from the named adapters, by its name."""
-        states = self._numbers(adapter_names)
+        states = self._numbers_outside(adapter_names, "merge_adapter, merge_and_unload")
         return adapter_arrays.updates_by_layer(self._registry, states, self._pairs(states))
 
     def _unwrapped(self, adapter_names: Sequence[str]) -> Any:

@@ -91,9 +91,9 @@ class RandLoraModel(ManyAdapters):
         A stack has an entry for each of its matrices.
 
         Raises:
-          ConfigError: no such adapter, or the model is abstract.
+          ConfigError: no such adapter, or the model is abstract, or traced.
         """
-        states = self._numbers([self._registry.spec(adapter_name).name])
+        states = self._numbers_outside([self._registry.spec(adapter_name).name], "delta_weights")
         pairs = self._pairs(states)
         found: dict[str, np.ndarray] = {}
         updates = adapter_arrays.updates_by_layer(self._registry, states, pairs)
@@ -239,7 +239,7 @@ class RandLoraModel(ManyAdapters):
         combined = list(filter(self._registry.combination, self._registry.slots))
         if combined:
             warn(f"{listed(combined)} combine adapters: no file can hold them, and none is written")
-        held = self._numbers(self._registry.specs)
+        held = self._numbers_outside(self._registry.specs, "save_pretrained")
         self._pairs(held)  # they are what will be written
         base = self._store.base_leaves()
         whole = {n: files.with_carried(self._registry, base, n, s) for n, s in held.items()}

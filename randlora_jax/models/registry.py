@@ -31,10 +31,12 @@ class AdapterState:
     layers: by `Layer.name`, (lambda (*stack, r, n), gamma (*stack, n, min)), float32.
     saved: leaves of wholly trained modules and biases, by their path in the model; and what a file
       carries of the base model, in other numbers than the model has (`AdapterRegistry.carried`).
+    own: in a stack, by the same paths: (capacity,) bool, which of its adapters trained the leaf.
     """
 
     layers: dict[str, tuple[jax.Array, jax.Array]]
     saved: dict[Path, jax.Array] = field(default_factory=dict)
+    own: dict[Path, jax.Array] = field(default_factory=dict)
 
     def on_host(self) -> "AdapterState":
         """In host memory, whole; called by every process that holds a part."""
@@ -119,6 +121,7 @@ class AdapterRegistry:
     configs: Mapping[str, RandLoraConfig] = field(default_factory=dict)
     specs: Mapping[str, AdapterSpec] = field(default_factory=dict)
     kept_pairs: KeptPairs = field(default_factory=dict)
+    numbers: Mapping[str, int] = field(default_factory=dict)  # of adapters kept one by one, as rows
     active: tuple[str, ...] = ()  # adapters that are applied
     enabled: bool = True  # else no adapter is applied, though some are active
     trained: frozenset[str] = frozenset()  # adapters that train when they are active
@@ -138,7 +141,8 @@ class AdapterRegistry:
         if self.stacks:
             return *found, self.options, self.optional, self.stacks, self.parts
         how = self.options, self.optional, self.active, self.enabled, self.training, self.merged
-        return *found, *how, self.configs, self.specs, set(self.kept_pairs), kept
+        numbers = {name: self.numbers.get(name) for name in self.specs}
+        return *found, *how, self.configs, self.specs, numbers, set(self.kept_pairs), kept
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AdapterRegistry) and self._value() == other._value()
@@ -271,15 +275,28 @@ class AdapterRegistry:
 
     @property
     def slot_count(self) -> int:
-        """How many slots there are, the base model's among them."""
-        return self.row_stacks[-1].slots.stop if self.row_stacks else 1
+        """How many slots there are, or were: the base model's among them."""
+        return self.stacks[-1].slots.stop if self.stacks else 1 + len(self.numbers)
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Where each adapter lies among the slots of the stacks, kept or made in a call."""
+        made = {n: s.slots[i] for s in self.row_stacks for i, n in enumerate(s.members)}
+        return made | {name: slot.number for name, slot in self.slots.items()}
 
     def chosen_slots(self) -> int | list[int]:
-        """The slots of a call that names none: one for all rows, or one for each."""
-        applied = self.applied
+        """The slots of a call that names none: one for all rows, or one for each.
+
+        Where adapters are off nothing is in these.
+        """
         if self.chosen:
-            return [self.slot_of(name) if applied else 0 for name in self.chosen]
-        return self.slot_of(applied[0]) if self.stacks and applied else 0
+            return [self.slot_of(name) for name in self.chosen]
+        return self.active_slot
+
+    @property
+    def active_slot(self) -> int:
+        """The slot of the active adapter of a model with stacks; 0 for none."""
+        return self.slot_of(self.active[0]) if self.stacks and self.active else 0
 
     def scale(self, adapter_name: str) -> float:
         """How strong an adapter, or a combination, was set to be; 1 at first.
@@ -290,7 +307,7 @@ class AdapterRegistry:
         return (self.combination(adapter_name) or self.spec(adapter_name)).scale
 
     def slot_of(self, adapter_name: str) -> int:
-        """The slot of an adapter, or of a combination.
+        """The slot of an adapter, or of a combination, as rows name it.
 
         Raises:
           ConfigError: there is none of that name.
@@ -299,8 +316,7 @@ class AdapterRegistry:
             return 0
         if isinstance(adapter_name, str) and adapter_name in self.slots:
             return self.slots[adapter_name].number
-        name = self.spec(adapter_name).name
-        return next(s.slots[s.members.index(name)] for s in self.row_stacks if name in s.members)
+        return self.numbers[self.spec(adapter_name).name]
 
     @property
     def applied(self) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ from randlora_jax.front_ends.nnx.variables import AdapterParam, FrozenAdapterPar
 from randlora_jax.front_ends.nnx_types import in_call
 from randlora_jax.front_ends.shown_signature import shows_call_of
 from randlora_jax.interop.errors import ConfigError
+from randlora_jax.models.filled import refuse_misfit
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.registry import AdapterSpec
@@ -116,10 +117,11 @@ class RandLoraLayer(AdapterLeaves):
             return self.base_layer
         graph, state = nnx.split(self.base_layer)
         flat = dict(nnx.to_flat_state(state))
-        for name, mine in chosen.items():
+        for stack in self.settings.stacks if chosen else ():
             for path, held in flat.items():
-                if leaf := whole.get(name, {}).get(slashed(path)):
-                    now = mine.leaves(leaf.get_raw_value(), held.get_raw_value())
+                leaf = self.stacked_whole(stack, slashed(path), held.get_raw_value())
+                if leaf is not None:
+                    now = chosen[stack.name].leaves(leaf, held.get_raw_value())
                     flat[path] = held.replace(now)
         for key, leaf in leaves.items():
             path = next(path for path in flat if slashed(path) == key)
@@ -201,6 +203,7 @@ class RandLoraLayer(AdapterLeaves):
             for array in arrays:
                 refuse_abstract(f"adapter {spec.name} of {layer.name}", array)
             lam, gamma = map(layout.stack_first, arrays)
+            refuse_misfit(layer, spec.name, spec.identity.r, lam, gamma)
             update = spec.update(lam, gamma, context.pairs, layer.matrix)
             found.append(Contribution(update, self._drop(spec.name)))
         return found

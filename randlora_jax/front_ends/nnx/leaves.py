@@ -16,12 +16,17 @@ from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.front_ends.nnx.call import ModelToken, OpenCalls
 from randlora_jax.front_ends.nnx.held import array_at
 from randlora_jax.front_ends.nnx.running import refuse_abstract
-from randlora_jax.front_ends.nnx.variables import AdapterParam, CarriedParam, retyped
+from randlora_jax.front_ends.nnx.variables import (
+    AdapterParam,
+    AdapterSlots,
+    CarriedParam,
+    retyped,
+)
 from randlora_jax.interop.errors import ConfigError, warn
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec
-from randlora_jax.models.slots import Stack, in_slots, slots_apart
+from randlora_jax.models.slots import Stack, in_slots, own_or_base, slots_apart
 
 Leaves = dict[str, nnx.Variable[jax.Array]]
 
@@ -86,6 +91,8 @@ class AdapterLeaves(nnx.Module):
         self.randlora_gamma: dict[str, Leaves] = nnx.data({})
         self.trained_leaves: dict[str, Leaves] = nnx.data({})
         self.randlora_dropout: dict[str, nnx.Dropout] = nnx.data({})
+        # by stack, of its trained leaves: which of its adapters trained them
+        self.randlora_own: dict[str, dict[str, AdapterSlots]] = nnx.data({})
         self.settings = settings
         self.randlora_calls: OpenCalls = nnx.data(OpenCalls())
 
@@ -103,6 +110,7 @@ class AdapterLeaves(nnx.Module):
             self.randlora_gamma,
             self.trained_leaves,
             self.randlora_dropout,
+            self.randlora_own,
         )
 
     def follow(self, registry: AdapterRegistry) -> None:
@@ -208,7 +216,9 @@ class AdapterLeaves(nnx.Module):
         if all(leaf is None for leaf in leaves):
             return None
         arrays = [base if leaf is None else leaf.get_raw_value() for leaf in leaves]
-        return jnp.stack(arrays) if stack.members else arrays[0]
+        if stack.members:
+            return jnp.stack(arrays)
+        return own_or_base(arrays[0], self.randlora_own[stack.name][key].get_raw_value(), base)
 
     def whole_by_row(self) -> set[str]:
         """Leaves here that adapters of some stack trained whole."""

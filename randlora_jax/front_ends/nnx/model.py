@@ -1,6 +1,7 @@
 """The front end for ``flax.nnx`` modules."""
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +20,7 @@ from randlora_jax.front_ends.nnx.variables import AdapterSlots, SharedBasis
 from randlora_jax.front_ends.nnx.wrappable import make_wrappable, refuse_absent_kernels, refuse_part
 from randlora_jax.front_ends.nnx_types import TYPES
 from randlora_jax.front_ends.shown_signature import shows_call_of
-from randlora_jax.models import known_models
+from randlora_jax.models import known_models, stacking
 from randlora_jax.models.adapter_arrays import Leaves
 from randlora_jax.models.finding import find_layers
 from randlora_jax.models.front_end import WrapRules, register_front_end, warn_of_another_model
@@ -29,6 +30,8 @@ from randlora_jax.models.model import RandLoraModel
 from randlora_jax.models.quantised import refuse_rounding
 from randlora_jax.models.reaching import refuse_unreached
 from randlora_jax.models.registry import AdapterRegistry
+from randlora_jax.models.slots import SlotTable
+from randlora_jax.models.store import ArrayStore
 
 _TRAINED = (
     "with an optimizer for nnx.Param it is being trained. For the adapter alone: wrt=AdapterParam "
@@ -45,10 +48,32 @@ class NotedSlots:
 
     A model in a state in which it was before is not traced again, but flax then gives it the static
     parts of the one that was. Of which adapters are in which slots that would be an old list.
+
+    Copies of a model share it (``nnx.clone``), and each chooses for itself what is active: that is
+    in its table of slots.
     """
 
     def __init__(self, registry: AdapterRegistry) -> None:
+        self.registry = registry  # with the choices of the copy that was asked last
+        self._asked: Callable[[], Any] = lambda: None  # what its table has
+
+    def of(self, table: SlotTable | None) -> AdapterRegistry:
+        """As the copy that has this table chose."""
+        is_another = table is not None and self._asked() is not table.chosen
+        if table and is_another and stacking.is_readable(table):
+            self.note(stacking.chosen_in(self.registry, table), table)
+        return self.registry
+
+    def note(self, registry: AdapterRegistry, table: SlotTable | None) -> None:
+        """What is known from here on, of the copy that has this table."""
         self.registry = registry
+        self._asked = weakref.ref(table.chosen) if table else lambda: None
+
+    def __getstate__(self) -> AdapterRegistry:
+        return self.registry
+
+    def __setstate__(self, registry: AdapterRegistry) -> None:
+        self.__init__(registry)  # type: ignore[misc]
 
 
 @register_front_end(
@@ -96,15 +121,21 @@ class NnxRandLora(RandLoraModel, nnx.Module):
 
     @property
     def _registry(self) -> AdapterRegistry:
-        return self._noted if isinstance(self._noted, AdapterRegistry) else self._noted.registry
+        known = self._noted
+        return known if isinstance(known, AdapterRegistry) else known.of(self._store.slots())
 
     @_registry.setter
     def _registry(self, registry: AdapterRegistry) -> None:
         known = self._noted
         if isinstance(known, NotedSlots) and known.registry.stacks is registry.stacks:
-            known.registry = registry
+            known.note(registry, self._store.slots())
         else:
             self._noted = NotedSlots(registry) if registry.stacks else registry
+
+    def _follow(self, registry: AdapterRegistry, store: ArrayStore | None = None) -> None:
+        super()._follow(registry, store)
+        if isinstance(self._noted, NotedSlots):
+            self._noted.note(registry, self._store.slots())  # those that say so
 
     @property
     def _base_name(self) -> str:
