@@ -235,7 +235,7 @@ class MergingModel(AdaptedModel):
         registry, states = self._registry, self._fresh_states(dict.fromkeys(together))
         whole = {path: name for name, state in states.items() for path in state.saved}
         for name in merging:
-            for layer in map(registry.layers.get, states[name].layers):
+            for layer in (registry.layers[layer] for layer in states[name].layers):
                 if other := whole.get(layer.kernel_path):
                     raise ConfigError(
                         f"{layer.name!r}: adapter {other!r} trained its kernel whole and {name!r} "
