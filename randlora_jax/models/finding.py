@@ -130,7 +130,8 @@ def find_layers(modules: Iterable[FoundModule], stated: StatedLayouts, names: Na
     """The layers among `modules`, each visited once.
 
     Raises:
-      ConfigError: a stated layout fits none of its module's arrays; a rule matches nothing.
+      ConfigError: a stated layout fits none of its module's arrays; a rule matches nothing; two
+        paths are one with dots.
       TargetError: a names rule does not fit a stack.
     """
     layers: dict[str, Layer] = {}
@@ -139,13 +140,15 @@ def find_layers(modules: Iterable[FoundModule], stated: StatedLayouts, names: Na
     paths: list[Path] = []
     holders: list[Path] = []
     for module in modules:
-        mine = {layer.name: layer for layer in _layers_of(module, stated, names)}
-        layers |= mine
-        if module.arrays and not any(layer.path == module.path for layer in mine.values()):
+        mine = _layers_of(module, stated, names)
+        for layer in mine:
+            _refuse_another(layers.get(layer.name), layer)
+            layers[layer.name] = layer
+        if module.arrays and not any(layer.path == module.path for layer in mine):
             others.add(names.first(module.path))
-        left += _left_of(module, {layer.kernel_path for layer in mine.values()})
+        left += _left_of(module, {layer.kernel_path for layer in mine})
         arrays = [(*module.path, *leaf) for leaf in module.arrays]
-        holders += [layer.path for layer in mine.values()]
+        holders += [layer.path for layer in mine]
         holders += [path for leaf in arrays for path in (module.path, leaf[:-1])]
         paths += arrays
     said = {rule: axes for rule, axes in stated.rules.items() if rule not in stated.known}
@@ -155,6 +158,20 @@ def find_layers(modules: Iterable[FoundModule], stated: StatedLayouts, names: Na
     refuse_idle("names", own_names, holders)
     refuse_shadowed("names", own_names, map(names.rules_of, dict.fromkeys(holders)))
     return FoundLayers(layers, tuple(sorted(others)), tuple(left))
+
+
+def _refuse_another(found: Layer | None, layer: Layer) -> None:
+    """Nothing, if no other kernel was found under a layer's name.
+
+    Raises:
+      ConfigError: there was one.
+    """
+    if found and found.kernel_path != layer.kernel_path:
+        raise ConfigError(
+            f"{slashed(found.kernel_path)!r} and {slashed(layer.kernel_path)!r} are kernels of two "
+            f"layers that are both called {layer.name!r}: a path's parts are joined by dots, so "
+            "hold them under keys that have none"
+        )
 
 
 def _layers_of(module: FoundModule, stated: StatedLayouts, names: Names) -> list[Layer]:

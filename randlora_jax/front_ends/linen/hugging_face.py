@@ -69,7 +69,9 @@ class HuggingFaceStore(CollectionStore):
 @register_front_end(
     "a Hugging Face Flax model",
     accepts=lambda model, rules: (
-        not isinstance(model, nn.Module) and isinstance(getattr(model, "module", None), nn.Module)
+        not isinstance(model, nn.Module)
+        and isinstance(getattr(model, "module", None), nn.Module)
+        and hasattr(model, "params_shape_tree")  # of transformers' classes alone
     ),
 )
 class HuggingFaceRandLora(InterceptedRandLora):
