@@ -213,6 +213,9 @@ def test_the_collections_of_stacks(tmp_path):
     whole = {**frozen, "randlora": trained}
     model.variables = jax.tree.map(np.asarray, whole)  # as a checkpoint gives them back
     assert_rows(model(IDS, adapter_names=NAMES), NAMES, each)
+    alike, _ = prepared("in stacks")  # as in another process
+    alike.variables = jax.tree.map(np.asarray, whole)
+    assert_rows(alike.apply(whole, IDS, adapter_names=NAMES), NAMES, each)
     name = next(iter(stacks))
     for lost, message in (
         ("randlora_slots", "randlora_slots"),

@@ -59,15 +59,15 @@ class NotedSlots:
 
     def of(self, table: SlotTable | None) -> AdapterRegistry:
         """As the copy that has this table chose."""
-        is_another = table is not None and self._asked() is not table.chosen
-        if table and is_another and stacking.is_readable(table):
+        if table and self._asked() is not table.chosen and stacking.is_readable(table):
             self.note(stacking.chosen_in(self.registry, table), table)
         return self.registry
 
     def note(self, registry: AdapterRegistry, table: SlotTable | None) -> None:
         """What is known from here on, of the copy that has this table."""
         self.registry = registry
-        self._asked = weakref.ref(table.chosen) if table else lambda: None
+        seen = table if table and stacking.is_readable(table) else None
+        self._asked = weakref.ref(seen.chosen) if seen else lambda: None
 
     def __getstate__(self) -> AdapterRegistry:
         return self.registry
