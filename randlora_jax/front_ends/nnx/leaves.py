@@ -14,7 +14,7 @@ from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.front_ends.nnx.call import ModelToken, OpenCalls
-from randlora_jax.front_ends.nnx.held import array_at
+from randlora_jax.front_ends.nnx.held import array_at, in_jax, raw
 from randlora_jax.front_ends.nnx.running import refuse_abstract
 from randlora_jax.front_ends.nnx.variables import AdapterParam, retyped
 from randlora_jax.interop.errors import ConfigError, warn
@@ -90,9 +90,14 @@ class AdapterLeaves(nnx.Module):
         self.randlora_calls: OpenCalls = nnx.data(OpenCalls())
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """What adapters have here is set here; anything else in the module, which runs with it."""
+        """What adapters have here is set here; anything else in the module, which runs with it.
+
+        A leaf that the active adapters train whole runs in its stead, so that is set.
+        """
         if name in _OWN or name.startswith(("randlora_", "_")):
             super().__setattr__(name, value)
+        elif name in (trained := self._trained()):
+            trained[name].set_raw_value(in_jax(raw(value)))
         else:
             setattr(self.base_layer, name, value)
 
@@ -143,6 +148,13 @@ class AdapterLeaves(nnx.Module):
             for leaf in self._leaves_of(name):
                 if isinstance(leaf, AdapterParam):
                     refuse_gradient(leaf.get_raw_value(), _MERGED.format(repr(name)))
+
+    def _trained(self) -> Leaves:
+        """What the active adapters train whole, by where it is in the base layer."""
+        held = self.trained_leaves
+        return {
+            key: x for spec in self.settings.specs for key, x in held.get(spec.name, {}).items()
+        }
 
     def _leaves_of(self, adapter_name: str) -> Iterator[nnx.Variable[Any]]:
         return (x for held in self.held()[:3] for x in held.get(adapter_name, {}).values())
