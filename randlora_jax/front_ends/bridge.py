@@ -49,13 +49,13 @@ class RandLoraToNNX(RandLoraLayer):
                 f"{listed(sorted(self.whole_by_row()))}: adapters trained leaves of a linen module "
                 f"inside an nnx model whole, which cannot follow the rows there. {BY_VMAP}"
             )
-        base = self._effective()
-        call = getattr(base, method)
         applied = self.by_row() if by_row else self.applied()
-        if not applied:
-            return call(*args, **kwargs)
-        with self._joining(base, reached(self.settings.model, applied)):
-            return call(*args, **kwargs)
+        with self._whole() as base:
+            call = getattr(base, method)
+            if not applied:
+                return call(*args, **kwargs)
+            with self._joining(base, reached(self.settings.model, applied)):
+                return call(*args, **kwargs)
 
     @contextmanager
     def _joining(self, base: nnx.Module, context: CallContext) -> Iterator[None]:

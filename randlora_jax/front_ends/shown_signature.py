@@ -17,6 +17,10 @@ class _Shown:
         self._method, self._of = method, of
         self.__doc__ = method.__doc__
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The method's, for ``nnx.capture``, which takes it from the class as it lies there."""
+        return self._method(*args, **kwargs)
+
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None:
             return self._method

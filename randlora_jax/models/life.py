@@ -124,6 +124,9 @@ def reenabled(registry: AdapterRegistry, before: AdapterRegistry) -> AdapterRegi
     registry = replace(registry, enabled=before.enabled)
     if registry.active:
         return registry
+    # of adapters that are off, which would train is no part of what a compiled function gives back
+    new = registry.trained - before.specs.keys()
+    registry = replace(registry, trained=before.trained & registry.specs.keys() | new)
     active = tuple(n for n in before.active if n in registry.specs or registry.combination(n))
     if active or not before.active:
         return replace(registry, active=active)

@@ -1,6 +1,6 @@
 """Quantised arrays as qwix makes them: known by what they hold, read by the package they are of."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -38,12 +38,16 @@ def is_quantised(value: Any) -> bool:
 def arrays_in(value: Any) -> dict[Path, Any]:
     """The arrays of what stands in an array's place, by their paths in it: () for a plain one.
 
-    None for None, which a model has in place of an array that it lacks.
+    Those of what it may be besides: a quantised array, a dict, list or tuple. None of numbers that
+    are no arrays, nor for None, which a model has in place of an array that it lacks.
     """
-    if value is None:
-        return {}
     if (place := integers_in(value)) is None:
-        return {(): value}
+        if hasattr(value, "shape"):
+            return {(): value}
+        held = value if isinstance(value, Mapping) else {}
+        if isinstance(value, list | tuple):
+            held = dict(enumerate(value))
+        return {(k, *path): x for k, inner in held.items() for path, x in arrays_in(inner).items()}
     held = value.array if len(place) > 1 else value
     found = {name: getattr(held, name, None) for name in (INTEGERS, SCALE, "zero_point")}
     return {(*place[:-1], name): array for name, array in found.items() if array is not None}

@@ -120,3 +120,14 @@ def test_a_module_trained_whole_is_not_handed_back_without_numbers():
     abstract = WAYS["wrapped within"](replace(CONFIG, modules_to_save=["head"]))
     with pytest.raises(ConfigError, match="is abstract"):
         abstract.unload()
+
+
+@pytest.mark.parametrize("fields", [{"bias": "all"}, {"modules_to_save": ["head"]}])
+def test_what_is_trained_whole_is_planned_as_with_numbers(fields):
+    config = replace(CONFIG, **fields)
+    real = get_peft_model(Net(nnx.Rngs(0)), config)
+    model = get_peft_model(nnx.eval_shape(lambda: Net(nnx.Rngs(0))), config)
+    assert model.explain(8) == real.explain(8)
+    assert model.head.kernel.shape == (8, 3) and model.head.in_features == 8
+    shapes = nnx.eval_shape(lambda model, x: model(x), model, X)
+    assert shapes.shape == real(X).shape

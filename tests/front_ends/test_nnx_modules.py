@@ -238,3 +238,91 @@ def test_to_and_fro_needs_no_new_program():
         with model.disable_adapter():
             np.testing.assert_array_equal(run(model, X), nnx.jit(lambda m, x: m(x))(Keyword(), X))
     assert len(traces) == 3 and model._registry.training == ("two",)
+
+
+class Tempered(nnx.Module):
+    def __init__(self, held):
+        self.up, self.held = nnx.Linear(8, 6, rngs=nnx.Rngs(0)), held
+
+    def __call__(self, x):
+        held = self.held.get_value()
+        return self.up(x) * held if isinstance(self.held, nnx.Param) else self.up(x)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        lambda: nnx.Variable(2),
+        lambda: nnx.Variable({"n": jnp.zeros(()), "m": [jnp.ones((2, 2))]}),
+        lambda: nnx.Variable({}),
+        lambda: nnx.Variable((1, 2.5)),
+        lambda: nnx.Param(1.5),
+    ],
+)
+def test_a_variable_may_hold_anything(held):
+    model = get_peft_model(Tempered(held()), CONFIG, rngs=nnx.Rngs(1))
+    close(model(X), changed(lambda: Tempered(held()), model)(X))
+    close(nnx.jit(lambda model, x: model(x))(model, X), model(X))
+    assert model.get_nb_trainable_parameters()[1] and str(model.coverage())
+
+
+class Scaled(nnx.Module):
+    def __init__(self, scale):
+        self.up, self.scale = nnx.Linear(8, 6, rngs=nnx.Rngs(0)), Scale(scale)
+
+    def __call__(self, x):
+        return self.scale(self.up(x))
+
+
+class Scale(nnx.Module):
+    def __init__(self, held):
+        self.held = nnx.Param(held)
+
+    def __call__(self, x):
+        held = self.held.get_value()
+        return x @ held["w"] if isinstance(held, dict) else x * held
+
+
+def test_a_number_in_a_param_trains_with_its_module():
+    config = RandLoraConfig(r=2, target_modules=["up"], modules_to_save=["scale"])
+    model = get_peft_model(Scaled(1.5), config)
+    np.testing.assert_allclose(model(X), Scaled(1.5)(X), rtol=1e-6)
+    assert gradients(model, lambda m, x: m(x))["model"]["scale"]["trained_leaves"]
+
+
+def test_what_a_variable_holds_among_others_takes_no_adapter_and_is_named():
+    whole = RandLoraConfig(r=2, target_modules=["up"], modules_to_save=["scale"])
+    make = lambda: Scaled({"w": jnp.ones((6, 6))})  # noqa: E731
+    with pytest.raises(ConfigError, match=r"'scale\.held\.w' is to be trained whole and is a part"):
+        get_peft_model(make(), whole)
+    with pytest.raises(TargetError, match=r"'scale\.held\.w'.*a part of what one Variable holds"):
+        every = RandLoraConfig(r=2, target_modules="all-linear")
+        get_peft_model(make(), every, views={"scale/held/w": "i o"})
+    assert "scale/held/w" in str(
+        get_peft_model(make(), RandLoraConfig(r=2, target_modules=["up"])).coverage()
+    )
+
+
+class Around(nnx.Module):
+    """What users call as PEFT calls what its layers wrap."""
+
+    def __init__(self):
+        self.base_layer = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+        self.other = nnx.Linear(8, 8, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.base_layer(x) + self.other(x)
+
+
+@pytest.mark.parametrize("saved", [None, ["base_layer"]])
+def test_a_module_of_the_users_may_be_called_base_layer(saved, tmp_path):
+    targets = ["other"] if saved else ["base_layer", "other"]
+    config = RandLoraConfig(r=2, target_modules=targets, modules_to_save=saved, init_weights=False)
+    make = lambda: nnx.Dict(around=Around())  # noqa: E731
+    model = get_peft_model(make(), config, rngs=nnx.Rngs(1))
+    y, grads = model.around(X), gradients(model, lambda m, x: m.around(x))
+    assert len(jax.tree.leaves(grads)) == 4
+    if not saved:
+        model.save_pretrained(tmp_path)
+        close(RandLoraModel.from_pretrained(make(), tmp_path).around(X), y)
+    close(model.merge_and_unload()["around"](X), y)

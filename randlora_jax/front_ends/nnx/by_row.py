@@ -21,13 +21,9 @@ from randlora_jax.front_ends.call_input import (
     with_input,
 )
 from randlora_jax.front_ends.nnx.call import CallContext, reached
+from randlora_jax.front_ends.nnx.changes import called
 from randlora_jax.front_ends.nnx.leaves import AdapterLeaves
-from randlora_jax.front_ends.nnx.running import (
-    as_function,
-    changed_in,
-    values_of,
-    with_jax_arrays,
-)
+from randlora_jax.front_ends.nnx.running import as_function, with_jax_arrays
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, dotted, slashed
@@ -155,12 +151,9 @@ def _run_trained_whole(
     def row(leaves: tuple[jax.Array, dict[Path, jax.Array]]) -> Any:
         x, mine = leaves
         flat = state | {path: state[path].replace(value) for path, value in mine.items()}
-        copy = nnx.merge(graph, nnx.from_flat_state(flat))
-        before = values_of(copy)
-        args, kwargs = rest.with_arrays([x[None]])
-        out = getattr(copy, method)(*args, **kwargs)
-        if changes := changed_in(copy, before):
-            raise _refusal(wrapper, f"it changes its {dotted(next(iter(changes)))!r}")
+        out, changes = called(graph, flat, method, rest.with_arrays([x[None]]))
+        if changes:
+            raise _refusal(wrapper, f"it changes its {dotted(changes[0])!r}")
         return jax.tree.map(lambda y: y[0], out)
 
     # matrices one after another: those of all rows at once would be as large as so many models

@@ -16,7 +16,9 @@ from flax import nnx
 from randlora_jax.models.names import Path
 from randlora_jax.models.quantised import arrays_in, integers_in, is_quantised
 
-_CONTAINERS = (nnx.List, nnx.Dict)
+# Asked of types: a wrapper around a whole model that is one says that it is of its class.
+_LISTS = (nnx.List, list, tuple)
+_CONTAINERS = (*_LISTS, nnx.Dict, dict)
 
 
 def raw(held: Any) -> Any:
@@ -26,7 +28,7 @@ def raw(held: Any) -> Any:
 
 def is_container(value: Any) -> bool:
     """Whether what `value` holds belongs to the module around it."""
-    return isinstance(value, (*_CONTAINERS, list, tuple, dict))
+    return issubclass(type(value), _CONTAINERS)
 
 
 def held_by(holder: Any) -> Iterator[tuple[Path, Any]]:
@@ -45,7 +47,7 @@ def constants_of(module: Any) -> Iterator[tuple[Path, Any]]:
 
 def _values_in(holder: Any) -> Iterator[tuple[Path, Any]]:
     """What a module, or a container, holds itself."""
-    if isinstance(holder, nnx.List | list | tuple):
+    if issubclass(type(holder), _LISTS):
         items: Any = enumerate(holder)
     elif isinstance(holder, dict):
         items = holder.items()

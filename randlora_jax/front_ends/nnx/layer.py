@@ -1,11 +1,14 @@
 """The wrapper that stands in the place of a module and runs it with its adapters."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 from flax import nnx
+from jax import lax
 
+from randlora_jax.core.abstract import moved
 from randlora_jax.core.applying import Contribution, adapted
 from randlora_jax.core.applying_rows import BY_VMAP
 from randlora_jax.core.kernel_layout import KernelLayout
@@ -19,7 +22,9 @@ from randlora_jax.front_ends.nnx.call import (
     reached,
     some_rows_differ,
 )
-from randlora_jax.front_ends.nnx.leaves import AdapterLeaves
+from randlora_jax.front_ends.nnx.changes import renew
+from randlora_jax.front_ends.nnx.held import raw
+from randlora_jax.front_ends.nnx.leaves import AdapterLeaves, is_own
 from randlora_jax.front_ends.nnx.running import (
     AdaptedKernel,
     as_function,
@@ -48,6 +53,16 @@ class RandLoraLayer(AdapterLeaves):
       base_layer: the module it replaces.
     """
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The module's: code that asks ``isinstance(layer, nnx.Linear)`` goes on as without it."""
+        base = vars(self).get("base_layer")  # none while it is made
+        return type(self) if base is None else base.__class__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As by default, which pickle refuses where ``__class__`` is another type's."""
+        return object.__new__, (type(self),), self.__getstate__()
+
     @shows_call_of(lambda self: self.base_layer)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the base layer returns, with the active adapters joined in."""
@@ -57,19 +72,26 @@ class RandLoraLayer(AdapterLeaves):
         return self._run("__getitem__", (key,), {})
 
     def __getattr__(self, name: str) -> Any:
-        if name == "base_layer" or name.startswith("_"):
+        if is_own(name) or "base_layer" not in vars(self):  # the latter while it is made
             raise AttributeError(name)
         if self._call_by_row():
             return self._of_rows(name)
-        base, applied = self._effective(), self.applied()
-        running = bool(applied) and open_for(self.settings.model, applied) is not None
-        if running and isinstance(getattr(type(base), name, None), property):
-            return getattr(self._in_kernels(base), name)
+        base, applied = self.base_layer, self.applied()
+        is_open = open_for(self.settings.model, applied) is not None
+        running = bool(applied) and is_open
+        if isinstance(getattr(type(base), name, None), property | functools.cached_property):
+            whole, _ = self._effective()
+            return getattr(self._in_kernels(whole) if running else whole, name)
         found = getattr(base, name)
         if getattr(found, "__self__", None) is base:  # a method, of the module or of its class
             return functools.wraps(found)(functools.partial(self._method, name))
         if running and any(layer.leaf[0] == name for layer, _ in applied):
-            return getattr(self._in_kernels(base), name)
+            return getattr(self._in_kernels(self._effective()[0]), name)
+        trained = self._trained()
+        if name in trained and not is_open:
+            return trained[name]
+        if any(key.partition("/")[0] == name for key in {*trained, *self.whole_by_row()}):
+            return getattr(self._effective()[0], name)
         return found
 
     def _of_rows(self, name: str) -> Any:
@@ -95,7 +117,8 @@ class RandLoraLayer(AdapterLeaves):
         """A method of the base layer: looked at from outside its model's call, its own."""
         if open_for(self.settings.model, self.applied()):
             return self._run(name, args, kwargs)
-        return getattr(self._effective(), name)(*args, **kwargs)
+        with self._whole() as base:
+            return getattr(base, name)(*args, **kwargs)
 
     def _call_by_row(self) -> CallContext | None:
         """The open context of this model, where rows have adapters of their own in it."""
@@ -104,36 +127,62 @@ class RandLoraLayer(AdapterLeaves):
         context = open_for(self.settings.model, self.by_row())
         return context if context and context.by_row else None
 
-    def _effective(self) -> nnx.Module:
-        """The base layer, with the leaves that the active adapters train whole in place."""
-        specs, whole = self.settings.specs, self.trained_leaves
-        if not whole:
-            return self.base_layer
-        leaves = {k: leaf for spec in specs for k, leaf in whole.get(spec.name, {}).items()}
+    def _effective(self) -> tuple[nnx.Module, dict[str, nnx.Variable[Any]]]:
+        """The base layer, with the leaves that the active adapters train whole in place.
+
+        Returns:
+          It, a copy where there are some; and the Variables that the copy has for them.
+        """
+        leaves, whole = self._trained(), self.trained_leaves
         in_stacks = any(stack.name in whole for stack in self.settings.stacks)
         context = open_for(self.settings.model, self.by_row()) if in_stacks else None
         chosen = context.rows.chosen if context and context.rows else {}
         if not leaves and not chosen:
-            return self.base_layer
+            return self.base_layer, {}
         graph, state = nnx.split(self.base_layer)
         flat = dict(nnx.to_flat_state(state))
-        for stack in self.settings.stacks if chosen else ():
-            for path, held in flat.items():
-                leaf = self.stacked_whole(stack, slashed(path), held.get_raw_value())
+        put: dict[str, nnx.Variable[Any]] = {}
+        for path, held in flat.items():
+            key = slashed(path)
+            for stack in self.settings.stacks if chosen else ():
+                now = raw(put.get(key, held))
+                leaf = self.stacked_whole(stack, key, now)
                 if leaf is not None:
-                    now = chosen[stack.name].leaves(leaf, held.get_raw_value())
-                    flat[path] = held.replace(now)
-        for key, leaf in leaves.items():
-            path = next(path for path in flat if slashed(path) == key)
-            flat[path] = flat[path].replace(leaf[...].astype(flat[path][...].dtype))
-        return cast(nnx.Module, nnx.merge(graph, nnx.from_flat_state(flat)))
+                    put[key] = held.replace(chosen[stack.name].leaves(leaf, now))
+            if key in leaves:
+                dtype = raw(held).dtype
+                cast_now = functools.partial(lax.convert_element_type, new_dtype=dtype)
+                put[key] = held.replace(moved(cast_now, raw(leaves[key])))
+        flat |= {path: put[slashed(path)] for path in flat if slashed(path) in put}
+        return cast(nnx.Module, nnx.merge(graph, nnx.from_flat_state(flat))), put
+
+    @contextmanager
+    def _whole(self) -> Iterator[nnx.Module]:
+        """`_effective`; what it becomes within, the base layer does, and what trains in it."""
+        base, put = self._effective()
+        before = {key: raw(x) for key, x in put.items()}
+        yield base
+        if not put:
+            return
+        leaves = self._trained()
+        for key, x in put.items():
+            if raw(x) is not before[key] and key in leaves:
+                leaves[key].set_raw_value(raw(x).astype(raw(leaves[key]).dtype))
+        renew(self.base_layer, base, set(map(id, put.values())))
 
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A method of the base layer, with the active adapters joined in."""
         self.mind_what_trains()
         if by_row := self._call_by_row():
             return run_by_row(self, method, args, kwargs, by_row)
-        base, applied = self._effective(), self.applied()
+        with self._whole() as base:
+            return self._joined_in(base, method, args, kwargs)
+
+    def _joined_in(
+        self, base: nnx.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The same of the base layer with what is trained whole in place."""
+        applied = self.applied()
         if not applied:
             return getattr(base, method)(*args, **kwargs)
         context = reached(self.settings.model, applied)

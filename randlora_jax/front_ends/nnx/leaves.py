@@ -14,7 +14,7 @@ from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.front_ends.nnx.call import ModelToken, OpenCalls
-from randlora_jax.front_ends.nnx.held import array_at
+from randlora_jax.front_ends.nnx.held import array_at, in_jax, raw
 from randlora_jax.front_ends.nnx.running import refuse_abstract
 from randlora_jax.front_ends.nnx.variables import (
     AdapterParam,
@@ -30,8 +30,9 @@ from randlora_jax.models.slots import Stack, in_slots, own_or_base, slots_apart
 
 Leaves = dict[str, nnx.Variable[jax.Array]]
 
-# Of a wrapper itself, besides what is called randlora_*.
+# Of a wrapper itself: what it is made of, and what Python and flax keep in every module.
 _OWN = ("base_layer", "trained_leaves", "settings")
+OWN_PREFIXES = ("randlora_", "__", "_pytree_", "_nnx_")
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,11 @@ def _chosen_by_another(adapter_name: str, is_trained: bool) -> str:
     )
 
 
+def is_own(name: str) -> bool:
+    """Whether a wrapper looks for an attribute in itself, and never in its module."""
+    return name in _OWN or name.startswith(OWN_PREFIXES)
+
+
 class AdapterLeaves(nnx.Module):
     """A module and what adapters have in it.
 
@@ -97,11 +103,22 @@ class AdapterLeaves(nnx.Module):
         self.randlora_calls: OpenCalls = nnx.data(OpenCalls())
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """What adapters have here is set here; anything else in the module, which runs with it."""
-        if name in _OWN or name.startswith(("randlora_", "_")):
+        """What adapters have here is set here; anything else in the module, which runs with it.
+
+        A leaf that the active adapters train whole runs in its stead, so that is set.
+        """
+        if is_own(name):
             super().__setattr__(name, value)
+        elif name in (trained := self._trained()):
+            trained[name].set_raw_value(in_jax(raw(value)))
         else:
             setattr(self.base_layer, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if is_own(name):
+            super().__delattr__(name)
+        else:
+            delattr(self.base_layer, name)
 
     def held(self) -> tuple[dict[str, Any], ...]:
         """Everything that is kept by adapter name."""
@@ -152,6 +169,13 @@ class AdapterLeaves(nnx.Module):
             for leaf in self._leaves_of(name):
                 if isinstance(leaf, AdapterParam):
                     refuse_gradient(leaf.get_raw_value(), _MERGED.format(repr(name)))
+
+    def _trained(self) -> Leaves:
+        """What the active adapters train whole, by where it is in the base layer."""
+        held = self.trained_leaves
+        return {
+            key: x for spec in self.settings.specs for key, x in held.get(spec.name, {}).items()
+        }
 
     def _leaves_of(self, adapter_name: str) -> Iterator[nnx.Variable[Any]]:
         return (x for held in self.held()[:3] for x in held.get(adapter_name, {}).values())

@@ -21,7 +21,7 @@ from randlora_jax.models.finding import (
 from randlora_jax.models.layer import LayerType
 from randlora_jax.models.layer_types import LayerTypes
 from randlora_jax.models.names import Path, dotted, slashed
-from randlora_jax.models.quantised import arrays_in, kernel_at
+from randlora_jax.models.quantised import are_integers, arrays_in, kernel_at
 
 # What has kernels and is no linear layer.
 _OTHER: Mapping[type, str] = {
@@ -163,6 +163,9 @@ def _refusals(
             return dict.fromkeys(arrays, multiplies_another(what))
     found = {}
     for leaf, (_, owner) in arrays.items():
+        inside = owner[1]  # of what its Variable holds
+        if inside and not are_integers(inside):
+            found[leaf] = "it is a part of what one Variable holds: hold it in an nnx.Param itself"
         others = [dotted(where) for where in owners[owner] if where != (*path, *leaf)]
         if others:
             found[leaf] = f"its array is {', '.join(others)}, too: what changes one changes all"

@@ -5,6 +5,7 @@ by any of its methods (`run_in_kernels`).
 """
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
@@ -18,7 +19,8 @@ from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.layer_call import Run, comparable
 from randlora_jax.core.update import Update
 from randlora_jax.front_ends.call_input import Arguments, CallInput, with_input
-from randlora_jax.front_ends.nnx.held import array_at, arrays_of, of_jax, of_numpy, place_of
+from randlora_jax.front_ends.nnx.changes import called, renew
+from randlora_jax.front_ends.nnx.held import array_at, arrays_of, of_jax, of_numpy, place_of, raw
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.names import Path, dotted
 from randlora_jax.models.quantised import are_integers
@@ -53,17 +55,17 @@ class _RunLayer:
         """What the layer returns."""
         variable, rest, args, kwargs = self.values.with_arrays([kernel, *read])
         args, kwargs = with_input((args, kwargs), self.place, x)
-        layer = nnx.merge(self.graph, nnx.from_flat_state({**rest, self.leaf: variable}))
-        before = values_of(layer)
-        out = layer(*args, **kwargs)
-        if changes := changed_in(layer, before):
+        flat = {**rest, self.leaf: variable}
+        out, changes = called(self.graph, flat, "__call__", (args, kwargs))
+        if changes:
+            kind = type(nnx.merge(self.graph, nnx.from_flat_state(flat))).__name__
             if any(map(are_integers, changes)):
                 raise ConfigError(
-                    f"a {type(layer).__name__} was quantised in its call, its adapter around it: "
+                    f"a {kind} was quantised in its call, its adapter around it: "
                     "quantise the model first, then wrap it"
                 )
             raise ConfigError(
-                f"a {type(layer).__name__} changes its {dotted(next(iter(changes)))!r} when it is "
+                f"a {kind} changes its {dotted(changes[0])!r} when it is "
                 "called, so it is more than a sum over its input: state its type without its "
                 "call, layer_types={...: LayerType(layout, call=None)}"
             )
@@ -141,67 +143,39 @@ def run_in_kernels(
 ) -> Any:
     """What a method of `module` returns, with W + delta in place of its `kernels`.
 
-    Where it is traced, W + delta is formed again for the backward pass. What the call changes in
-    the module or in its arguments is changed there.
+    Where it is traced, W + delta is formed again for the backward pass. What the call changes of
+    the module or of its arguments is changed there.
     """
     whole = (module, *arguments)
     graph, state = nnx.split(whole)
     values, arrays = Hoisted.of(state)
-    aside: list[tuple[Hoisted, list[Path]]] = []  # what of the results is no array
+    aside: list[tuple[nnx.GraphDef[Any], Hoisted, Hoisted, list[int | None]]] = []
 
     def run(arrays: list[jax.Array], updates: Sequence[Sequence[Update]]) -> list[jax.Array]:
         flat = dict(nnx.to_flat_state(values.with_arrays(arrays)))
+        bare = {(0, *leaf): flat[0, *leaf] for leaf, _, _ in kernels}
         for (leaf, kernel, _), mine in zip(kernels, updates, strict=True):
-            held = flat[0, *leaf]
-            mine_now = replace(kernel, array=held.get_raw_value()).taking(mine)
-            flat[0, *leaf] = held.replace(mine_now)
+            now = replace(kernel, array=raw(bare[0, *leaf])).taking(mine)
+            flat[0, *leaf] = bare[0, *leaf].replace(now)
         copies = nnx.merge(graph, nnx.from_flat_state(flat))
-        before = values_of(copies)
         copy, args, kwargs = copies
-        out = getattr(copy, method)(*args, **kwargs)
-        changes = changed_in(copies, before)
-        rest, results = Hoisted.of((out, list(changes.values())))
-        aside.append((rest, list(changes)))
-        return results
+        result, out = Hoisted.of(getattr(copy, method)(*args, **kwargs))
+        graph_now, state_now = nnx.split(copies)
+        flat_now = dict(nnx.to_flat_state(state_now))
+        for path, held in bare.items():
+            if raw(flat_now.get(path)) is raw(flat[path]):
+                flat_now[path] = held
+        values_now, arrays_now = Hoisted.of(nnx.from_flat_state(flat_now))
+        places = {id(array): i for i, array in enumerate(arrays)}
+        kept = [places.get(id(array)) for array in arrays_now]
+        aside.append((graph_now, values_now, result, kept))
+        return out + [x for x, place in zip(arrays_now, kept, strict=True) if place is None]
 
     updates = [kernel.updates for kernel in kernels]
     traced = is_traced((arrays, updates))
-    results = (jax.checkpoint(run) if traced else run)(arrays, updates)
-    rest, paths = aside[-1]
-    out, leaves = rest.with_arrays(results)
-    _write(whole, dict(zip(paths, leaves, strict=True)))
+    results = iter((jax.checkpoint(run) if traced else run)(arrays, updates))
+    graph_now, values_now, result, kept = aside[-1]
+    out = result.with_arrays(list(itertools.islice(results, result.others.count(None))))
+    now = [next(results) if place is None else arrays[place] for place in kept]
+    renew(whole, nnx.merge(graph_now, values_now.with_arrays(now)))
     return out
-
-
-def values_of(node: Any) -> dict[Path, Any]:
-    """The values of all state of `node`, as they are now."""
-    flat = nnx.to_flat_state(nnx.state(node))
-    return {path: x.get_raw_value() if isinstance(x, nnx.Variable) else x for path, x in flat}
-
-
-def changed_in(node: Any, before: Mapping[Path, Any]) -> dict[Path, Any]:
-    """What of the state of `node` is new, or had another value in `before`."""
-    after, flat = values_of(node), dict(nnx.to_flat_state(nnx.state(node)))
-    return {p: flat[p] for p, x in after.items() if p not in before or x is not before[p]}
-
-
-def _write(whole: Any, changes: Mapping[Path, Any]) -> None:
-    """Puts changed state where it belongs, and new state where there was none."""
-    for (*outer, last), leaf in changes.items():
-        owner = functools.reduce(_part, outer, whole)
-        found = _part(owner, last)
-        if isinstance(found, nnx.Variable) and isinstance(leaf, nnx.Variable):
-            found.set_value(leaf.get_raw_value())
-        elif isinstance(owner, dict):
-            owner[last] = leaf
-        else:
-            setattr(owner, str(last), leaf)
-
-
-def _part(owner: Any, part: Any) -> Any:
-    """What a module or a container holds under a part of a path; None where that is new."""
-    if isinstance(owner, dict):
-        return owner.get(part)
-    if isinstance(owner, tuple | list | nnx.List):
-        return owner[part]
-    return getattr(owner, str(part), None)

@@ -24,6 +24,7 @@ from randlora_jax.front_ends.nnx.held import (
     plain,
     quantised_in,
 )
+from randlora_jax.front_ends.nnx.items import RandLoraItems, has_items
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
 from randlora_jax.front_ends.nnx.leaves import Settings
 from randlora_jax.front_ends.nnx.nested import wrappers_of_wrapped
@@ -38,7 +39,7 @@ from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models import drawing, reaching
 from randlora_jax.models.filled import refuse_mapped
 from randlora_jax.models.layer import Layer
-from randlora_jax.models.names import Path, slashed
+from randlora_jax.models.names import Path, dotted, slashed
 from randlora_jax.models.quantised import dequantised, quantiser_around, unquantised_class
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
 from randlora_jax.models.slots import SlotTable, slots_apart, slots_in_rows
@@ -74,10 +75,22 @@ class NnxStore(ArrayStore):
         """Every module by its path in the base model: a wrapper, where one stands around it."""
         found: dict[Path, nnx.Module] = {}
         for path, module in nnx.iter_modules(self.root.model):
-            bare = _bare(path)
+            bare = self._bare(path)
             if bare not in found or self._is_ours(module):
                 found[bare] = module
         return found
+
+    def _bare(self, path: Path) -> Path:
+        """A path in the base model, from one in the wrapped model."""
+        return tuple(part for i, part in enumerate(path) if path[: i + 1] not in self._wrapped)
+
+    @cached_property
+    def _wrapped(self) -> set[Path]:
+        """Paths, in the wrapped model, of what stands in wrappers."""
+        modules = nnx.iter_modules(self.root.model)
+        return {
+            (*path, "base_layer") for path, module in modules if isinstance(module, RandLoraLayer)
+        }
 
     def _is_ours(self, module: nnx.Module) -> bool:
         """Whether a module is a wrapper of this model, not of one wrapped inside it."""
@@ -109,7 +122,7 @@ class NnxStore(ArrayStore):
             for i in range(len(path) + 1)
         }
         flat = nnx.to_flat_state(nnx.state(self.root.model))
-        bare = {_bare(path): leaf for path, leaf in flat if not _OURS & set(path)}
+        bare = {self._bare(path): leaf for path, leaf in flat if not _OURS & set(path)}
         quantised = {path[:-1] for path in self._quantised}
         return {
             path: x
@@ -139,7 +152,7 @@ class NnxStore(ArrayStore):
     def _quantised(self) -> dict[Path, Any]:
         """What holds each quantised array, a Variable or itself; by the path of its integers."""
         return {
-            (*_bare(path), *leaf): held
+            (*self._bare(path), *leaf): held
             for path, module in nnx.iter_modules(self.root.model)
             if not is_container(module)
             for leaf, held in quantised_in(module).items()
@@ -157,7 +170,8 @@ class NnxStore(ArrayStore):
         for _, module in nnx.iter_modules(self.root.model):
             if bridge := bridge_of(module):
                 bridge.unquantise(module)
-            module.__class__ = unquantised_class(type(module))
+            if (kind := unquantised_class(type(module))) is not type(module):
+                module.__class__ = kind
 
     def install(
         self, registry: AdapterRegistry, spec: AdapterSpec, state: AdapterState, rngs: Any
@@ -172,6 +186,13 @@ class NnxStore(ArrayStore):
             drawing.refuse_without(rngs, "dropout", f"randlora_dropout={spec.dropout}")
         rngs = nnx.Rngs(rngs) if isinstance(rngs, jax.Array) else rngs
         layers = [registry.layers[name] for name in state.layers]
+        for path in state.saved:
+            if path not in self._params:
+                raise ConfigError(
+                    f"{dotted(path)!r} is to be trained whole and is a part of what one Variable "
+                    "holds: hold it in an nnx.Param itself, or leave its module out of "
+                    "modules_to_save"
+                )
         owners = {path: self._owner(path) for path in state.saved}
         self._wrap({*(layer.owner for layer in layers), *owners.values()}, registry)
         wrappers = self._wrappers()
@@ -227,6 +248,7 @@ class NnxStore(ArrayStore):
             cast(nnx.Module, self.root), {id(bare[path]): wrapper for path, wrapper in made.items()}
         )
         modules.update(made)
+        self.__dict__.pop("_wrapped", None)
 
     @cached_property
     def _paths(self) -> dict[str, Path]:
@@ -331,13 +353,9 @@ def _put(
 
 
 def _wrapper_of(module: nnx.Module) -> type[RandLoraLayer]:
-    bridge = bridge_of(module)
-    return bridge.wrapper if bridge else RandLoraLayer
-
-
-def _bare(path: Path) -> Path:
-    """A path in the base model, from one in the wrapped model."""
-    return tuple(part for part in path if part != "base_layer")
+    if bridge := bridge_of(module):
+        return bridge.wrapper
+    return RandLoraItems if has_items(module) else RandLoraLayer
 
 
 # What a wrapper holds besides the module in whose place it stands.

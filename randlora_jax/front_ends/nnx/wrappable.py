@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import jax.numpy as jnp
 from flax import nnx
 
 from randlora_jax.core.abstract import is_abstract
@@ -30,7 +31,7 @@ def refuse_part(model: object) -> None:
 
 
 def make_wrappable(model: nnx.Module, modules: Iterable[tuple[Path, nnx.Module]]) -> None:
-    """Puts JAX's arrays where NumPy's are, as `nnx.update` leaves them.
+    """Puts JAX's arrays where NumPy's are, as `nnx.update` leaves them, and for numbers in Params.
 
     Args:
       modules: all of `model`, with their paths.
@@ -57,6 +58,8 @@ def make_wrappable(model: nnx.Module, modules: Iterable[tuple[Path, nnx.Module]]
     for _, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Variable) and of_numpy(node):
             node.set_raw_value(of_jax(node))
+        if isinstance(node, nnx.Param) and isinstance(node.get_raw_value(), float):
+            node.set_raw_value(jnp.asarray(node.get_raw_value()))  # which nnx.jit would do
 
 
 def _refuse_bare_shapes(path: Path, module: nnx.Module) -> None:
