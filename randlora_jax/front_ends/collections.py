@@ -2,14 +2,15 @@
 
     {"params": ...,                       the base model, frozen, untouched
      "randlora": {adapter: tree},         what an optimizer trains
-     "randlora_frozen": {adapter: tree},  adapters that are applied but not trained
+     "randlora_frozen": {adapter: tree},  adapters that are applied but not trained; what one that
+                                          trains carries of the base model
      "randlora_bases": {identity: pair},  the shared bases, once
      "randlora_specs": {adapter: Known}}  what no array tells of them
 
 For front ends of functional libraries, whose models are functions of such a tree.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,7 +166,21 @@ def state_of(tree: Mapping[str, Any]) -> AdapterState:
 
 def adapter_trees(variables: Mapping[str, Any]) -> dict[str, Any]:
     """The tree of every adapter, or stack of some, in `variables`, trained or frozen."""
-    return {**variables.get(FROZEN, {}), **variables.get(TRAINED, {})}
+    frozen, trained = variables.get(FROZEN, {}), variables.get(TRAINED, {})
+    both = {name: [frozen[name], trained[name]] for name in frozen if name in trained}
+    parts = {name: [flatten_dict(unfreeze(tree)) for tree in trees] for name, trees in both.items()}
+    whole = {name: unflatten_dict({**carried, **rest}) for name, (carried, rest) in parts.items()}
+    return {**frozen, **trained, **whole}
+
+
+def without_carried(
+    tree: Mapping[str, Any], carried: Collection[Path]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An adapter's tree without the leaves at the paths `carried`, and these."""
+    leaves = flatten_dict(tree)
+    ours = {path: x for path, x in leaves.items() if path not in carried}
+    theirs = {path: x for path, x in leaves.items() if path in carried}
+    return unflatten_dict(ours), unflatten_dict(theirs)
 
 
 def base_collections(variables: Mapping[str, Any]) -> dict[str, Any]:

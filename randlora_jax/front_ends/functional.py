@@ -32,6 +32,7 @@ from randlora_jax.front_ends.collections import (
     base_collections,
     refuse_abstract,
     state_of,
+    without_carried,
 )
 from randlora_jax.front_ends.params import flat
 from randlora_jax.front_ends.variable_checks import (
@@ -129,6 +130,9 @@ class FunctionalRandLora(RandLoraModel):
         trees = {name: self._tree(name) for name in names}
         trained = {n: tree for n, tree in trees.items() if n in registry.training}
         frozen = {n: tree for n, tree in trees.items() if n not in trained}
+        for name in [name for name in trained if registry.carried[name]]:
+            trained[name], carried = without_carried(trees[name], registry.carried[name])
+            frozen |= {name: carried} if carried else {}
         table = store.slots() if registry.stacks else None
         slots = {SLOTS: table._asdict()} if table else {}  # in stacks, strengths are numbers there
         told = [n for n in registry.specs if n in trees or n in registry.merged]

@@ -234,8 +234,8 @@ class AdaptedModel(ABC):
         autocast_adapter_dtype: bool,
     ) -> None:
         """Takes an adapter in, or refuses it and changes nothing."""
-        spec, config, state, kept = adapter
-        after = life.added(self._registry, spec, config, kept, trainable=trainable)
+        spec, config, state, kept, carried = adapter
+        after = life.added(self._registry, spec, config, kept, carried, trainable=trainable)
         base = store.base_leaves()
         if not autocast_adapter_dtype:
             state = adapter_arrays.in_base_dtype(after, base, state)

@@ -164,11 +164,12 @@ def trained_whole(states: Mapping[str, AdapterState]) -> dict[Path, jax.Array]:
 def added_size(registry: AdapterRegistry, adapter_name: str, state: AdapterState) -> int:
     """How many numbers a model has more with an adapter, as PEFT counts.
 
-    A module trained whole is a copy beside the original; a bias is the original.
+    A module trained whole is a copy beside the original; a bias is the original, and so is what is
+    carried.
     """
     whole = targets.saved_modules(registry.configs[adapter_name])
-    biases = (leaf.size for path, leaf in state.saved.items() if not registry.is_whole(path, whole))
-    return state.size() - sum(biases)
+    others = (leaf.size for path, leaf in state.saved.items() if not registry.is_whole(path, whole))
+    return state.size() - sum(others)
 
 
 def placed(registry: AdapterRegistry, base: Leaves, state: AdapterState) -> AdapterState:

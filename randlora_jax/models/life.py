@@ -55,6 +55,7 @@ def added(
     spec: AdapterSpec,
     config: RandLoraConfig,
     kept: KeptPairs,
+    carried: frozenset[Path],
     *,
     trainable: bool,
 ) -> AdapterRegistry:
@@ -82,6 +83,7 @@ def added(
         configs={**registry.configs, spec.name: config},
         specs={**registry.specs, spec.name: spec},
         kept_pairs={**registry.kept_pairs, **kept},
+        carried={**registry.carried, spec.name: carried},
         active=registry.active or (spec.name,),
         trained=registry.trained | ({spec.name} if trainable else set()),
     )

@@ -107,7 +107,8 @@ class RandLoraModel(ManyAdapters):
         None are trained while the adapters are off.
         """
         states, registry = self._states(), self._registry
-        trained = sum(states[name].size() for name in registry.training) * registry.enabled
+        parts = (registry.trained_part(n, states[n]) for n in registry.training)
+        trained = sum(part.size() for part in parts) * registry.enabled
         sizes = {path: x.size for path, x in self._store.base_leaves().items()}
         for layer in registry.layers.values():
             sizes[layer.kernel_path] = math.prod(layer.shape)  # which may be packed
@@ -150,7 +151,8 @@ class RandLoraModel(ManyAdapters):
         if registry.stacks:  # with room for more
             states = {stack.name: store.state(stack.name) for stack in registry.stacks}
         arrays = {name: (state.layers, state.saved) for name, state in states.items()}
-        moving = [arrays[name] for name in registry.training if registry.enabled]
+        parts = [registry.trained_part(n, states[n]) for n in registry.training]
+        moving = [(part.layers, part.saved) for part in parts if registry.enabled]
         return memory(dict(store.base_leaves()), dict(store.pairs()), arrays, moving)
 
     def explain(
@@ -233,20 +235,23 @@ class RandLoraModel(ManyAdapters):
             warn(f"{listed(combined)} combine adapters: no file can hold them, and none is written")
         held = self._numbers(self._registry.specs)
         self._pairs(held)  # they are what will be written
-        states = {name: state.on_host() for name, state in held.items()}
+        base = self._store.base_leaves()
+        whole = {n: files.with_carried(self._registry, base, n, s) for n, s in held.items()}
+        states = {name: state.on_host() for name, state in whole.items()}
         with alone_among_processes("save_pretrained") as first:
             if not first:
                 return
             folders = {name: saving_folder(directory, name) for name in states}
             adapted = {name for state in states.values() for name in state.layers}
-            registry = self._registry.renamed(renamed, self._store.base_leaves(), adapted)
+            registry = self._registry.renamed(renamed, base, adapted)
             adapters = {n: files.export(registry, n, s) for n, s in states.items()}
             files.warn_if_apart(adapters)
             files.warn_of_own_names(registry, states)
             for name, adapter in adapters.items():
                 write_adapter(folders[name], adapter)
                 card = folders[name] / hub.CARD_NAME
-                text = hub.model_card(adapter.config, len(adapter.layers), states[name].size())
+                trained = registry.trained_part(name, states[name]).size()
+                text = hub.model_card(adapter.config, len(adapter.layers), trained)
                 with suppress(FileExistsError):  # the user's own words stay
                     write_text(card, text, overwrite=False)
 
@@ -289,6 +294,8 @@ class RandLoraModel(ManyAdapters):
           directory: or the id of a hub repository, at `revision`; the adapter at its root, or in
             its `subfolder`.
           is_trainable: its numbers are trained on; else they are frozen like the base, as in PEFT.
+            Frozen in any case are weights that the file has and nothing in its configuration
+            trains: an adapted output head's own, and embeddings of a resized vocabulary.
           rngs: as for `add_adapter`: what adapter dropout draws from, in nnx.
           autocast_adapter_dtype: as for `add_adapter`; False rounds what the file holds.
           torch_generation: for a file without bases (``save_projection=False``), the draw of the

@@ -25,10 +25,11 @@ from randlora_jax.models.slots import BASE, Slot, Stack, stacked
 
 @dataclass
 class AdapterState:
-    """The trained numbers of one adapter.
+    """The numbers of one adapter.
 
     layers: by `Layer.name`, (lambda (*stack, r, n), gamma (*stack, n, min)), float32.
-    saved: leaves of wholly trained modules and biases, by their path in the model.
+    saved: leaves of wholly trained modules and biases, by their path in the model; and what a file
+      carries of the base model, in other numbers than the model has (`AdapterRegistry.carried`).
     """
 
     layers: dict[str, tuple[jax.Array, jax.Array]]
@@ -42,7 +43,7 @@ class AdapterState:
         )
 
     def size(self) -> int:
-        """How many numbers it trains."""
+        """How many numbers it holds."""
         return sum(x.size for x in jax.tree.leaves((self.layers, list(self.saved.values()))))
 
 
@@ -126,6 +127,9 @@ class AdapterRegistry:
     parts: int = 1  # how many adapters a slot may combine
     chosen: tuple[str, ...] = ()  # what rows take in a call that names none; () for the active one
     originals: Mapping[Path, Kept] = field(default_factory=dict)  # kernels before merging
+    # what the files of adapters hold of the base model and nobody trains: PEFT writes embeddings
+    # where the vocabulary was resized, and the own weight of an adapted head
+    carried: Mapping[str, frozenset[Path]] = field(default_factory=dict)
 
     def _value(self) -> tuple[Any, ...]:
         kept = {name: id(array) for name, array in self.originals.items()}
@@ -308,6 +312,11 @@ class AdapterRegistry:
         Merged ones train no more, though in nnx they keep their type: a gradient is an error.
         """
         return tuple(n for n in self.active if n in self.trained and n not in self.merged)
+
+    def trained_part(self, adapter_name: str, state: AdapterState) -> AdapterState:
+        """What of an adapter's `state` an optimizer moves when it trains."""
+        carried = self.carried.get(adapter_name, ())
+        return replace(state, saved={p: x for p, x in state.saved.items() if p not in carried})
 
     @property
     def replicated(self) -> NamedSharding | None:

@@ -51,7 +51,7 @@ def modules_of(
 
 
 def tensors_of(registry: AdapterRegistry, state: AdapterState) -> dict[str, np.ndarray]:
-    """What is trained whole, by the file's key."""
+    """What is trained whole or carried, by the file's key."""
     saved: dict[str, np.ndarray] = {}
     adapted = {name for layer in state.layers for name in registry.layers[layer].names}
     for path, value in state.saved.items():
@@ -60,6 +60,13 @@ def tensors_of(registry: AdapterRegistry, state: AdapterState) -> dict[str, np.n
         for key, tensor in to_peft_layout(value, path, layer, registry.names).items():
             saved[file_key(key, adapted)] = tensor
     return saved
+
+
+def keys_of(registry: AdapterRegistry, state: AdapterState) -> set[str]:
+    """The keys that `tensors_of` gives."""
+    adapted = {name for layer in state.layers for name in registry.layers[layer].names}
+    keys = (torch_keys(path, registry.layer_of(path), registry.names) for path in state.saved)
+    return {file_key(key, adapted) for key in chain.from_iterable(keys)}
 
 
 def warn_of_unwritable(registry: AdapterRegistry, name: str, state: AdapterState) -> None:
@@ -121,7 +128,7 @@ def leaves_of(
     adapter: Adapter,
     directory: str | FilePath,
 ) -> dict[Path, jax.Array]:
-    """What the file holds of modules trained whole, by path."""
+    """What the file holds of modules trained whole, and carries, by path."""
     tensors = trained_tensors(adapter.saved)
     known = _known_keys(registry, base) if tensors else {}
     tensors = biases_by_one_name(tensors, set(chain(*known.values())).__contains__)
@@ -149,30 +156,18 @@ def leaves_of(
 
 
 def less_the_bases(
-    saved: Mapping[Path, jax.Array],
-    base: Mapping[Path, jax.Array],
-    asked: Collection[Path],
-    directory: str | FilePath,
+    saved: Mapping[Path, jax.Array], base: Mapping[Path, jax.Array], carried: Collection[Path]
 ) -> dict[Path, jax.Array]:
-    """`saved` less what no setting trains and the base model has: PEFT keeps that frozen.
-
-    It writes embeddings where the vocabulary was resized, and the weight of an adapted head. Such
-    that differ from the base model's are kept, and said.
+    """`saved` less what the base model has: such is not held twice, and hinders no other adapter.
 
     Args:
-      asked: what the adapter's configuration trains whole.
+      carried: what may be left out, as `AdapterRegistry.carried`.
     """
-    carried = {path: saved[path] for path in saved.keys() - set(asked)}
-    others = [path for path, leaf in carried.items() if not _is_held(base[path], leaf)]
-    if others:
-        warn(
-            f"{directory}: carries {listed(sorted(map(dotted, others)))}, which its configuration "
-            "does not train, with other numbers than this model has. PEFT puts them into the base "
-            "model and keeps them frozen; here they are the adapter's, and train if it does. Give "
-            "the base model that was adapted, its vocabulary resized as it was, and they stay its "
-            "own"
-        )
-    return {path: leaf for path, leaf in saved.items() if path not in carried or path in others}
+    return {
+        path: leaf
+        for path, leaf in saved.items()
+        if path not in carried or not _is_held(base[path], leaf)
+    }
 
 
 def _is_held(leaf: jax.Array, carried: jax.Array) -> bool:

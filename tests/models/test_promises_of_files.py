@@ -150,23 +150,13 @@ def test_what_peft_carries_of_the_base_model_stays_the_base_models(family, targe
     np.testing.assert_allclose(
         pair.flax_logits(ours), expected, rtol=0, atol=2e-5 * np.abs(expected).max()
     )
+    ours.merge_adapter()  # the adapted head's weight is written as it was
     ours.save_pretrained(tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(load(family, pair.path), tmp_path / "ours").eval()
     np.testing.assert_array_equal(pair.torch_logits(again), expected)
-
-
-def test_what_peft_carries_of_another_base_model_is_said(tmp_path):
-    pair = twins("llama", tmp_path / "base")
-    theirs = save_adapter("llama", pair.path, tmp_path, target_modules=["lm_head"])
-    rewrite(tmp_path, lambda t: {k: x + 1 if "base_layer" in k else x for k, x in t.items()})
-    with pytest.warns(UserWarning, match=r"carries 'lm_head\.kernel', .* keeps them frozen"):
-        ours = RandLoraModel.from_pretrained(pair.flax, tmp_path)
-    with torch.no_grad():
-        theirs.base_model.model.lm_head.base_layer.weight.add_(1)
-    expected = pair.torch_logits(theirs)
-    np.testing.assert_allclose(
-        pair.flax_logits(ours), expected, rtol=0, atol=2e-5 * np.abs(expected).max()
-    )
+    before, written = (load_file(tmp_path / who / WEIGHTS) for who in ("theirs", "ours"))
+    back = [key for key in carried if family == "llama" or "embed_tokens" in key]
+    assert back and all(np.array_equal(before[key], written[key]) for key in back)
 
 
 def test_a_model_without_such_a_head_needs_none(tmp_path):

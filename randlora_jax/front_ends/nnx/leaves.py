@@ -16,7 +16,7 @@ from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.front_ends.nnx.call import ModelToken, OpenCalls
 from randlora_jax.front_ends.nnx.held import array_at
 from randlora_jax.front_ends.nnx.running import refuse_abstract
-from randlora_jax.front_ends.nnx.variables import AdapterParam, retyped
+from randlora_jax.front_ends.nnx.variables import AdapterParam, CarriedParam, retyped
 from randlora_jax.interop.errors import ConfigError, warn
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, slashed
@@ -115,7 +115,8 @@ class AdapterLeaves(nnx.Module):
         for name in (spec.name for spec in self.settings.specs):
             for leaf in self._leaves_of(name):
                 is_trained = isinstance(leaf, AdapterParam)
-                if is_trained != (name in self.settings.trained):
+                follows = not isinstance(leaf, CarriedParam)
+                if follows and is_trained != (name in self.settings.trained):
                     return _chosen_by_another(name, is_trained)
         return None
 

@@ -30,6 +30,7 @@ from randlora_jax.front_ends.nnx.nested import wrappers_of_wrapped
 from randlora_jax.front_ends.nnx.replacing import replace_held, with_value
 from randlora_jax.front_ends.nnx.variables import (
     AdapterSlots,
+    CarriedParam,
     FrozenAdapterParam,
     SharedBasis,
 )
@@ -181,10 +182,12 @@ class NnxStore(ArrayStore):
                 drop = dropout(spec.dropout, rngs, wrapper.settings.layers)
                 drop.deterministic = not trained  # until model.train(), as in PEFT
                 wrapper.randlora_dropout[spec.name] = drop
+        carried = registry.carried.get(spec.name, ())  # a stack carries nothing
         for path, value in state.saved.items():
             owner = owners[path]
             leaves = wrappers[owner].trained_leaves.setdefault(spec.name, {})
-            _put(leaves, slashed(path[len(owner) :]), value)
+            kind = CarriedParam if path in carried else FrozenAdapterParam
+            _put(leaves, slashed(path[len(owner) :]), value, kind)
 
     def _owner(self, path: Path) -> Path:
         """The module that holds the leaf at `path`, itself or in a container."""
@@ -301,12 +304,14 @@ class NnxStore(ArrayStore):
         return self.root.model
 
 
-def _put(leaves: Leaves, key: str, value: Any) -> None:
+def _put(
+    leaves: Leaves, key: str, value: Any, kind: type[FrozenAdapterParam] = FrozenAdapterParam
+) -> None:
     """A leaf that is not trained: in the Variable that is there, for those who hold on to it."""
     if key in leaves:
         leaves[key].set_raw_value(value)
     else:
-        leaves[key] = FrozenAdapterParam(value)
+        leaves[key] = kind(value)
 
 
 def _wrapper_of(module: nnx.Module) -> type[RandLoraLayer]:
