@@ -140,6 +140,20 @@ def test_another_process_that_saves_is_no_fault_of_the_adapter(tmp_path, capsys,
     assert main(["compact", str(llama[1]), str(tmp_path)]) == 0
 
 
+def test_a_file_for_a_directory_is_told_from_what_is_absent(tmp_path, capsys):
+    peft_net(tmp_path)
+    assert main(["inspect", str(tmp_path / WEIGHTS)]) == 2
+    said = capsys.readouterr().err
+    assert f"expected a directory, found a file; give the folder it is in: {tmp_path}" in said
+
+
+def test_commands_run_where_pipes_cannot_be_set_not_to_block(tmp_path, capsys, monkeypatch):
+    """As in Windows under Python 3.11."""
+    peft_net(tmp_path)
+    monkeypatch.delattr(os, "set_blocking")
+    assert main(["inspect", str(tmp_path)]) == 0
+
+
 @pytest.mark.parametrize("command", ["inspect", "compact"])
 def test_a_failing_adapter_ends_with_1(tmp_path, capsys, command):
     peft_net(tmp_path / "src")
