@@ -1,5 +1,6 @@
 """What users get wrong is answered in words that help, for every kind of model alike."""
 
+import dataclasses
 import re
 import warnings
 
@@ -116,7 +117,12 @@ def test_a_config_of_another_kind_is_refused(found, remedy):
 
 
 def test_the_remedies_work():
-    made = RandLoraConfig.from_dict(OfPeft().to_dict())
+    with pytest.raises(ConfigError) as caught:
+        get_peft_model(Net(), OfPeft())
+    remedy = re.search(r"dataclasses\.replace\(.*'\)", str(caught.value))[0]
+    known = {"dataclasses": dataclasses, "RandLoraConfig": RandLoraConfig, "config": OfPeft()}
+    model = get_peft_model(Net(), eval(remedy, known))
+    made = model.peft_config["default"]
     assert (made.r, made.target_modules) == (4, ("proj",))
 
 
