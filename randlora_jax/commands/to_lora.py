@@ -97,9 +97,9 @@ def to_lora(
     Raises:
       AdapterFileError: the adapter or the checkpoint is damaged, or delta_W is beyond float32.
       TargetError: the two do not fit.
-      Misuse: `out` holds an adapter that may not be replaced, or a model.
+      Misuse: `out` holds an adapter that may not be replaced, the source, or a model.
     """
-    output = Output(out, force=force, refusal=holds_a_model)
+    output = Output(out, force=force, refusal=partial(_refusal, Path(directory)))
     output.expect([CONFIG_NAME, WEIGHTS_NAME])
     with BaseModel(base) as model:
         deltas = deltas_of(read_showing_progress(directory), model, torch_generation, base_dtype)
@@ -123,6 +123,13 @@ def to_lora(
         write_text(staged / CONFIG_NAME, dump_object(config))
         write_tensors(staged / WEIGHTS_NAME, arrays, {"format": "pt"})
     return _report(found, output)
+
+
+def _refusal(source: Path, folder: Path) -> str:
+    """Why no LoRA of the adapter in `source` may be written to `folder`."""
+    if folder.exists() and folder.samefile(source):
+        return "holds the adapter itself, which cannot be made of its LoRA again"
+    return holds_a_model(folder)
 
 
 def factor_all(deltas: Deltas, choose: Choose, *, exact: bool) -> dict[str, Factors]:

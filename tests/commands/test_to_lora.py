@@ -306,3 +306,8 @@ def test_misuse(tmp_path, capsys):
     assert run(tmp_path, "--rank", "2") == 0
     assert run(tmp_path, "--rank", "3") == 2
     assert "--force" in capsys.readouterr().err
+    source = str(tmp_path / "adapter")
+    command = ["to-lora", source, "--base", str(tmp_path / "base"), source, "--rank", "2"]
+    assert main([*command, "--force"]) == 2
+    assert "holds the adapter itself" in capsys.readouterr().err
+    assert main(["inspect", source]) == 0
