@@ -154,8 +154,8 @@ def trained_whole(states: Mapping[str, AdapterState]) -> dict[Path, jax.Array]:
             if path in owners:
                 raise ConfigError(
                     f"adapters {owners[path]!r} and {name!r} both trained {dotted(path)!r} whole "
-                    "(modules_to_save, a task's head, or bias), or have it in their files, and only "
-                    "one of them can take its place: apply them one at a time, as in PEFT"
+                    "(modules_to_save, a task's head, or bias), or have it in their files, and "
+                    "only one of them can take its place: apply them one at a time, as in PEFT"
                 )
             found[path], owners[path] = leaf, name
     return found
