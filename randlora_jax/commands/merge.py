@@ -270,7 +270,7 @@ def _report(deltas: Deltas, todo: MergePlan, out: Path, total: int, leave: list[
     count, kinds = len(deltas.layers), " and ".join(dtypes)
     lines = [f"{out}: {count} layers merged, {size(total)}, stored in {kinds}"]
     if todo.replaced:
-        lines.append(f"trained whole, replaced: {', '.join(map(plain, sorted(todo.replaced)))}")
+        lines.append(f"replaced whole: {', '.join(map(plain, sorted(todo.replaced)))}")
     if todo.added:
         lines.append(f"trained whole, added: {', '.join(map(plain, sorted(todo.added)))}")
     if todo.renamed:

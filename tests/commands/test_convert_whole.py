@@ -188,8 +188,7 @@ def test_the_same_where_a_model_saves(case, tmp_path):
     flax = getattr(T, f"Flax{type(made).__name__}").from_pretrained(tmp_path / "base", from_pt=True)
     ours = RandLoraModel.from_pretrained(flax, tmp_path / "theirs")
     ours.save_pretrained(tmp_path / "ours")
-    written = read_adapter(tmp_path / "ours").saved
-    assert bool(written) == (case != "an adapted head")  # whose weight is the base model's own
+    assert read_adapter(tmp_path / "ours").saved
     base = type(made).from_pretrained(tmp_path / "base")
     again = peft.PeftModel.from_pretrained(base, tmp_path / "ours")
     assert torch.equal(outputs(again), outputs(model))
