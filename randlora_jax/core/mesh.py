@@ -135,7 +135,7 @@ class Placement:
             for axis, axes in enumerate(gathered):
                 if axes:
                     whole = jax.lax.all_gather(whole, axes, axis=axis, tiled=True)
-            return jax.lax.psum(through(x, whole), kept[0])
+            return jax.lax.psum(through(x, whole, wide=update.wide), kept[0])
 
         columns = P(None, small or None)
         specs = P(), columns, columns, P(large or None)

@@ -54,12 +54,14 @@ class RowUpdates:
         row, whose deltas add up. Their scaling is in lambda: zero is no adapter.
       pair: the shared bases, at least as large as the matrix slices.
       matrix: (in, out).
+      wide: what they make of inputs of 16 bits comes in float32, however many they are.
     """
 
     lam: jax.Array
     gamma: jax.Array
     pair: BasisPair
     matrix: tuple[int, int] = field(metadata={"static": True})
+    wide: bool = field(default=False, metadata={"static": True})
 
     @property
     def in_is_smaller(self) -> bool:
@@ -99,14 +101,17 @@ class RowUpdates:
         updates = [self.alone(*part).factors() for part in zip(lam, gamma, strict=True)]
         a_flat = sum((other.a for other in updates[1:]), updates[0].a)
         b_flat = self.pair.B.reshape(self.pair.B.shape[0], -1)
-        return FlatFactors(b_flat.astype(dtype), a_flat.astype(dtype), self.in_is_smaller)
+        b_flat, a_flat = b_flat.astype(dtype), a_flat.astype(dtype)
+        return FlatFactors(b_flat, a_flat, self.in_is_smaller, self.wide)
 
     def _by_forming(self, x: jax.Array, order: RowOrder) -> jax.Array:
         """`applied` to x (rows, tokens, in), with A_flat of each row formed, or delta."""
 
         def row(x: jax.Array, lam: jax.Array, gamma: jax.Array) -> jax.Array:
             factors = self._factors(lam, gamma, formed_in(x.dtype))
-            return factors.applied(x) if order is RowOrder.FACTORS else through(x, factors.formed())
+            if order is RowOrder.FACTORS:
+                return factors.applied(x)
+            return through(x, factors.formed(), wide=self.wide)
 
         if order is RowOrder.FACTORS:
             return jax.vmap(row)(x, self.lam, self.gamma)
@@ -118,10 +123,11 @@ class RowUpdates:
         a = self.pair.A.astype(formed_in(x.dtype) if wide == jnp.float32 else wide)
         b_flat = self.pair.B.reshape(self.pair.B.shape[0], -1).astype(x.dtype)
         r, n = self.lam.shape[-2:]
-        parts = [(self.lam[:, i, None], self.gamma[:, i]) for i in range(self.lam.shape[1])]
+        lam, gamma = self.lam.astype(wide), self.gamma.astype(wide)
+        parts = [(lam[:, i, None], gamma[:, i]) for i in range(lam.shape[1])]
         if self.in_is_smaller:
             mixed = _sum(lam * _narrowed(x, a, gamma) for lam, gamma in parts)
-            return to_basis(mixed.reshape(*x.shape[:2], r * n), b_flat.T, x.dtype)
+            return to_basis(mixed.reshape(*x.shape[:2], r * n), b_flat.T, x.dtype, wide=self.wide)
         mixed = times(x, b_flat, wide).reshape(*x.shape[:2], r, n)
         return _sum(_widened(lam * mixed, a, gamma) for lam, gamma in parts)
 
@@ -153,7 +159,8 @@ def _narrowed(x: jax.Array, a: jax.Array, gamma: jax.Array) -> jax.Array:
     x = x[:, :, None]
     if gamma.shape[1] <= a.shape[0]:
         wide = at_least_float32(a.dtype)
-        return times((x * gamma[:, None]).astype(a.dtype), a.T, wide).swapaxes(2, 3)
+        gamma = gamma[:, None]
+        return times((x.astype(wide) * gamma).astype(a.dtype), a.T, wide).swapaxes(2, 3)
     return _by_row(x.astype(a.dtype) * a, gamma.swapaxes(1, 2).astype(a.dtype))
 
 
@@ -163,7 +170,8 @@ def _widened(mixed: jax.Array, a: jax.Array, gamma: jax.Array) -> jax.Array:
     if gamma.shape[1] <= a.shape[0]:
         every = times(mixed.swapaxes(2, 3), a, at_least_float32(a.dtype)) * gamma[:, None]
     else:
-        every = _by_row(mixed, gamma.astype(a.dtype)) * a
+        every = _by_row(mixed, gamma.astype(a.dtype))
+        every = every * a.astype(every.dtype)
     # rows and tokens in one axis: XLA's CPU compiler takes twenty times as long to sum over two
     rows, tokens, *matrix = every.shape
     summed = every.reshape(rows * tokens, *matrix).sum(1)

@@ -78,12 +78,20 @@ def export(registry: AdapterRegistry, adapter_name: str, state: AdapterState) ->
     spec = registry.specs[adapter_name]
     layers: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     owners: dict[str, Layer] = {}
+    rounded = False
     for name, leaves in state.layers.items():
-        lam, gamma = (np.asarray(leaf).astype(np.float32) for leaf in leaves)  # 16 bits: exactly
+        held = [np.asarray(leaf) for leaf in leaves]
+        lam, gamma = (leaf.astype(np.float32) for leaf in held)  # 16 bits: exactly
+        rounded |= any((mine != leaf).any() for mine, leaf in zip((lam, gamma), held, strict=True))
         layer = registry.layers[name]
         gammas = layer.split(gamma)
         layers |= {k: (lam, gammas[k]) for k, lam in layer.split(lam).items()}
         owners |= dict.fromkeys(layer.names, layer)
+    if rounded:
+        warn(
+            f"adapter {adapter_name!r}: its lambda or gamma is float64, and a file holds them in "
+            "float32, which is what they are computed with: they are rounded"
+        )
     bases = basis_source.stored_pair(spec.identity, spec.extents, registry.kept_pairs)
     saved = saved_whole.tensors_of(registry, state)
     whole = saved_whole.keys_of(registry, registry.trained_part(adapter_name, state))

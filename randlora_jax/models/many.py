@@ -8,7 +8,6 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from randlora_jax.interop.adapter_name import checked_name
@@ -110,7 +109,7 @@ class ManyAdapters(MergingModel):
         stacking.refuse_names_in_trace(table)
         stacking.refuse_stale(adapter_names, registry, table)
         if scale is None:
-            return jnp.asarray(slots)
+            return jax.device_put(slots)  # told: a server may forbid other transfers
         try:
             with np.errstate(over="ignore"):
                 strengths = np.asarray(scale, np.float32)
@@ -121,7 +120,7 @@ class ManyAdapters(MergingModel):
                 f"scale: expected {len(slots)} finite numbers, one for each row, found "
                 f"{shown(scale)}"
             )
-        return AdapterRows(jnp.asarray(slots), jnp.asarray(strengths))
+        return AdapterRows(*jax.device_put((slots, strengths)))
 
     def set_rows(self, adapter_names: Sequence[str]) -> None:
         """What rows take from here on, in calls that name none.

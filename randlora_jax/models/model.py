@@ -391,4 +391,5 @@ class RandLoraModel(ManyAdapters):
 
 
 def _torch_delta(update: Update) -> jax.Array:
-    return update.formed().swapaxes(-1, -2)
+    with jax.default_matmul_precision("highest"):
+        return update.formed().swapaxes(-1, -2)

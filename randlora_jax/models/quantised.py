@@ -74,6 +74,11 @@ def array_of(integers: Path) -> Path:
     return integers[: len(integers) - len(place)]
 
 
+def scale_of(integers: Path) -> Path | None:
+    """Where the scales are of the quantised array that has its integers there; else None."""
+    return (*integers[:-1], SCALE) if are_integers(integers) else None
+
+
 def are_integers(leaf: Path) -> bool:
     """Whether the array at `leaf` is, by where it lies, the integers of a quantised one."""
     return array_of(leaf) != leaf

@@ -129,3 +129,13 @@ def test_rows_with_adapters_of_their_own_stay_wide(sizes, tokens, kind):
         found = model(x, adapter_names=["default"] * 3)
         assert found.dtype == kind
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * abs(expected).max())
+
+
+@pytest.mark.usefixtures("_float64")
+def test_a_file_rounds_float64_and_says_so(tmp_path):
+    wide = {"dtype": jnp.float64, "param_dtype": jnp.float64}
+    model = get_peft_model(net(**wide), FRESH)
+    state = nnx.state(model, AdapterParam)
+    nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(jnp.float64) + 1 / 3, state))
+    with pytest.warns(UserWarning, match="'default': its lambda or gamma is float64, .* rounded"):
+        model.save_pretrained(tmp_path, names={".*": r"\g<0>"})

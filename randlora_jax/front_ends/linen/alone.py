@@ -9,6 +9,7 @@ import jax
 from flax.core.scope import LazyRng
 
 from randlora_jax.core.hoisting import Hoisted
+from randlora_jax.core.layer_call import Run, comparable
 from randlora_jax.front_ends.call_input import CallInput, with_input
 from randlora_jax.front_ends.linen.interceptors import met_already, others_entered
 from randlora_jax.front_ends.params import with_leaves
@@ -79,7 +80,7 @@ def method_at(
 
 def alone(
     module: nn.Module, params: Mapping[str, Any], leaf: Path, taken: CallInput
-) -> tuple[RunAlone, list[jax.Array]]:
+) -> tuple[Run, list[jax.Array]]:
     """A bound layer by itself, and every array that it reads besides its kernel and its input.
 
     Args:
@@ -92,7 +93,8 @@ def alone(
     bare = module.clone(parent=None, name=None)
     quantiser = quantiser_around(map(type, around(module)))
     path = module.path if quantiser else ()
-    return RunAlone(bare, leaf, taken.place, values, quantiser, path, others_entered()), read
+    run = RunAlone(bare, leaf, taken.place, values, quantiser, path, others_entered())
+    return comparable(run), read
 
 
 def around(module: nn.Module) -> Iterator[nn.Module]:

@@ -21,10 +21,9 @@ from randlora_jax.core.applying_rows import SPLIT, adapted_rows
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.contraction import Contraction
 from randlora_jax.core.kernel import Kernel
-from randlora_jax.core.layer_call import RunningLayer, comparable
 from randlora_jax.core.mesh import splits_rows
 from randlora_jax.core.ways import Way, possible_ways, require_a_way
-from randlora_jax.front_ends.call_input import Arguments, CallInput, input_of, multiplies_in
+from randlora_jax.front_ends.call_input import Arguments, CallInput, input_of, running_layer
 from randlora_jax.front_ends.linen.alone import alone, around
 from randlora_jax.front_ends.linen.beside import (
     BESIDE,
@@ -63,7 +62,7 @@ from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.layer import Layer, LayerRun, LayerType
 from randlora_jax.models.layer_types import LayerTypes
 from randlora_jax.models.names import Path, slashed
-from randlora_jax.models.quantised import quantises, refuse_rounding
+from randlora_jax.models.quantised import quantises, refuse_rounding, scale_of
 from randlora_jax.models.registry import AdapterRegistry
 from randlora_jax.models.slots import RowChoice, slots_apart
 
@@ -139,7 +138,7 @@ class _Met:
         if changes_state(self.module):
             return "it may change its collections in this call"
         taken = input_of(partial(self.method, self.module), *self.arguments)
-        return taken or "it was called without an array of floating numbers"
+        return taken or "it was called without an array of numbers"
 
 
 @dataclass
@@ -292,23 +291,24 @@ class LinenRunner:
         ((name, (layer, path)),) = met.layers.items()
         module = met.module
         params = {key: value for key, value in met.own.items() if key != BESIDE}
-        kernel, call = self._kernel(met, layer, unboxed(flat(params)[path]))
+        arrays, place = flat(params), scale_of(path)
+        kernel, call = self._kernel(met, layer, unboxed(arrays[path]))
+        scale = unboxed(arrays[place]) if place else None
         beside, size = met.own[BESIDE], taken.x.shape[0] if taken.x.ndim > 1 else 1
         chosen = self._by_row.of_batches(size, name) if self._by_row else {}
         own = trained_whole(met.own, chosen)
         if self._by_row and own and splits_rows(taken.x):
             raise refusal(module, SPLIT)
-        run, read = alone(module, with_leaves(params, own), path, taken)
-        dtype = multiplies_in(module, kernel.promoted(taken.x))
-        self.seen[name] = LayerRun(call, dtype)
-        running = RunningLayer(name, comparable(run), read, kernel, call, dtype)
+        function = alone(module, with_leaves(params, own), path, taken)
+        running = running_layer(module, name, (kernel, call), scale, taken.x, function)
+        self.seen[name] = LayerRun(call, running.dtype)
         if self._by_row:
             updates = [
                 chosen[stack].along(taken.x).row_updates(*arrays, self.pairs[stack], layer.matrix)
                 for stack, arrays in self._stacked(kernel, beside[SHARES][name])
             ]
             ids = set(map(id, own.values()))
-            by_row = [id(x) in ids for x in read]
+            by_row = [id(x) in ids for x in running.read]
             token_axes = self.registry.options.token_axes
             return adapted_rows(running, taken.x, updates, by_row, token_axes)
         shares = self._contributions(module, layer, kernel, beside[SHARES][name])

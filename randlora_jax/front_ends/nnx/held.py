@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from randlora_jax.models.names import Path
-from randlora_jax.models.quantised import arrays_in, integers_in, is_quantised
+from randlora_jax.models.quantised import arrays_in, integers_in, is_quantised, scale_of
 
 # Asked of types: a wrapper around a whole model that is one says that it is of its class.
 _LISTS = (nnx.List, list, tuple)
@@ -110,3 +110,9 @@ def array_at(leaf: Path, state: Mapping[Path, Any]) -> jax.Array:
     place = place_of(leaf, state)
     array: jax.Array = arrays_of(state[place])[leaf[len(place) :]]
     return array
+
+
+def scale_at(leaf: Path, state: Mapping[Path, Any]) -> jax.Array | None:
+    """The scales of a quantised array whose integers are at `leaf` of a module's state; or None."""
+    place = scale_of(leaf)
+    return array_at(place, state) if place else None

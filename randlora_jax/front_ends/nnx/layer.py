@@ -12,9 +12,8 @@ from randlora_jax.core.abstract import moved
 from randlora_jax.core.applying import Contribution, adapted
 from randlora_jax.core.applying_rows import BY_VMAP
 from randlora_jax.core.kernel_layout import KernelLayout
-from randlora_jax.core.layer_call import RunningLayer
 from randlora_jax.core.ways import possible_ways, require_a_way
-from randlora_jax.front_ends.call_input import input_of, multiplies_in
+from randlora_jax.front_ends.call_input import input_of, running_layer
 from randlora_jax.front_ends.nnx.by_row import run_by_row
 from randlora_jax.front_ends.nnx.call import (
     CallContext,
@@ -23,7 +22,7 @@ from randlora_jax.front_ends.nnx.call import (
     some_rows_differ,
 )
 from randlora_jax.front_ends.nnx.changes import renew
-from randlora_jax.front_ends.nnx.held import raw
+from randlora_jax.front_ends.nnx.held import raw, scale_at
 from randlora_jax.front_ends.nnx.leaves import AdapterLeaves, is_own
 from randlora_jax.front_ends.nnx.running import (
     AdaptedKernel,
@@ -201,9 +200,9 @@ class RandLoraLayer(AdapterLeaves):
         if taken is None:
             kernels = self._kernels(state, context)
             return run_in_kernels(base, method, (args, kwargs), kernels)
-        run, read = as_function(graph, state, layer.leaf, taken, self.settings.quantiser)
-        dtype = multiplies_in(self.base_layer, kernel.promoted(taken.x))
-        running = RunningLayer(layer.name, run, read, kernel, call, dtype)
+        function = as_function(graph, state, layer.leaf, taken, self.settings.quantiser)
+        held, scale = (kernel, call), scale_at(layer.leaf, state)
+        running = running_layer(base, layer.name, held, scale, taken.x, function)
         shares = self._shares(layer, specs, kernel.layout, context)
         return adapted(running, taken.x, shares, self.settings.options)
 

@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 
 from randlora_jax.core.frozen import never_trained
-from randlora_jax.front_ends.call_input import multiplies_in
+from randlora_jax.front_ends.call_input import dtype_of
 from randlora_jax.front_ends.nnx.base_loras import freeze_loras
 from randlora_jax.front_ends.nnx.call import CallContext, ModelToken, opened
 from randlora_jax.front_ends.nnx.leaves import OWN_PREFIXES
@@ -151,12 +151,9 @@ class NnxRandLora(RandLoraModel, nnx.Module):
     def _runs(self, layers: Sequence[Layer], base: Leaves) -> dict[str, LayerRun]:
         modules = self._store.modules()
         found = super()._runs(layers, base)
-        return {
-            layer.name: found[layer.name]._replace(
-                dtype=multiplies_in(modules[layer.owner], found[layer.name].dtype)
-            )
-            for layer in layers
-        }
+        stated = {layer.name: dtype_of(modules[layer.owner]) for layer in layers}
+        told = {name: dtype for name, dtype in stated.items() if dtype is not None}
+        return found | {name: found[name]._replace(dtype=dtype) for name, dtype in told.items()}
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trained numbers, all numbers), as every `RandLoraModel` counts them.
