@@ -44,17 +44,17 @@ class RandLoraToNNX(RandLoraLayer):
 
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         by_row = self._call_by_row()
-        if by_row and self.whole_by_row():
+        if by_row and (whole := self._whole_by_row()):
             raise ConfigError(
-                f"{listed(sorted(self.whole_by_row()))}: adapters trained leaves of a linen module "
+                f"{listed(sorted(whole))}: adapters trained leaves of a linen module "
                 f"inside an nnx model whole, which cannot follow the rows there. {BY_VMAP}"
             )
-        applied = self.by_row() if by_row else self.applied()
+        applied = self._by_row() if by_row else self._applied()
         with self._whole() as base:
             call = getattr(base, method)
             if not applied:
                 return call(*args, **kwargs)
-            with self._joining(base, reached(self.settings.model, applied)):
+            with self._joining(base, reached(self.randlora_settings.model, applied)):
                 return call(*args, **kwargs)
 
     @contextmanager
@@ -62,14 +62,14 @@ class RandLoraToNNX(RandLoraLayer):
         """Within, the linen module that `base` applies is one that joins the adapters in."""
         held = vars(base)  # past nnx's checks: it is put back before anything sees it
         module = held[_MODULE]
-        settings, by_row = self.settings, self.by_row()
+        settings, by_row = self.randlora_settings, self._by_row()
         if context.rows:
             layers = tuple(layer for layer, _ in by_row)
             stacks = tuple(replace(stack, members=()) for stack in settings.stacks)
             registry, calls = _by_itself(layers, (), stacks, settings.options)
             trees, drops = self._trees_of_stacks(), {}
         else:
-            layers, trees = tuple(layer for layer, _ in self.applied()), self._trees()
+            layers, trees = tuple(layer for layer, _ in self._applied()), self._trees()
             drops = {name: drop for name in trees if (drop := self._drop(name))}
             specs = tuple(s if s.name in drops else replace(s, dropout=0.0) for s in settings.specs)
             registry, calls = _by_itself(layers, specs, (), settings.options)
@@ -82,9 +82,9 @@ class RandLoraToNNX(RandLoraLayer):
     def _trees(self) -> dict[str, dict[str, Any]]:
         """Lambda and gamma as linen's collections hold them."""
         trees: dict[str, dict[str, Any]] = {}
-        for layer, specs in self.applied():
+        for layer, specs in self._applied():
             for spec in specs:
-                both = [held[spec.name][slashed(layer.leaf)][...] for held in self.held()[:2]]
+                both = [held[spec.name][slashed(layer.leaf)][...] for held in self._held()[:2]]
                 lam, gamma = map(layer.layout.stack_first, both)
                 _put(trees.setdefault(spec.name, {}), layer, lam, gamma)
         return trees
@@ -92,9 +92,9 @@ class RandLoraToNNX(RandLoraLayer):
     def _trees_of_stacks(self) -> dict[str, dict[str, Any]]:
         """The same of stacks, by their names."""
         trees: dict[str, dict[str, Any]] = {}
-        for layer, stacks in self.by_row():
+        for layer, stacks in self._by_row():
             for stack in stacks:
-                both = self.stacked(stack, layer, layer.layout)
+                both = self._stacked(stack, layer, layer.layout)
                 _put(trees.setdefault(stack.name, {}), layer, *both)
         return trees
 

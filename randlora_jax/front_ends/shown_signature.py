@@ -15,6 +15,7 @@ class _Shown:
 
     def __init__(self, method: Callable[..., Any], of: Callable[[Any], Any]) -> None:
         self._method, self._of = method, of
+        method._shown = self  # type: ignore[attr-defined]
         self.__doc__ = method.__doc__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -27,6 +28,18 @@ class _Shown:
         bound = functools.partial(self._method, instance)
         bound.__wrapped__ = self._of(instance).__call__  # type: ignore[attr-defined]
         return bound
+
+
+class KeepsShown(type):
+    """Of classes whose methods other libraries replace and put back, as ``nnx.tabulate`` does.
+
+    What they put back is what a class gives, a plain function, in place of what shows another.
+    """
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        shown = getattr(value, "_shown", None)
+        put_back = shown is not None and shown._method is value
+        super().__setattr__(name, shown if put_back else value)
 
 
 def shows_call_of(of: Callable[[Any], Any]) -> Callable[[Call], Call]:

@@ -267,7 +267,9 @@ def _warn_of_hidden(model: Any, wrapped: AdaptedModel) -> None:
         for name in vars(kind)
         if not name.startswith("_")
     }
-    hidden = sorted(theirs & set(dir(type(wrapped))))
+    ours = {name: getattr(type(wrapped), name) for name in theirs & set(dir(type(wrapped)))}
+    # nnx.tabulate leaves what a class inherits in the class itself
+    hidden = sorted(name for name, x in ours.items() if x is not getattr(type(model), name))
     if hidden:
         warn(
             f"{listed(hidden)} of {type(model).__name__} cannot be reached through the wrapped "

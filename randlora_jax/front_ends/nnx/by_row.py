@@ -42,18 +42,18 @@ def run_by_row(
     Raises:
       ConfigError: the module cannot run so.
     """
-    base, applied, rows = wrapper.base_layer, wrapper.by_row(), context.by_row
+    base, applied, rows = wrapper.base_layer, wrapper._by_row(), context.by_row
     assert rows is not None
     if not applied:
         return _run_trained_whole(wrapper, method, (args, kwargs), rows)
-    reached(wrapper.settings.model, applied)
+    reached(wrapper.randlora_settings.model, applied)
     (layer, stacks), *more = applied
     taken = input_of(base.__call__, args, kwargs) if method == "__call__" and not more else None
     if taken is None:
         raise _refusal(wrapper, "it is more than one layer that is called with its input")
     graph, split = nnx.split(base)
     state = with_jax_arrays(dict(nnx.to_flat_state(split)))
-    kernel, call = wrapper.running_kernel(layer, state)
+    kernel, call = wrapper._running_kernel(layer, state)
     size = taken.x.shape[0] if taken.x.ndim > 1 else 1
     own = _leaves_of_rows(wrapper, rows, size, state)
     if own and splits_rows(taken.x):
@@ -61,7 +61,7 @@ def run_by_row(
     if layer.leaf in own:
         return _row_after_row(wrapper, layer, stacks, state, own, taken, context)
     state |= {path: state[path].replace(x) for path, x in own.items()}
-    function = as_function(graph, state, layer.leaf, taken, wrapper.settings.quantiser)
+    function = as_function(graph, state, layer.leaf, taken, wrapper.randlora_settings.quantiser)
     ids = set(map(id, own.values()))
     held, scale = (kernel, call), scale_at(layer.leaf, state)
     running = running_layer(base, layer.name, held, scale, taken.x, function)
@@ -69,11 +69,11 @@ def run_by_row(
         rows.of_batch(stack.name, size, layer.name)
         .along(taken.x)
         .row_updates(
-            *wrapper.stacked(stack, layer, kernel.layout), context.pairs[stack.name], layer.matrix
+            *wrapper._stacked(stack, layer, kernel.layout), context.pairs[stack.name], layer.matrix
         )
         for stack in stacks
     ]
-    token_axes = wrapper.settings.options.token_axes
+    token_axes = wrapper.randlora_settings.options.token_axes
     return adapted_rows(running, taken.x, updates, [id(x) in ids for x in running.read], token_axes)
 
 
@@ -94,19 +94,19 @@ def _row_after_row(
     assert context.rows is not None
     graph, size = nnx.graphdef(wrapper.base_layer), taken.x.shape[0]
     chosen = {stack: context.rows.of_batch(stack.name, size, layer.name) for stack in stacks}
-    held = {stack: wrapper.stacked(stack, layer, layer.layout) for stack in stacks}
+    held = {stack: wrapper._stacked(stack, layer, layer.layout) for stack in stacks}
 
     def row(x: jax.Array, own: Mapping[Path, jax.Array], chosen: Sequence[Chosen]) -> jax.Array:
         mine = {**state, **{path: state[path].replace(leaf) for path, leaf in own.items()}}
-        kernel = wrapper.running_kernel(layer, mine)
-        function = as_function(graph, mine, layer.leaf, taken, wrapper.settings.quantiser)
+        kernel = wrapper._running_kernel(layer, mine)
+        function = as_function(graph, mine, layer.leaf, taken, wrapper.randlora_settings.quantiser)
         running = running_layer(wrapper.base_layer, layer.name, kernel, None, x, function)
         shares = [
             Contribution(update)
             for stack, one in zip(stacks, chosen, strict=True)
             for update in one.updates(*held[stack], context.pairs[stack.name], layer.matrix)
         ]
-        return adapted(running, x[None], shares, wrapper.settings.options)[0]
+        return adapted(running, x[None], shares, wrapper.randlora_settings.options)[0]
 
     args, kwargs = with_input(taken.rest, taken.place, taken.x)
     every = (taken.x, dict(own), list(chosen.values()))
@@ -122,8 +122,8 @@ def _leaves_of_rows(
     found: dict[Path, jax.Array] = {}
     for path, held in state.items():
         base = held.get_raw_value() if isinstance(held, nnx.Variable) else held
-        for stack in wrapper.settings.stacks:
-            leaf = wrapper.stacked_whole(stack, slashed(path), base)
+        for stack in wrapper.randlora_settings.stacks:
+            leaf = wrapper._stacked_whole(stack, slashed(path), base)
             if leaf is not None:
                 chosen = rows.of_batch(stack.name, size, slashed(path))
                 found[path] = chosen.leaves(leaf, found.get(path, base))
@@ -134,7 +134,7 @@ def _run_trained_whole(
     wrapper: AdapterLeaves, method: str, arguments: Arguments, rows: RowChoice
 ) -> Any:
     """A method of a module of which adapters trained leaves whole and no more."""
-    if not wrapper.whole_by_row():
+    if not wrapper._whole_by_row():
         return getattr(wrapper.base_layer, method)(*arguments[0], **arguments[1])
     graph, split = nnx.split(wrapper.base_layer)
     state = with_jax_arrays(dict(nnx.to_flat_state(split)))
@@ -159,7 +159,7 @@ def _run_trained_whole(
     made = jax.lax.map(row, (x, own)) if matrices else jax.vmap(row)((x, own))
     chosen = [
         rows.of_batch(stack.name, x.shape[0], type(wrapper.base_layer).__name__)
-        for stack in wrapper.settings.stacks
+        for stack in wrapper.randlora_settings.stacks
     ]
     base = getattr(wrapper.base_layer, method)(*arguments[0], **arguments[1])
     return adapted_or_base(chosen, made, base)
@@ -167,7 +167,7 @@ def _run_trained_whole(
 
 def _refusal(wrapper: AdapterLeaves, why: str) -> ConfigError:
     """That a module cannot run by row."""
-    names = listed([layer.name for layer in wrapper.settings.layers], 3)
+    names = listed([layer.name for layer in wrapper.randlora_settings.layers], 3)
     kind = type(wrapper.base_layer).__name__
     return ConfigError(
         f"{names or kind}: this {kind} cannot run with adapters by row: {why}. {BY_VMAP}"

@@ -1,6 +1,6 @@
 """What a module becomes in a call of a copy of it: seen there, and done to the module itself."""
 
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from typing import Any
 
 import jax
@@ -25,12 +25,12 @@ def called(
       result does not count, since it keeps the wrapper's.
     """
     state = nnx.from_flat_state(flat)
-    leaves, structure = jax.tree.flatten(state)  # Variables change in place
+    leaves, structure = _flat(state)  # Variables change in place
     module = nnx.merge(graph, state)
     args, kwargs = arguments
     out = getattr(module, method)(*args, **kwargs)
     graph_now, state_now = nnx.split(module)
-    leaves_now, structure_now = jax.tree.flatten(state_now)
+    leaves_now, structure_now = _flat(state_now)
     alike = structure_now == structure and graph_now == graph
     if alike and all(map(lambda a, b: a is b, leaves_now, leaves)):
         return out, []
@@ -137,8 +137,8 @@ class _Renewal:
 
     def _parts(self, here: Any, there: Any, path: Path) -> Any:
         """Of a pytree that cannot be changed itself, or of a leaf."""
-        mine, structure = jax.tree.flatten(here, lambda x: x is not here)
-        theirs, now = jax.tree.flatten(there, lambda x: x is not there)
+        mine, structure = _flat(here, lambda x: x is not here)
+        theirs, now = _flat(there, lambda x: x is not there)
         alike = now == structure
         if not alike or jax.tree_util.all_leaves([there]):
             self.changed.append(path)
@@ -147,6 +147,11 @@ class _Renewal:
         parts = [self.of(*each, (*path, i)) for i, each in both]
         same = all(map(lambda a, b: a is b, parts, mine))
         return here if same else jax.tree.unflatten(structure, parts)
+
+
+def _flat(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Any]:
+    """Its leaves, and its structure: something that can be compared."""
+    return jax.tree.flatten(tree, is_leaf)
 
 
 def _leaves_of(variable: nnx.Variable[Any]) -> dict[Path, Any]:

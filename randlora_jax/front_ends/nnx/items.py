@@ -34,6 +34,6 @@ class RandLoraItems(RandLoraLayer):
     def __iter__(self) -> Iterator[Any]:
         if self._call_by_row():
             return iter(self._run("__iter__", (), {}))
-        (whole, _), applied = self._effective(), self.applied()
-        running = applied and open_for(self.settings.model, applied)
+        (whole, _), applied = self._effective(), self._applied()
+        running = applied and open_for(self.randlora_settings.model, applied)
         return iter(self._in_kernels(whole) if running else whole)

@@ -33,7 +33,7 @@ from randlora_jax.front_ends.nnx.running import (
 )
 from randlora_jax.front_ends.nnx.variables import AdapterParam, FrozenAdapterParam
 from randlora_jax.front_ends.nnx_types import in_call
-from randlora_jax.front_ends.shown_signature import shows_call_of
+from randlora_jax.front_ends.shown_signature import KeepsShown, shows_call_of
 from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.filled import refuse_misfit
 from randlora_jax.models.layer import Layer
@@ -42,7 +42,11 @@ from randlora_jax.models.registry import AdapterSpec
 from randlora_jax.models.slots import Stack
 
 
-class RandLoraLayer(AdapterLeaves):
+class WrapperMeta(KeepsShown, type(nnx.Module)):  # type: ignore[misc]
+    """Of the modules that stand around a user's."""
+
+
+class RandLoraLayer(AdapterLeaves, metaclass=WrapperMeta):
     """Stands in the place of a module and runs it with the adapters joined in.
 
     Its methods and its kernels are those of W + delta while its model is called, however they are
@@ -75,8 +79,8 @@ class RandLoraLayer(AdapterLeaves):
             raise AttributeError(name)
         if self._call_by_row():
             return self._of_rows(name)
-        base, applied = self.base_layer, self.applied()
-        is_open = open_for(self.settings.model, applied) is not None
+        base, applied = self.base_layer, self._applied()
+        is_open = open_for(self.randlora_settings.model, applied) is not None
         running = bool(applied) and is_open
         if isinstance(getattr(type(base), name, None), property | functools.cached_property):
             whole, _ = self._effective()
@@ -89,7 +93,7 @@ class RandLoraLayer(AdapterLeaves):
         trained = self._trained()
         if name in trained and not is_open:
             return trained[name]
-        if any(key.partition("/")[0] == name for key in {*trained, *self.whole_by_row()}):
+        if any(key.partition("/")[0] == name for key in {*trained, *self._whole_by_row()}):
             return getattr(self._effective()[0], name)
         return found
 
@@ -100,7 +104,7 @@ class RandLoraLayer(AdapterLeaves):
           ConfigError: it holds, or may be made of, what differs from row to row.
         """
         base = self.base_layer
-        own = {slashed(layer.leaf) for layer, _ in self.by_row()} | self.whole_by_row()
+        own = {slashed(layer.leaf) for layer, _ in self._by_row()} | self._whole_by_row()
         is_property = isinstance(getattr(type(base), name, None), property)
         if any(key == name or key.startswith(f"{name}/") for key in own) or (own and is_property):
             raise ConfigError(
@@ -114,7 +118,7 @@ class RandLoraLayer(AdapterLeaves):
 
     def _method(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """A method of the base layer: looked at from outside its model's call, its own."""
-        if open_for(self.settings.model, self.applied()):
+        if open_for(self.randlora_settings.model, self._applied()):
             return self._run(name, args, kwargs)
         with self._whole() as base:
             return getattr(base, name)(*args, **kwargs)
@@ -123,7 +127,7 @@ class RandLoraLayer(AdapterLeaves):
         """The open context of this model, where rows have adapters of their own in it."""
         if not some_rows_differ():  # nearly every call
             return None
-        context = open_for(self.settings.model, self.by_row())
+        context = open_for(self.randlora_settings.model, self._by_row())
         return context if context and context.by_row else None
 
     def _effective(self) -> tuple[nnx.Module, dict[str, nnx.Variable[Any]]]:
@@ -133,8 +137,8 @@ class RandLoraLayer(AdapterLeaves):
           It, a copy where there are some; and the Variables that the copy has for them.
         """
         leaves, whole = self._trained(), self.trained_leaves
-        in_stacks = any(stack.name in whole for stack in self.settings.stacks)
-        context = open_for(self.settings.model, self.by_row()) if in_stacks else None
+        in_stacks = any(stack.name in whole for stack in self.randlora_settings.stacks)
+        context = open_for(self.randlora_settings.model, self._by_row()) if in_stacks else None
         chosen = context.rows.chosen if context and context.rows else {}
         if not leaves and not chosen:
             return self.base_layer, {}
@@ -143,9 +147,9 @@ class RandLoraLayer(AdapterLeaves):
         put: dict[str, nnx.Variable[Any]] = {}
         for path, held in flat.items():
             key = slashed(path)
-            for stack in self.settings.stacks if chosen else ():
+            for stack in self.randlora_settings.stacks if chosen else ():
                 now = raw(put.get(key, held))
-                leaf = self.stacked_whole(stack, key, now)
+                leaf = self._stacked_whole(stack, key, now)
                 if leaf is not None:
                     put[key] = held.replace(chosen[stack.name].leaves(leaf, now))
             if key in leaves:
@@ -171,7 +175,7 @@ class RandLoraLayer(AdapterLeaves):
 
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A method of the base layer, with the active adapters joined in."""
-        self.mind_what_trains()
+        self._mind_what_trains()
         if by_row := self._call_by_row():
             return run_by_row(self, method, args, kwargs, by_row)
         with self._whole() as base:
@@ -181,14 +185,14 @@ class RandLoraLayer(AdapterLeaves):
         self, base: nnx.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The same of the base layer with what is trained whole in place."""
-        applied = self.applied()
+        applied = self._applied()
         if not applied:
             return getattr(base, method)(*args, **kwargs)
-        context = reached(self.settings.model, applied)
+        context = reached(self.randlora_settings.model, applied)
         (layer, specs), *more = applied
         graph, split = nnx.split(base)
         state = with_jax_arrays(dict(nnx.to_flat_state(split)))
-        kernel, call = self.running_kernel(layer, state)
+        kernel, call = self._running_kernel(layer, state)
         equated = isinstance(base, nnx.Einsum) and type(base).__call__ is nnx.Einsum.__call__
         if method == "__call__" and equated:
             told = in_call(layer.type, base, nnx.Einsum.__call__, (args, kwargs))
@@ -200,16 +204,16 @@ class RandLoraLayer(AdapterLeaves):
         if taken is None:
             kernels = self._kernels(state, context)
             return run_in_kernels(base, method, (args, kwargs), kernels)
-        function = as_function(graph, state, layer.leaf, taken, self.settings.quantiser)
+        function = as_function(graph, state, layer.leaf, taken, self.randlora_settings.quantiser)
         held, scale = (kernel, call), scale_at(layer.leaf, state)
         running = running_layer(base, layer.name, held, scale, taken.x, function)
         shares = self._shares(layer, specs, kernel.layout, context)
-        return adapted(running, taken.x, shares, self.settings.options)
+        return adapted(running, taken.x, shares, self.randlora_settings.options)
 
     def _in_kernels(self, base: nnx.Module) -> nnx.Module:
         """A copy of the base layer with W + delta in place of its kernels."""
-        self.mind_what_trains()
-        context = reached(self.settings.model, self.applied())
+        self._mind_what_trains()
+        context = reached(self.randlora_settings.model, self._applied())
         graph, state = nnx.split(base)
         flat = with_jax_arrays(dict(nnx.to_flat_state(state)))
         for leaf, kernel, updates in self._kernels(flat, context):
@@ -223,11 +227,11 @@ class RandLoraLayer(AdapterLeaves):
           ConfigError: it can take no update, or an adapter needs to see its layer's input.
         """
         found = []
-        for layer, specs in self.applied():
-            kernel, _ = self.running_kernel(layer, state)
+        for layer, specs in self._applied():
+            kernel, _ = self._running_kernel(layer, state)
             shares = self._shares(layer, specs, kernel.layout, context)
             drops = any(share.drop for share in shares)
-            options = self.settings.options
+            options = self.randlora_settings.options
             possible = possible_ways(kernel, None, kernel.array.dtype, options, drops=drops)
             require_a_way(layer.name, possible)
             found.append(AdaptedKernel(layer.leaf, kernel, [share.update for share in shares]))
@@ -287,7 +291,7 @@ class RandLoraLayer(AdapterLeaves):
                 f"layer {layer.name!r}: its kernel was asked for by itself, and W + delta is "
                 f"another one for each row. {BY_VMAP}"
             )
-        lam, gamma = self.stacked(stack, layer, layout)
+        lam, gamma = self._stacked(stack, layer, layout)
         chosen = context.rows.chosen[stack.name]
         updates = chosen.updates(lam, gamma, context.pairs[stack.name], layer.matrix)
         return list(map(Contribution, updates))

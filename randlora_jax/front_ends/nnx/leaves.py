@@ -31,7 +31,7 @@ from randlora_jax.models.slots import Stack, in_slots, own_or_base, slots_apart
 Leaves = dict[str, nnx.Variable[jax.Array]]
 
 # Of a wrapper itself: what it is made of, and what Python and flax keep in every module.
-_OWN = ("base_layer", "trained_leaves", "settings")
+_OWN = ("base_layer", "trained_leaves")
 OWN_PREFIXES = ("randlora_", "__", "_pytree_", "_nnx_")
 
 
@@ -99,7 +99,7 @@ class AdapterLeaves(nnx.Module):
         self.randlora_dropout: dict[str, nnx.Dropout] = nnx.data({})
         # by stack, of its trained leaves: which of its adapters trained them
         self.randlora_own: dict[str, dict[str, AdapterSlots]] = nnx.data({})
-        self.settings = settings
+        self.randlora_settings = settings
         self.randlora_calls: OpenCalls = nnx.data(OpenCalls())
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -120,7 +120,7 @@ class AdapterLeaves(nnx.Module):
         else:
             delattr(self.base_layer, name)
 
-    def held(self) -> tuple[dict[str, Any], ...]:
+    def _held(self) -> tuple[dict[str, Any], ...]:
         """Everything that is kept by adapter name."""
         return (
             self.randlora_lambda,
@@ -130,32 +130,36 @@ class AdapterLeaves(nnx.Module):
             self.randlora_own,
         )
 
-    def follow(self, registry: AdapterRegistry) -> None:
+    def _follow(self, registry: AdapterRegistry) -> None:
         """Applies and trains the adapters that the registry says, as far as they are here."""
-        here = {name for held in self.held() for name in held}
+        here = {name for held in self._held() for name in held}
         specs = tuple(registry.specs[name] for name in registry.applied if name in here)
         stacks = tuple(s for s in registry.row_stacks if here & {s.name, *s.members})
         # merged ones remain what they are, as do those that are off
         trained = tuple(name for name in registry.active if name in registry.trained)
-        self.settings = replace(
-            self.settings, specs=specs, trained=trained, merged=registry.merged, stacks=stacks
+        self.randlora_settings = replace(
+            self.randlora_settings,
+            specs=specs,
+            trained=trained,
+            merged=registry.merged,
+            stacks=stacks,
         )
-        for held in self.held()[:3]:
+        for held in self._held()[:3]:
             for name, leaves in held.items():
                 for key, leaf in leaves.items():
                     leaves[key] = retyped(leaf, trained=name in trained)
 
-    def chosen_by_another(self) -> str | None:
+    def _chosen_by_another(self) -> str | None:
         """What to say where leaves of active adapters are not of the type that this model gave."""
-        for name in (spec.name for spec in self.settings.specs):
+        for name in (spec.name for spec in self.randlora_settings.specs):
             for leaf in self._leaves_of(name):
                 is_trained = isinstance(leaf, AdapterParam)
                 follows = not isinstance(leaf, CarriedParam)
-                if follows and is_trained != (name in self.settings.trained):
+                if follows and is_trained != (name in self.randlora_settings.trained):
                     return _chosen_by_another(name, is_trained)
         return None
 
-    def mind_what_trains(self) -> None:
+    def _mind_what_trains(self) -> None:
         """Warns where another model, which has the same Variables, chose what trains.
 
         What is computed is the same, so a state that was split off before runs on.
@@ -163,9 +167,9 @@ class AdapterLeaves(nnx.Module):
         Raises:
           ConfigError: a gradient is taken of an adapter that is merged.
         """
-        if why := self.chosen_by_another():
+        if why := self._chosen_by_another():
             warn(why)
-        for name in self.settings.merged:
+        for name in self.randlora_settings.merged:
             for leaf in self._leaves_of(name):
                 if isinstance(leaf, AdapterParam):
                     refuse_gradient(leaf.get_raw_value(), _MERGED.format(repr(name)))
@@ -174,32 +178,34 @@ class AdapterLeaves(nnx.Module):
         """What the active adapters train whole, by where it is in the base layer."""
         held = self.trained_leaves
         return {
-            key: x for spec in self.settings.specs for key, x in held.get(spec.name, {}).items()
+            key: x
+            for spec in self.randlora_settings.specs
+            for key, x in held.get(spec.name, {}).items()
         }
 
     def _leaves_of(self, adapter_name: str) -> Iterator[nnx.Variable[Any]]:
-        return (x for held in self.held()[:3] for x in held.get(adapter_name, {}).values())
+        return (x for held in self._held()[:3] for x in held.get(adapter_name, {}).values())
 
     @property
-    def kept_in_stacks(self) -> bool:
+    def _kept_in_stacks(self) -> bool:
         """Whether all that is here lies in stacks."""
-        return any(not stack.members for stack in self.settings.stacks)
+        return any(not stack.members for stack in self.randlora_settings.stacks)
 
-    def by_row(self) -> list[tuple[Layer, list[Stack]]]:
+    def _by_row(self) -> list[tuple[Layer, list[Stack]]]:
         """The layers here that adapters of some stack change, with these stacks."""
         found = []
-        for layer in self.settings.layers:
+        for layer in self.randlora_settings.layers:
             key = slashed(layer.leaf)
             stacks = [
                 stack
-                for stack in self.settings.stacks
+                for stack in self.randlora_settings.stacks
                 if any(key in self.randlora_lambda.get(n, {}) for n in stack.held)
             ]
             if stacks:
                 found.append((layer, stacks))
         return found
 
-    def stacked(
+    def _stacked(
         self, stack: Stack, layer: Layer, layout: KernelLayout
     ) -> tuple[jax.Array, jax.Array]:
         """Lambda and gamma of all adapters of a stack, in a layer: (*stack axes, slots, ...).
@@ -228,13 +234,13 @@ class AdapterLeaves(nnx.Module):
                 )
         return one(self.randlora_lambda), one(self.randlora_gamma)
 
-    def stacked_whole(self, stack: Stack, key: str, base: Any) -> jax.Array | None:
+    def _stacked_whole(self, stack: Stack, key: str, base: Any) -> jax.Array | None:
         """(slots, ...) of a leaf that adapters of a stack trained whole; None where none did.
 
         Args:
           base: what those have that did not.
         """
-        if key not in self.whole_by_row():
+        if key not in self._whole_by_row():
             return None
         leaves = [self.trained_leaves.get(name, {}).get(key) for name in stack.held]
         if all(leaf is None for leaf in leaves):
@@ -244,16 +250,16 @@ class AdapterLeaves(nnx.Module):
             return jnp.stack(arrays)
         return own_or_base(arrays[0], self.randlora_own[stack.name][key].get_raw_value(), base)
 
-    def whole_by_row(self) -> set[str]:
+    def _whole_by_row(self) -> set[str]:
         """Leaves here that adapters of some stack trained whole."""
-        names = [name for stack in self.settings.stacks for name in stack.held]
+        names = [name for stack in self.randlora_settings.stacks for name in stack.held]
         return {key for name in names for key in self.trained_leaves.get(name, {})}
 
-    def applied(self) -> Sequence[tuple[Layer, Sequence[AdapterSpec | Stack]]]:
+    def _applied(self) -> Sequence[tuple[Layer, Sequence[AdapterSpec | Stack]]]:
         """The layers here that an active adapter changes when they run, with these adapters."""
-        if self.kept_in_stacks:
-            return self.by_row()
-        settings, found = self.settings, []
+        if self._kept_in_stacks:
+            return self._by_row()
+        settings, found = self.randlora_settings, []
         for layer in settings.layers:
             key = slashed(layer.leaf)
             specs = [
@@ -266,7 +272,7 @@ class AdapterLeaves(nnx.Module):
                 found.append((layer, specs))
         return found
 
-    def running_kernel(
+    def _running_kernel(
         self, layer: Layer, state: Mapping[Path, Any]
     ) -> tuple[Kernel, Contraction | None]:
         """The kernel of a layer as it is in this call, and what the layer computes."""

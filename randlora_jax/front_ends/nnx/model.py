@@ -11,6 +11,7 @@ from randlora_jax.core.frozen import never_trained
 from randlora_jax.front_ends.call_input import dtype_of
 from randlora_jax.front_ends.nnx.base_loras import freeze_loras
 from randlora_jax.front_ends.nnx.call import CallContext, ModelToken, opened
+from randlora_jax.front_ends.nnx.layer import WrapperMeta
 from randlora_jax.front_ends.nnx.leaves import OWN_PREFIXES
 from randlora_jax.front_ends.nnx.modules import modules_of
 from randlora_jax.front_ends.nnx.nested import depth_of
@@ -86,7 +87,7 @@ class NotedSlots:
 @register_front_end(
     "a flax.nnx.Module", accepts=lambda model, rules: isinstance(model, nnx.Module | Part)
 )
-class NnxRandLora(RandLoraModel, nnx.Module):
+class NnxRandLora(RandLoraModel, nnx.Module, metaclass=WrapperMeta):
     """An nnx model with adapters: call it as the model itself.
 
     The modules that hold adapted kernels are replaced in place by `RandLoraLayer`. Methods and

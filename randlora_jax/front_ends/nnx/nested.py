@@ -39,5 +39,5 @@ def _wrappers_of(whole: Any) -> Iterator[RandLoraLayer]:
     """The wrappers in a wrapped model that have its token; none in any other module."""
     token = _token_of(whole)
     for _, module in nnx.iter_modules(whole.model) if token else ():
-        if isinstance(module, RandLoraLayer) and module.settings.model == token:
+        if isinstance(module, RandLoraLayer) and module.randlora_settings.model == token:
             yield module

@@ -94,7 +94,9 @@ class NnxStore(ArrayStore):
 
     def _is_ours(self, module: nnx.Module) -> bool:
         """Whether a module is a wrapper of this model, not of one wrapped inside it."""
-        ours = isinstance(module, RandLoraLayer) and module.settings.model == self.root._token
+        ours = (
+            isinstance(module, RandLoraLayer) and module.randlora_settings.model == self.root._token
+        )
         return ours and id(module) not in self._of_others
 
     @cached_property
@@ -197,7 +199,7 @@ class NnxStore(ArrayStore):
         self._wrap({*(layer.owner for layer in layers), *owners.values()}, registry)
         wrappers = self._wrappers()
         drops = {
-            layer.owner: dropout(spec.dropout, rngs, wrappers[layer.owner].settings.layers)
+            layer.owner: dropout(spec.dropout, rngs, wrappers[layer.owner].randlora_settings.layers)
             for layer in layers
             if spec.dropout
         }
@@ -206,7 +208,7 @@ class NnxStore(ArrayStore):
             wrappers[owner].randlora_dropout[spec.name] = drop
         for layer in layers:
             wrapper, key = wrappers[layer.owner], slashed(layer.leaf)
-            for held, value in zip(wrapper.held()[:2], state.layers[layer.name], strict=True):
+            for held, value in zip(wrapper._held()[:2], state.layers[layer.name], strict=True):
                 one = moved(slots_in_rows, value) if registry.slots_held(spec.name) else value
                 along = moved(layer.layout.along_stack, one)
                 _put(held.setdefault(spec.name, {}), key, along)
@@ -258,7 +260,7 @@ class NnxStore(ArrayStore):
     def remove(self, adapter_name: str) -> None:
         """From every wrapper."""
         for wrapper in self._wrappers().values():
-            for held in wrapper.held():
+            for held in wrapper._held():
                 held.pop(adapter_name, None)
 
     def state(self, adapter_name: str) -> AdapterState:
@@ -266,8 +268,8 @@ class NnxStore(ArrayStore):
         state = AdapterState({})
         slots = self.root._registry.slots_held(adapter_name)
         for path, wrapper in self._wrappers().items():
-            lams, gammas = (held.get(adapter_name, {}) for held in wrapper.held()[:2])
-            for layer in wrapper.settings.layers:
+            lams, gammas = (held.get(adapter_name, {}) for held in wrapper._held()[:2])
+            for layer in wrapper.randlora_settings.layers:
                 if (key := slashed(layer.leaf)) in lams:
                     both = lams[key].get_raw_value(), gammas[key].get_raw_value()
                     refuse_mapped(layer, both)
@@ -316,8 +318,8 @@ class NnxStore(ArrayStore):
         """Every wrapper does."""
         applied: list[Layer] = []
         for wrapper in self._wrappers().values():
-            wrapper.follow(registry)
-            applied += [layer for layer, _ in wrapper.applied()]
+            wrapper._follow(registry)
+            applied += [layer for layer, _ in wrapper._applied()]
         self.root._expected = frozenset(reaching.expected(applied, registry.optional))
 
     def refuse_others_changes(self) -> None:
@@ -327,7 +329,7 @@ class NnxStore(ArrayStore):
           ConfigError: another one, which has the same Variables, did.
         """
         for wrapper in self._wrappers().values():
-            if why := wrapper.chosen_by_another():
+            if why := wrapper._chosen_by_another():
                 raise ConfigError(why)
 
     def release(self) -> Any:
