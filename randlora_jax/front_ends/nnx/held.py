@@ -16,7 +16,9 @@ from flax import nnx
 from randlora_jax.models.names import Path
 from randlora_jax.models.quantised import arrays_in, integers_in, is_quantised
 
-_CONTAINERS = (nnx.List, nnx.Dict)
+# Asked of types: a wrapper around a whole model that is one says that it is of its class.
+_LISTS = (nnx.List, list, tuple)
+_CONTAINERS = (*_LISTS, nnx.Dict, dict)
 
 
 def raw(held: Any) -> Any:
@@ -26,12 +28,12 @@ def raw(held: Any) -> Any:
 
 def is_container(value: Any) -> bool:
     """Whether what `value` holds belongs to the module around it."""
-    return isinstance(value, (*_CONTAINERS, list, tuple, dict))
+    return issubclass(type(value), _CONTAINERS)
 
 
 def held_by(holder: Any) -> Iterator[tuple[Path, Any]]:
     """The Variables and quantised arrays that a module, or a container in it, holds itself."""
-    if isinstance(holder, nnx.List | list | tuple):
+    if issubclass(type(holder), _LISTS):
         items: Any = enumerate(holder)
     elif isinstance(holder, dict):
         items = holder.items()

@@ -57,6 +57,16 @@ class RandLoraLayer(AdapterLeaves, metaclass=WrapperMeta):
       base_layer: the module it replaces.
     """
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The module's: code that asks ``isinstance(layer, nnx.Linear)`` goes on as without it."""
+        base = vars(self).get("base_layer")  # none while it is made
+        return type(self) if base is None else base.__class__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As by default, which pickle refuses where ``__class__`` is another type's."""
+        return object.__new__, (type(self),), self.__getstate__()
+
     @shows_call_of(lambda self: self.base_layer)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the base layer returns, with the active adapters joined in."""

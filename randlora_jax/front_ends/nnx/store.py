@@ -169,7 +169,8 @@ class NnxStore(ArrayStore):
         for _, module in nnx.iter_modules(self.root.model):
             if bridge := bridge_of(module):
                 bridge.unquantise(module)
-            module.__class__ = unquantised_class(type(module))
+            if (kind := unquantised_class(type(module))) is not type(module):
+                module.__class__ = kind
 
     def install(
         self, registry: AdapterRegistry, spec: AdapterSpec, state: AdapterState, rngs: Any

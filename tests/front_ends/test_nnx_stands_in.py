@@ -1,0 +1,100 @@
+"""To the code of its model a wrapper is the module in whose place it stands."""
+
+import copy
+import functools
+import pickle
+from collections.abc import Sized
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from nnx_nets import CONFIG, X, changed, close, drawn, gradients
+
+from randlora_jax import ConfigError, RandLoraConfig, get_peft_model
+
+VIEWS = {"attn/(wq|wo)": "i o"}
+
+
+def wrapped(make, **config):
+    config = RandLoraConfig(r=4, target_modules="all-linear", init_weights=False, **config)
+    return get_peft_model(make(), config, rngs=nnx.Rngs(1), views=VIEWS if make is Private else {})
+
+
+class Asking(nnx.Module):
+    """Does with each layer what its class says."""
+
+    def __init__(self):
+        linear = (nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in range(2))
+        self.layers = nnx.List([*linear, nnx.LayerNorm(8, rngs=nnx.Rngs(2))])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, nnx.Linear):
+                x = nnx.relu(x)
+            match layer:
+                case nnx.LayerNorm():
+                    x = x[:, :4]
+            x = after(layer, x)
+        return x
+
+
+@functools.singledispatch
+def after(layer, x):
+    raise TypeError
+
+
+@after.register
+def _(layer: nnx.Linear, x):
+    return x + 1
+
+
+@after.register
+def _(layer: nnx.LayerNorm, x):
+    return x - 1
+
+
+COPIES = {
+    "itself": lambda m: m,
+    "split and merged": lambda m: nnx.merge(*nnx.split(m)),
+    "cloned": nnx.clone,
+    "copied": copy.deepcopy,
+    "pickled": lambda m: pickle.loads(pickle.dumps(m)),
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_a_model_that_asks_for_classes_is_the_same_model(way):
+    model = COPIES[way](wrapped(Asking, modules_to_save=["layers.2"]))
+    close(model(X), changed(Asking, model)(X))
+    close(nnx.jit(lambda m, x: m(x))(model, X), changed(Asking, model)(X))
+    with model.disable_adapter():
+        np.testing.assert_array_equal(model(X), Asking()(X))
+
+
+def test_a_layer_is_of_its_class_and_the_wrapper_comes_off():
+    model = wrapped(Asking)
+    layer = model.model.layers[0]
+    assert isinstance(layer, nnx.Linear) and layer.__class__ is nnx.Linear
+    assert not isinstance(layer, nnx.Conv | nnx.List | nnx.Variable)
+    assert type(copy.copy(layer)) is type(layer) is not nnx.Linear
+    assert [type(x) for x in model.merge_and_unload().layers[:2]] == [nnx.Linear] * 2
+
+
+@pytest.mark.parametrize("kind", [nnx.List, nnx.Dict])
+def test_a_model_that_is_a_container_of_kernels(kind):
+    def make():
+        return type("Whole", (kind,), {"__call__": call})([w] if kind is nnx.List else {"0": w})
+
+    def call(self, x):
+        return x @ self[0 if kind is nnx.List else "0"][...]
+
+    w = drawn(0, 8, 8)
+    model = get_peft_model(make(), CONFIG, rngs=nnx.Rngs(1), views={"0": "i o"})
+    (delta,) = model.delta_weights().values()
+    close(model(X), X @ (w[...] + delta.T))
+    model.merge_adapter()
+    close(model(X), X @ (w[...] + delta.T))
+    model.unmerge_adapter()
+    close(model.unload()(X), X @ w[...])
