@@ -38,8 +38,15 @@ def input_of(
     for place in order:
         value = args[place] if isinstance(place, int) else kwargs[place]
         if hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.inexact):
-            return CallInput(value, with_input((args, kwargs), place, None), place)
+            return CallInput(_array_in(value), with_input((args, kwargs), place, None), place)
     return None
+
+
+def _array_in(value: Any) -> Any:
+    """The array of an object that stands for one, as an nnx.Variable does; an array itself."""
+    if isinstance(value, jax.Array) or not hasattr(value, "__jax_array__"):
+        return value
+    return value.__jax_array__()
 
 
 def with_input(arguments: Arguments, place: int | str, x: Any) -> Arguments:

@@ -98,3 +98,30 @@ def test_a_model_that_is_a_container_of_kernels(kind):
     close(model(X), X @ (w[...] + delta.T))
     model.unmerge_adapter()
     close(model.unload()(X), X @ w[...])
+
+
+class Query(nnx.Variable):
+    pass
+
+
+class Queries(nnx.Module):
+    """Layers that are called with a Variable."""
+
+    def __init__(self):
+        self.query = Query(X)
+        self.proj = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+        self.norm = nnx.LayerNorm(8, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.proj(self.query) * x + self.norm(self.query)
+
+
+@pytest.mark.filterwarnings("ignore:the adapter leaves out")
+def test_a_variable_is_an_input():
+    model = wrapped(Queries, modules_to_save=["norm"])
+    plain = changed(Queries, model)
+    close(model(X), plain(X))
+    close(nnx.jit(lambda m, x: m(x))(model, X), plain(X))
+    close(model(X, adapter_names=["default"] * 5), plain(X))
+    slope = nnx.grad(lambda m: (m(X) ** 2).sum(), argnums=nnx.DiffState(0, Query))
+    close(slope(model)["model"]["query"][...], slope(plain)["query"][...])
