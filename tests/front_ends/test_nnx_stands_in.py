@@ -125,3 +125,102 @@ def test_a_variable_is_an_input():
     close(model(X, adapter_names=["default"] * 5), plain(X))
     slope = nnx.grad(lambda m: (m(X) ** 2).sum(), argnums=nnx.DiffState(0, Query))
     close(slope(model)["model"]["query"][...], slope(plain)["query"][...])
+
+
+class Attention(nnx.Module):
+    def __init__(self):
+        self.wq, self.wo, self._scale = drawn(0, 8, 8), drawn(1, 8, 8), 0.5
+        self._seen = nnx.Variable(np.zeros(()))
+
+    def _project(self, x):
+        return x @ self.wq[...]
+
+    @property
+    def _both(self):
+        return self.wq[...] @ self.wo[...]
+
+    def __call__(self, x):
+        return self._project(x) @ self.wo[...] * self._scale
+
+
+class Private(nnx.Module):
+    """Reads and sets what its module keeps to itself."""
+
+    def __init__(self):
+        self.attn = Attention()
+
+    def _project(self, x):
+        return self.attn._project(x)
+
+    def __call__(self, x):
+        self.attn._scale = 2.0
+        self.attn._seen[...] += 1
+        return self.attn(x) + self._project(x) * self.attn._scale + x @ self.attn._both
+
+
+def test_private_names_of_a_module_are_its_own():
+    model = wrapped(Private)
+    plain = changed(Private, model)
+    close(model(X), plain(X))
+    attn = model.model.attn
+    assert attn._scale == attn.base_layer._scale == 2 and attn._seen[...] == 1
+    close(model._project(X), plain._project(X))
+    close(model.attn._project(X), plain._project(X))
+    model._noticed = attn._noticed = 3
+    assert model.model._noticed == attn.base_layer._noticed == 3
+    del attn._noticed
+    for one in (attn, attn.base_layer):
+        with pytest.raises(AttributeError, match="'Attention' object has no attribute '_noticed'"):
+            one._noticed  # noqa: B018
+    with pytest.raises(AttributeError, match="'Private' object has no attribute '_absent'"):
+        model._absent  # noqa: B018
+
+
+class Kernels(nnx.Module):
+    """Its items are its kernels; as a truth it is false."""
+
+    def __init__(self):
+        self.wq, self.wo = drawn(0, 8, 8), drawn(1, 8, 8)
+
+    def __call__(self, x):
+        for w in self:
+            x = nnx.tanh(x @ w)
+        return x
+
+    def __iter__(self):
+        yield from (self.wq[...], self.wo[...])
+
+    def __len__(self):
+        return 2
+
+    def __contains__(self, name):
+        return name == "wq"
+
+    def __bool__(self):
+        return False
+
+
+class Walking(nnx.Module):
+    def __init__(self):
+        self.attn = Kernels()
+
+    def __call__(self, x):
+        assert "wq" in self.attn and "wo" not in self.attn and not self.attn
+        for w in self.attn:
+            x = x @ w
+        return x * len(self.attn) + self.attn(x)
+
+
+def test_items_of_a_module_are_counted_walked_and_found():
+    model = get_peft_model(Walking(), CONFIG, rngs=nnx.Rngs(1), views=VIEWS)
+    assert len(model.delta_weights()) == 2
+    expected = changed(Walking, model)(X)
+    close(model(X), expected)
+    close(nnx.jit(lambda m, x: m(x))(model, X), expected)
+    close(pickle.loads(pickle.dumps(model))(X), expected)
+    assert all(g.any() for g in jax.tree.leaves(gradients(model, lambda m, x: m(x))))
+    with pytest.raises(ConfigError, match="cannot run with adapters by row"):
+        model(X, adapter_names=["default"] * 5)
+    assert len(list(model.model.attn)) == len(list(model.attn)) == 2 and not model.attn
+    other = wrapped(Asking)
+    assert other.layers[0] and not isinstance(other.model.layers[0], Sized)

@@ -25,7 +25,7 @@ from randlora_jax.front_ends.nnx.call import (
 )
 from randlora_jax.front_ends.nnx.changes import renew
 from randlora_jax.front_ends.nnx.held import raw
-from randlora_jax.front_ends.nnx.leaves import AdapterLeaves
+from randlora_jax.front_ends.nnx.leaves import AdapterLeaves, is_own
 from randlora_jax.front_ends.nnx.running import (
     AdaptedKernel,
     as_function,
@@ -76,7 +76,7 @@ class RandLoraLayer(AdapterLeaves, metaclass=WrapperMeta):
         return self._run("__getitem__", (key,), {})
 
     def __getattr__(self, name: str) -> Any:
-        if name == "base_layer" or name.startswith("_"):
+        if is_own(name) or "base_layer" not in vars(self):  # the latter while it is made
             raise AttributeError(name)
         if self._call_by_row():
             return self._of_rows(name)

@@ -25,8 +25,9 @@ from randlora_jax.models.slots import Stack, in_slots, slots_apart
 
 Leaves = dict[str, nnx.Variable[jax.Array]]
 
-# Of a wrapper itself, besides what is called randlora_*.
+# Of a wrapper itself: what it is made of, and what Python and flax keep in every module.
 _OWN = ("base_layer", "trained_leaves")
+OWN_PREFIXES = ("randlora_", "__", "_pytree_", "_nnx_")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ def _chosen_by_another(adapter_name: str, is_trained: bool) -> str:
     )
 
 
+def is_own(name: str) -> bool:
+    """Whether a wrapper looks for an attribute in itself, and never in its module."""
+    return name in _OWN or name.startswith(OWN_PREFIXES)
+
+
 class AdapterLeaves(nnx.Module):
     """A module and what adapters have in it.
 
@@ -94,12 +100,18 @@ class AdapterLeaves(nnx.Module):
 
         A leaf that the active adapters train whole runs in its stead, so that is set.
         """
-        if name in _OWN or name.startswith(("randlora_", "_")):
+        if is_own(name):
             super().__setattr__(name, value)
         elif name in (trained := self._trained()):
             trained[name].set_raw_value(in_jax(raw(value)))
         else:
             setattr(self.base_layer, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if is_own(name):
+            super().__delattr__(name)
+        else:
+            delattr(self.base_layer, name)
 
     def _held(self) -> tuple[dict[str, Any], ...]:
         """Everything that is kept by adapter name."""

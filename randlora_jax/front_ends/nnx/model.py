@@ -11,6 +11,7 @@ from randlora_jax.front_ends.call_input import multiplies_in
 from randlora_jax.front_ends.nnx.base_loras import freeze_loras
 from randlora_jax.front_ends.nnx.call import CallContext, ModelToken, opened
 from randlora_jax.front_ends.nnx.layer import WrapperMeta
+from randlora_jax.front_ends.nnx.leaves import OWN_PREFIXES
 from randlora_jax.front_ends.nnx.modules import modules_of
 from randlora_jax.front_ends.nnx.nested import depth_of
 from randlora_jax.front_ends.nnx.parts import Part, attribute
@@ -39,6 +40,12 @@ _TRAINED = (
     "that looks for LoRAParam and finds none trains the base, too: an adapter that from_pretrained "
     "opens is frozen, unless is_trainable=True."
 )
+
+
+def _is_own(name: str) -> bool:
+    """Whether the wrapper looks for an attribute in itself, and never in its model."""
+    own = ("model", "_token", "_expected", "_noted")
+    return name in own or name.startswith(OWN_PREFIXES)
 
 
 class NotedSlots:
@@ -143,13 +150,12 @@ class NnxRandLora(RandLoraModel, nnx.Module, metaclass=WrapperMeta):
         return out
 
     def __getattr__(self, name: str) -> Any:
-        if name == "model" or name.startswith("_"):
+        if _is_own(name) or "model" not in vars(self):  # the latter while it is made
             raise AttributeError(name)
         return attribute(self.model, name, self._opened)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        own = name == "model" or name.startswith(("randlora_", "_")) or hasattr(type(self), name)
-        if own:
+        if _is_own(name) or hasattr(type(self), name):
             super().__setattr__(name, value)
         else:  # in the model, which runs with it
             setattr(self.model, name, value)

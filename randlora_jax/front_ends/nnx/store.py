@@ -24,6 +24,7 @@ from randlora_jax.front_ends.nnx.held import (
     plain,
     quantised_in,
 )
+from randlora_jax.front_ends.nnx.items import RandLoraItems, has_items
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
 from randlora_jax.front_ends.nnx.leaves import Leaves, Settings
 from randlora_jax.front_ends.nnx.nested import wrappers_of_wrapped
@@ -333,8 +334,9 @@ def _put(leaves: Leaves, key: str, value: Any) -> None:
 
 
 def _wrapper_of(module: nnx.Module) -> type[RandLoraLayer]:
-    bridge = bridge_of(module)
-    return bridge.wrapper if bridge else RandLoraLayer
+    if bridge := bridge_of(module):
+        return bridge.wrapper
+    return RandLoraItems if has_items(module) else RandLoraLayer
 
 
 # What a wrapper holds besides the module in whose place it stands.
