@@ -78,7 +78,7 @@ class _Renewal:
             self.seen.add(id(there))
         if isinstance(here, nnx.Variable):
             self._value(here, there, path)
-        elif isinstance(here, nnx.List | list):
+        elif issubclass(type(here), nnx.List | list):  # no wrapper around one
             self._items(here, there, path)
         elif isinstance(here, nnx.Pytree):
             self._attributes(here, there, path)
