@@ -7,7 +7,7 @@ adapter has no tensors of: it is named like what lies beside it and was found.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from randlora_jax.interop.adapter import Adapter
@@ -15,7 +15,7 @@ from randlora_jax.interop.base_model import FLOATS, BaseModel
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.expert_stacks import apart
 from randlora_jax.interop.keys import trained_tensors
-from randlora_jax.interop.promises import BaseNames
+from randlora_jax.interop.promises import BaseNames, kind
 
 # How the names of transformers' classes end, by PEFT's tasks.
 _CLASSES = {
@@ -42,12 +42,12 @@ def base_names(base: BaseModel, adapter: Adapter) -> BaseNames:
     rest = {*base.home, *(base.in_stacks if experts else ())} - set(found.values())
     rest -= {base.find(key) for key in apart(trained, base.config)[0]}  # one tensor in the adapter
     named = found | {_renamed(theirs, begins): theirs for theirs in rest}
-    blocks = {_block(name) for name in adapter.layers}
-    depth = _depth(base.config)
+    blocks = {_block(name) for name in adapter.layers} - {None}
+    depths = _depths(base.config)
     axes = {
         key: _axes(base, theirs)
         for key, theirs in named.items()
-        if not (_block(key) in blocks and _index(key) >= depth)
+        if not (_block(key) in blocks and _index(key) >= max(depths, default=float("inf")))
     }
     tensors = {
         key
@@ -56,14 +56,26 @@ def base_names(base: BaseModel, adapter: Adapter) -> BaseNames:
     }
     is_whole = _is_of_the_class(base.config, adapter.config)
 
-    def is_sure(name: str) -> bool:
+    def is_layer(name: str) -> bool:
         # Else its class may lack what the checkpoint has, such as a decoder or a head, but for
         # layers of a kind in which others are adapted; and may have all experts in one tensor, as
         # transformers 5 has them.
-        return (is_whole or _block(name) in blocks - {None}) and experts >= _is_expert(name)
+        return (is_whole or _block(name) in blocks) and experts >= _is_expert(name)
+
+    # Its class may not read all that a checkpoint was once saved with, but surely what is like the
+    # adapter's own or in a block of it, up to the end: of the depths that are stated, which may be
+    # of several parts, the first beyond the adapter's last layer.
+    last = _last(ours)
+    modules = {kind(_module(key)) for key in ours}
+
+    def is_doubtful(key: str) -> bool:
+        block = _block(key)
+        beyond = any(last.get(block, -1) < end <= _index(key) for end in depths)
+        return beyond or not (block in blocks or kind(_module(key)) in modules)
 
     matrices = {key.removesuffix(".weight") for key in tensors if axes[key] == 2}
-    return BaseNames(tensors, set(filter(is_sure, matrices)), is_whole)
+    doubtful = set(filter(is_doubtful, tensors))
+    return BaseNames(tensors, set(filter(is_layer, matrices)), is_whole, doubtful)
 
 
 def _axes(base: BaseModel, key: str) -> int:
@@ -103,15 +115,26 @@ def _is_expert(name: str) -> bool:
     return ".experts." in name
 
 
-def _depth(config: Mapping[str, Any]) -> float:
-    """How many layers a class makes, none more than that.
+def _last(keys: Iterable[str]) -> dict[str | None, int]:
+    """The highest number in each block."""
+    numbers: dict[str | None, int] = {}
+    for key in keys:
+        numbers[_block(key)] = max(_index(key), numbers.get(_block(key), 0))
+    return numbers
+
+
+def _depths(config: Mapping[str, Any]) -> list[int]:
+    """How many layers the parts of a model's class have, as far as is stated.
 
     Files of DeepSeek-V3 and GLM-4 have one more, to predict several tokens with, that no class
     reads.
     """
     parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
-    stated = [part[name] for part in parts for name in _DEPTHS if type(part.get(name)) is int]
-    return max(stated, default=float("inf"))
+    return [part[name] for part in parts for name in _DEPTHS if type(part.get(name)) is int]
+
+
+def _module(key: str) -> str:
+    return key.rpartition(".")[0]
 
 
 def _is_of_the_class(found: Mapping[str, Any], config: RandLoraConfig) -> bool:

@@ -267,7 +267,8 @@ def expected_config(value: object) -> RandLoraConfig:
         )
     elif hasattr(value, "peft_type") and not isinstance(value, type):
         remedy = (
-            "RandLoraConfig.from_dict(config.to_dict()) makes one of PEFT's own RandLoraConfig."
+            "dataclasses.replace(RandLoraConfig.from_dict(config.to_dict()), "
+            "projection_source='jax') makes one of PEFT's own RandLoraConfig."
         )
     raise refusal("config", "a RandLoraConfig", value, remedy)
 

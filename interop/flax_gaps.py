@@ -25,16 +25,21 @@ _COMPUTED: dict[str, dict[str, tuple[Any, ...]]] = {
     "mistral": {"rope_theta": (1e4,), "rope_scaling": _PLAIN_ROPE},
     "gemma": {"rope_theta": (1e4,), "rope_scaling": _PLAIN_ROPE},
     "gpt2": {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)},
+    "marian": {"share_encoder_decoder_embeddings": (True,)},
+    "resnet": {"downsample_in_bottleneck": (False,)},
+    "wav2vec2": {"adapter_attn_dim": (None,)},
     **{name: {"position_embedding_type": ("absolute",)} for name in _BERTS},
 }
+_UNTIED = ("llama", "mistral")  # the output head always has a weight of its own
 _PARTS = ("encoder", "decoder")  # models of two, each with a configuration of its own
 
 
-def not_computed(config: Any) -> list[str]:
+def not_computed(config: Any, class_name: str = "ForCausalLM") -> list[str]:
     """Fields of a configuration that the model's Flax class passes over, each with its value.
 
     Args:
       config: of transformers, of a model that has a Flax class.
+      class_name: of the model.
     """
     found = []
     for field, computed in _COMPUTED.get(config.model_type, {}).items():
@@ -43,6 +48,11 @@ def not_computed(config: Any) -> list[str]:
             found.append(f"{field} {shown(value)} (it computes with {shown(computed[0])})")
     if config.model_type == "mistral" and config.sliding_window is None:
         found.append("sliding_window None (each token then sees itself alone)")
+    has_own_head = class_name.endswith("ForCausalLM") and config.model_type in _UNTIED
+    if has_own_head and config.tie_word_embeddings:
+        found.append(
+            "tie_word_embeddings True (its head is a weight of its own, which no file has)"
+        )
     if unread := unread_rope(config):
         found.append(unread)
     for part in (getattr(config, name, None) for name in _PARTS):

@@ -33,6 +33,7 @@ _RANDLORA = re.compile(
 _COPY = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<rest>.+)")
 _ADAPTED = ".base_layer."
 _FROZEN = ".original_module."
+_SECOND_NAME = ".decoder.bias"
 _TRAINED = ".modules_to_save.default."  # "default" is what PEFT calls an adapter unless told
 
 Value = TypeVar("Value")
@@ -107,6 +108,26 @@ def trained_tensors(saved: Mapping[str, Value]) -> dict[str, Value]:
                 f"the adapter carries {shown(name)} twice, as {shown(key)} too; remove one"
             )
         found[name] = value
+    return found
+
+
+def biases_by_one_name(
+    tensors: Mapping[str, Value], has: Callable[[str], bool]
+) -> dict[str, Value]:
+    """Tensors trained whole, with a bias that PyTorch calls by two names under its first.
+
+    Heads such as BERT's use their own ``<head>.bias`` as ``<head>.decoder.bias``. PEFT writes both;
+    where they differ, the latter is what its model computes with.
+
+    Args:
+      tensors: by the base model's state-dict keys.
+      has: whether a checkpoint, or a model of Flax, has a tensor of that key.
+    """
+    found = dict(tensors)
+    for key in tensors:
+        first = key.removesuffix(_SECOND_NAME) + ".bias"
+        if key.endswith(_SECOND_NAME) and has(first) and not has(key):
+            found[first] = found.pop(key)
     return found
 
 

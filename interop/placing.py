@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
-from errno import EEXIST
+from errno import EBADF, EEXIST, EINVAL, ENOSYS, ENOTSUP
 from pathlib import Path
 from stat import S_IMODE, S_ISREG
 from types import FrameType
@@ -120,6 +120,10 @@ def sync(path: Path) -> None:
     done.result()
 
 
+# What filesystems answer that sync no directory, such as folders shared with a virtual machine.
+_NO_SYNC = (EBADF, EINVAL, ENOSYS, ENOTSUP)
+
+
 def _flush(path: Path, done: Future[None]) -> None:
     try:
         handle = os.open(path, os.O_RDONLY)
@@ -127,6 +131,11 @@ def _flush(path: Path, done: Future[None]) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except OSError as error:
+        if error.errno in _NO_SYNC and path.is_dir():
+            done.set_result(None)
+        else:
+            done.set_exception(error)
     except BaseException as error:
         done.set_exception(error)
     else:

@@ -22,6 +22,7 @@ from randlora_jax.interop.targets import (
     full_names,
     has_another_head,
     inside_saved,
+    is_output_head,
     matches,
     matches_saved,
     naming_in_full,
@@ -40,14 +41,18 @@ class BaseNames:
     Attributes:
       tensors: state-dict keys of weights and biases; where the model itself is at hand, of what the
         adapter's configuration trains whole.
-      layers: linear layers; of a checkpoint, those beside the adapted ones.
-      is_whole: whether it is of the class that was trained, and so has all of its modules and no
-        others. A checkpoint may lack a head, or have one that the adapter's class has not.
+      layers: linear layers; of a checkpoint of another class, those beside the adapted ones.
+      is_whole: whether it is of the class that was trained, and so has all of its modules. Another
+        checkpoint may lack a head, or have one that the adapter's class has not.
+      doubtful: of a checkpoint's `tensors`, what the class that was trained may not have, since a
+        file keeps what it was once saved with: BERT's, a head that no class of today reads. None
+        where the model itself is at hand; a file also lacks a head that shares another's weight.
     """
 
     tensors: Collection[str]
     layers: Collection[str]
     is_whole: bool
+    doubtful: Collection[str] | None = None
 
 
 def settled_config(
@@ -101,14 +106,16 @@ def check(adapter: Adapter, where: object, base: BaseNames | None) -> Adapter:
       AdapterFileError: naming what is missing.
     """
     refuse_incomplete(adapter, where, base)
-    asked, found, _ = _biases(adapter, base)
+    asked, found, lost = _biases(adapter, base)
     if asked and not found:
         warn(
             f"{where}: bias={adapter.config.bias!r} says that biases were trained, and the file "
             "has none. PEFT before 0.21 did not save them: unless the model has no biases at all, "
             "what was trained is lost, and the base model's stay"
         )
+    doubtful = (lost if found else set()) | _lost_of_modules(adapter, base)
     if _needs_a_model(adapter.config):
+        _warn_of_doubtful(doubtful, where)
         return adapter
     if base is None:
         _warn_of_idle_targets(adapter, where)
@@ -117,13 +124,15 @@ def check(adapter: Adapter, where: object, base: BaseNames | None) -> Adapter:
     missing = [sorted(selected - adapter.layers.keys()) for selected in readings]
     if missing[0] and not all(missing):
         return replace(adapter, config=_as_trained(adapter.config, adapter.layers, where))
-    if missing[0]:
+    sure = [name for name in missing[0] if _sure({f"{name}.weight"}, base)]
+    if sure:
         raise AdapterFileError(
-            f"{where}: expected tensors of {listed(missing[0])}, which {_settings(adapter.config)} "
+            f"{where}: expected tensors of {listed(sure)}, which {_settings(adapter.config)} "
             "names in this model, found none. The file lost them, the configuration was edited, "
             "or it is another base model: fetch both files again, or name only the layers of the "
             "file in target_modules"
         )
+    _warn_of_doubtful(doubtful.union(missing[0]), where)
     return adapter
 
 
@@ -134,10 +143,11 @@ def refuse_incomplete(adapter: Adapter, where: object, base: BaseNames | None) -
       AdapterFileError: naming what is missing.
     """
     _check_modules(adapter, set(trained_tensors(adapter.saved)), where, base)
-    _, found, missing = _biases(adapter, base)
-    if found and missing:
+    _, found, lost = _biases(adapter, base)
+    sure = _sure(lost, base)
+    if found and sure:
         raise AdapterFileError(
-            f"{where}: expected {listed(sorted(missing))}, since bias={adapter.config.bias!r} and "
+            f"{where}: expected {listed(sorted(sure))}, since bias={adapter.config.bias!r} and "
             "biases of the same kind are there; found none. The file is incomplete: fetch it again"
         )
 
@@ -196,6 +206,17 @@ def _warn_of_idle_targets(adapter: Adapter, where: object) -> None:
         )
 
 
+def _warn_of_doubtful(names: Collection[str], where: object) -> None:
+    """Warn of what a checkpoint has, the adapter's class may not have, and the file does not."""
+    if names:
+        warn(
+            f"{where}: the base model's files have {listed(sorted(names))}, which the "
+            "configuration names, and the adapter has nothing for it. That is right if the class "
+            "that was adapted does not have it either, such as a head for pretraining; if it has, "
+            "the adapter's file is incomplete: fetch it again"
+        )
+
+
 def _settings(config: RandLoraConfig) -> str:
     """What chooses the layers, for a message."""
     named = {
@@ -216,7 +237,7 @@ def _check_modules(
         if any(_root(key, names) for key in trained):
             continue
         if base is not None and base.is_whole:
-            if not any(_root(key, names) for key in base.tensors):
+            if not any(_root(key, names) for key in base.tensors) and not _may_be_tied(names, base):
                 continue  # the model has no such module
         elif names == task_heads(config.task_type) and (
             _has_head_of_its_own(config, trained)
@@ -230,21 +251,30 @@ def _check_modules(
             "model has such a module. Fetch the file again; if the model has none, remove the name "
             "from adapter_config.json"
         )
-    whole = saved_modules(config)
-    promised = {key for key in (base.tensors if base else ()) if _root(key, whole)}
-    begun = {_root(key, whole) for key in trained}
-    missing = {key for key in promised - trained if _root(key, whole) in begun}
-    missing |= _certain(promised - trained, trained, base)
-    if missing:
+    sure = _sure(_lost_of_modules(adapter, base), base)
+    if sure:
         raise AdapterFileError(
-            f"{where}: expected {listed(sorted(missing))}, found other tensors of the modules "
-            f"trained whole ({listed(whole)}), but not these; PEFT refuses such a file, too. "
-            "Either the file lost them, or it is another base model: fetch it again"
+            f"{where}: expected {listed(sorted(sure))}, found other tensors of the modules "
+            f"trained whole ({listed(saved_modules(config))}), but not these; PEFT refuses such a "
+            "file, too. Either the file lost them, or it is another base model: fetch it again"
         )
 
 
+def _may_be_tied(names: Iterable[str], base: BaseNames) -> bool:
+    """Whether a module of these names may be there though a checkpoint has no tensor of it."""
+    return base.doubtful is not None and any(map(is_output_head, names))
+
+
+def _lost_of_modules(adapter: Adapter, base: BaseNames | None) -> set[str]:
+    """What the file lacks of modules trained whole that it has begun, or has others like."""
+    whole, trained = saved_modules(adapter.config), set(trained_tensors(adapter.saved))
+    begun = {_root(key, whole) for key in trained}
+    missing = {key for key in (base.tensors if base else ()) if _root(key, whole)} - trained
+    return {key for key in missing if _root(key, whole) in begun} | _likely(missing, trained, base)
+
+
 def _biases(adapter: Adapter, base: BaseNames | None) -> tuple[set[str], set[str], set[str]]:
-    """Biases that ``bias`` asks for, those of its kind in the file, and those that are missing."""
+    """Biases that ``bias`` asks for, those of its kind in the file, and what it seems to lack."""
     config, trained = adapter.config, trained_tensors(adapter.saved)
     if config.bias == "none":
         return set(), set(), set()
@@ -261,7 +291,7 @@ def _biases(adapter: Adapter, base: BaseNames | None) -> tuple[set[str], set[str
         asked = {f"{name}.bias" for name in adapter.layers}
         return asked, found, {key for key in asked - found if _is_alike(adapter, key, found)}
     asked = set(filter(is_promised, base.tensors))
-    return asked, found, _certain(asked - found, found, base)
+    return asked, found, _likely(asked - found, found, base)
 
 
 def _promised_modules(config: RandLoraConfig) -> Iterator[tuple[str, ...]]:
@@ -282,13 +312,18 @@ def _has_head_of_its_own(config: RandLoraConfig, trained: Iterable[str]) -> bool
     return any(_root(key, heads) for key in trained)
 
 
-def _certain(missing: set[str], found: Iterable[str], base: BaseNames | None) -> set[str]:
-    """What of `missing` the adapter's model surely has: a checkpoint may have more than its class.
+def _likely(missing: set[str], found: Iterable[str], base: BaseNames | None) -> set[str]:
+    """What of `missing` the adapter's model has, unless that is doubtful.
 
     Where another layer's tensor of that name is in the file, this one should be.
     """
-    kinds = set(map(_kind, found))
-    return {key for key in missing if (base and base.is_whole) or _kind(key) in kinds}
+    kinds = set(map(kind, found))
+    return {key for key in missing if (base and base.is_whole) or kind(key) in kinds}
+
+
+def _sure(missing: set[str], base: BaseNames | None) -> set[str]:
+    """What of `missing` is not doubtful."""
+    return missing.difference((base and base.doubtful) or ())
 
 
 def _root(key: str, patterns: Collection[str]) -> str | None:
@@ -298,7 +333,7 @@ def _root(key: str, patterns: Collection[str]) -> str | None:
     return next((name for name in modules if matches_saved(name, patterns)), None)
 
 
-def _kind(name: str) -> str:
+def kind(name: str) -> str:
     """A name less its numbers."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
@@ -308,6 +343,4 @@ def _is_alike(adapter: Adapter, key: str, found: Iterable[str]) -> bool:
     shapes = {name: gamma.shape for name, (_, gamma) in adapter.layers.items()}
     mine = key.removesuffix(".bias")
     others = (other.removesuffix(".bias") for other in found)
-    return any(
-        _kind(other) == _kind(mine) and shapes.get(other) == shapes[mine] for other in others
-    )
+    return any(kind(other) == kind(mine) and shapes.get(other) == shapes[mine] for other in others)

@@ -330,6 +330,19 @@ def naming_in_full(config: RandLoraConfig, adapted: Iterable[str]) -> RandLoraCo
     return replace(config, target_modules=targets, layers_to_transform=None, layers_pattern=None)
 
 
+def read_alike(config: RandLoraConfig, adapted: Iterable[str]) -> RandLoraConfig:
+    """`config`, which takes the layers `adapted`, as every release of PEFT reads it.
+
+    It is as it was, and so fits a model that calls the same layers otherwise, as transformers does
+    from one release to the next; unless only a model tells what it names, or releases read its
+    layers_to_transform differently.
+    """
+    needs_a_model = config.target_modules in (None, ALL_LINEAR)
+    if needs_a_model or config.layers_to_transform not in (None, ()):
+        return naming_in_full(config, adapted)
+    return config
+
+
 def full_names(target_modules: str | Collection[str] | None) -> tuple[str, ...]:
     """The names from which `by_full_names` made a value; none, if it did not."""
     if not isinstance(target_modules, str):

@@ -39,6 +39,21 @@ def written_modules(
     return kept + sorted(new - inner)
 
 
+def carried(config: RandLoraConfig, saved: Collection[str]) -> set[str]:
+    """Of the keys of `Adapter.saved`, those of weights that nothing in `config` trains.
+
+    PEFT writes an adapted output head's own, and embeddings of a resized vocabulary, of its own
+    accord, and opens them frozen.
+    """
+    whole = saved_modules(config)
+
+    def is_trained(key: str) -> bool:
+        asked = config.bias == "all" or (config.bias == "randlora_only" and is_of_adapted(key))
+        return (asked and key.endswith(".bias")) or inside_saved(key.rpartition(".")[0], whole)
+
+    return {key for key in saved if not is_trained(key)}
+
+
 def taken(names: Collection[str], modules: Collection[str]) -> list[str]:
     """Those of `modules` that PEFT trains whole as one of `names`, or inside one."""
     return sorted(module for module in modules if inside_saved(module, names))

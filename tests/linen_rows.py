@@ -105,7 +105,9 @@ def alone(model, bound, x=IDS):
 
 
 def assert_rows(found, names, each, base=None):
-    """Every row of `found` is its own adapter's, base rows to the bit.
+    """Every row of `found` is its own adapter's, but for roundings; base rows to the bit.
+
+    Some processors round one program otherwise than another by a little more than 1e-6.
 
     Args:
       base: what the same program makes of rows without adapters; XLA may round one that has no
@@ -113,7 +115,7 @@ def assert_rows(found, names, each, base=None):
     """
     expected = np.stack([each[name][i] for i, name in enumerate(names)])
     found = np.asarray(found)
-    assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()
+    assert np.abs(found - expected).max() <= 3e-6 * np.abs(expected).max()
     for i, name in enumerate(names):
         if name == "__base__":
             np.testing.assert_array_equal(found[i], (expected if base is None else base)[i])

@@ -43,6 +43,19 @@ class Contained(nnx.Module):
         return x @ self.named["in"][...] @ self.named["out"][...]
 
 
+class Called(nnx.Module):
+    """Containers that are called as a module's one kernel is."""
+
+    def __init__(self):
+        self.w = nnx.List([drawn(0, 8, 8), drawn(1, 8, 8)])
+        self.kernel = nnx.Dict({"in": drawn(2, 8, 6), "out": drawn(3, 6, 8)})
+
+    def __call__(self, x):
+        for kernel in self.w:
+            x = nnx.tanh(x @ kernel[...])
+        return x @ self.kernel["in"][...] @ self.kernel["out"][...]
+
+
 class Read(nnx.Module):
     """A layer whose kernel others read, by its name or through a property."""
 
@@ -171,6 +184,7 @@ NETS = {
     "three kernels": (lambda: Holding(Gated()), MLP, 3),
     "one rule for all": (lambda: Holding(Gated()), {"mlp/.*": "i o"}, 3),
     "containers": (lambda: Holding(Contained()), {"mlp/(listed|named)/.*": "i o"}, 4),
+    "containers called as a kernel": (lambda: Holding(Called()), {"mlp/(w|kernel)/.*": "i o"}, 4),
     "a kernel that is read": (Read, {}, 1),
     "methods": (CallsMethods, {"q/w": "i o o"}, 2),
     "state": (Counted, {"layer": "i o"}, 1),

@@ -35,15 +35,17 @@ REMARKS = {
     "bloom": "query, key and value in one matrix on both sides",
     "gemma": "right for rope_theta 1e4 without scaling",
     "gpt2": "Conv1D",
-    "llama": "right for rope_theta 1e4 without scaling or MLP biases; "
+    "llama": "right for rope_theta 1e4 without scaling or MLP biases, and a head that is not tied; "
     "for others use [nnx models](trainers.md#fine-tuning)",
     "longt5": "needs `jnp.clip(a_max=)`, which new JAX has not; local attention",
+    "marian": "right where both sides share their embeddings",
     "mistral": "as llama; sliding_window must be set",
     "mt5": "needs `jnp.clip(a_max=)`, which new JAX has not",
     "regnet": "convolutional: only the head is linear",
-    "resnet": "convolutional: only the head is linear",
+    "resnet": "convolutional: only the head is linear; right without downsample_in_bottleneck",
     "t5": "needs `jnp.clip(a_max=)`, which new JAX has not",
-    "wav2vec2": "stable layer norm; PEFT itself cannot save it with an adapted lm_head",
+    "wav2vec2": "stable layer norm; right without adapter_attn_dim; "
+    "PEFT itself cannot save it with an adapted lm_head",
 }
 
 

@@ -14,7 +14,12 @@ from randlora_jax import __version__
 from randlora_jax.commands.interrupts import INTERRUPTED, leaving_soon
 from randlora_jax.commands.report import Misuse, Report
 from randlora_jax.commands.terminal import NotPrinted, put, tell, wants_json
-from randlora_jax.interop.errors import RandLoraError
+from randlora_jax.interop.errors import (
+    AdapterFileError,
+    ConfigError,
+    RandLoraError,
+    TargetError,
+)
 
 # Modules of randlora_jax.commands, in the order in which --help lists their commands.
 COMMANDS = (
@@ -29,7 +34,8 @@ COMMANDS = (
 GOOD, FAILS, MISUSE = 0, 1, 2
 STATUS: dict[type[BaseException], int] = {
     Misuse: MISUSE,
-    RandLoraError: FAILS,
+    **dict.fromkeys((ConfigError, TargetError, AdapterFileError), FAILS),
+    RandLoraError: MISUSE,  # what stands in the way of a save, or another process that saves
     OSError: MISUSE,  # no space, no permission
     MemoryError: MISUSE,
     KeyboardInterrupt: INTERRUPTED,
@@ -82,6 +88,7 @@ def run(commands: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
 
     with leaving_soon(arguments) as interrupted, warnings.catch_warnings():
         warnings.showwarning = warn  # type: ignore[assignment]
+        warnings.simplefilter("default", UserWarning)  # part of the report, whatever is set outside
         try:
             status, report = _outcome(commands, arguments, interrupted)
             if wants_json(arguments):

@@ -29,7 +29,7 @@ from randlora_jax.interop.errors import AdapterFileError, listed, shown
 from randlora_jax.interop.keys import LAYER_PARTS, roles_of
 from randlora_jax.interop.missing_bases import DrawnPair
 from randlora_jax.interop.peft_dir import WEIGHTS_NAME, load_once, open_adapter, write_adapter
-from randlora_jax.interop.targets import naming_in_full
+from randlora_jax.interop.targets import read_alike
 from randlora_jax.interop.tensor_file import TensorFile
 from randlora_jax.interop.torch_rng import Generation, identify, word_bytes
 
@@ -44,8 +44,8 @@ README.md and other files are not copied.
   randlora-jax compact my-adapter my-adapter --force   in place, in one instant
   randlora-jax compact my-adapter tiny --drop-bases    none, if PyTorch can draw them again
 
-Bases in float32 are written in bfloat16 if that loses nothing; the config names the adapted layers
-in full, so that every release of PEFT takes these and no others. With --drop-bases they are drawn
+Bases in float32 are written in bfloat16 if that loses nothing; what releases of PEFT read
+differently in target_modules becomes the layers' names in full. With --drop-bases they are drawn
 from the adapter's key as every known release of torch does it and compared bit for bit; if none
 draws them, nothing is written. Such a file is right only as a model's first adapter, and only under
 the torch generation and base model dtype that the report names."""
@@ -90,7 +90,7 @@ def compact(src: Path, dst: Path, *, drop_bases: bool = False, force: bool = Fal
         notes = [*_widened(config, file), *_others(src)]
         adapter, compare_copies = load_once(config, file)
         adapter = keeping_promises(adapter, src, None)
-        adapter = replace(adapter, config=naming_in_full(adapter.config, adapter.layers))
+        adapter = replace(adapter, config=read_alike(adapter.config, adapter.layers))
         with ThreadPoolExecutor(1) as beside, closing(file):  # which ends comparing, if need be
             comparison = beside.submit(compare_copies)  # nearly all of the time
             check_finite(adapter, file.path)

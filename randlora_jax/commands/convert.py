@@ -34,7 +34,13 @@ from randlora_jax.interop.missing_bases import DrawnPair, refuse_in_vain
 from randlora_jax.interop.peft_dir import WEIGHTS_NAME, write_adapter
 from randlora_jax.interop.promises import refuse_incomplete
 from randlora_jax.interop.strict_json import read_object
-from randlora_jax.interop.targets import inside_saved, naming_in_full, saved_modules, task_heads
+from randlora_jax.interop.targets import (
+    inside_saved,
+    naming_in_full,
+    read_alike,
+    saved_modules,
+    task_heads,
+)
 from randlora_jax.interop.written_modules import taken, written_modules
 
 DESCRIPTION = """\
@@ -132,7 +138,7 @@ def with_bases(
     assert deltas.draw is not None
     drawn = DrawnPair(deltas.bases, deltas.draw)
     provenance = drawn.provenance(adapter.config.projection_prng_key, shapes)
-    config = naming_in_full(replace(adapter.config, save_projection=True), adapter.layers)
+    config = read_alike(replace(adapter.config, save_projection=True), adapter.layers)
     return replace(adapter, config=config, bases=deltas.bases, provenance=provenance)
 
 
@@ -140,10 +146,13 @@ def read_rules(path: Path) -> dict[str, str]:
     """The rules in a file.
 
     Raises:
-      AdapterFileError: it holds no JSON object.
-      Misuse: an expression is none, or its name is none or refers to groups that it has not.
+      Misuse: it holds no JSON object; an expression is none, or its name is none or refers to
+        groups that it has not.
     """
-    rules = read_object(path)
+    try:
+        rules = read_object(path)
+    except AdapterFileError as error:
+        raise Misuse(str(error)) from error
     for expression, name in rules.items():
         if not isinstance(name, str):
             raise Misuse(

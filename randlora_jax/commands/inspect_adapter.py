@@ -26,9 +26,10 @@ from randlora_jax.interop.adapter import Adapter, not_finite
 from randlora_jax.interop.base_model import BaseModel
 from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
 from randlora_jax.interop.draws import base_dtypes, generations
-from randlora_jax.interop.keys import BASE_PARTS, roles_of
+from randlora_jax.interop.keys import BASE_PARTS, Role, roles_of
 from randlora_jax.interop.peft_dir import load_adapter, narrowest, open_adapter
 from randlora_jax.interop.tensor_file import TensorFile
+from randlora_jax.interop.written_modules import carried
 
 DESCRIPTION = """\
 Say what the adapter in DIR is: its layers, the bytes that matter and the bytes that are waste,
@@ -142,6 +143,7 @@ def inspect(
         "bytes": _bytes(config, file, adapter),
         "layers": _layers(adapter, shapes),
         "saved": {key: list(array.shape) for key, array in adapter.saved.items()},
+        "carried": sorted(carried(config, adapter.saved)),
         "bases": _bases(adapter, shapes),
         "numbers": numbers,
         "plot": drawn,
@@ -153,19 +155,23 @@ def inspect(
 def _bytes(config: RandLoraConfig, file: TensorFile, adapter: Adapter) -> dict[str, int]:
     """What the file's bytes are spent on; `waste` is what `compact` saves."""
     roles = roles_of(file.tensors.values(), config, file.fail)
-    trained = sum(
-        tensor.nbytes
+    frozen = {Role("saved", key) for key in carried(config, adapter.saved)}
+    held = {
+        key: tensor.nbytes
         for key, tensor in file.tensors.items()
         if roles[key].part not in (*BASE_PARTS, "repeated")
-    )
+    }
+    others = sum(nbytes for key, nbytes in held.items() if roles[key] in frozen)
+    trained = sum(held.values()) - others
     once = sum(array.size * narrowest(array).itemsize for array in adapter.bases or ())
     header = min(tensor.start for tensor in file.tensors.values())
     return {
         "file": file.size,
         "trained": trained,
+        "carried": others,
         "bases": once,
         "header": header,
-        "waste": file.size - trained - once - header,
+        "waste": file.size - trained - others - once - header,
         "copies_of_bases": sum(role.part == "B" for role in roles.values()),
     }
 

@@ -38,13 +38,16 @@ def _layers(data: dict[str, Any]) -> Iterator[str]:
     yield from _columns(rows)
     if any(row["shape"] is None for row in data["layers"]):
         yield "the file tells the smaller side only; give the base model with --base for the other"
-    if data["saved"]:
-        yield f"trained besides: {_some(data['saved'])}"
+    if whole := [key for key in data["saved"] if key not in data["carried"]]:
+        yield f"trained besides: {_some(whole)}"
+    if data["carried"]:
+        yield f"carried besides, and not trained: {_some(data['carried'])}"
 
 
 def _bytes(sizes: dict[str, int]) -> Iterator[str]:
     what = {
         "trained": "trained numbers",
+        "carried": "the base model's own weights, which PEFT adds",
         "bases": "the bases once, in the smallest dtype that holds them",
         "header": "header",
         "waste": f"waste, which `compact` drops: the bases {sizes['copies_of_bases']} times in all",

@@ -64,12 +64,14 @@ def leaving_soon(arguments: Sequence[str]) -> Iterator[threading.Event]:
             came.set()
             handler(number, frame)
 
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    before = signal.set_wakeup_fd(writing)  # every signal's number is written there at once
+    import socket  # by now there is one who answers Ctrl-C
+
+    reading, writing = socket.socketpair()  # pipes block in Windows under Python 3.11
+    writing.setblocking(False)
+    before = signal.set_wakeup_fd(writing.fileno())  # every signal's number goes there at once
 
     def watch() -> None:
-        while number := os.read(reading, 1):
+        while number := reading.recv(1):
             if number[0] == signal.SIGINT and not over.wait(GRACE):
                 _leave(arguments)
 
@@ -82,9 +84,9 @@ def leaving_soon(arguments: Sequence[str]) -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, handler)
         over.set()
         signal.set_wakeup_fd(before)
-        os.close(writing)
+        writing.close()
         thread.join()
-        os.close(reading)
+        reading.close()
         # While Python ends, which also takes a moment, there is nothing left to be interrupted.
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
 

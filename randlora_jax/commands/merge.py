@@ -69,9 +69,10 @@ _MODEL_FILES = [
 _OTHER_WEIGHTS = ("*.safetensors*", "pytorch_model*", "tf_model*", "flax_model*", "*.pt", "*.pth")
 _ANYWHERE = (
     *("*.onnx*", "*.gguf", "openvino_*", "adapter_*", "ggml-*", "*.ot", "*.tflite"),
-    *("weights.npz", "*.mlmodel", "*.nemo", "*.engine"),
+    *("weights.npz", "*.mlmodel", "*.nemo", "*.engine", "consolidated.*", "consolidated-*"),
 )
-_FOLDERS = ("coreml", "*.mlpackage", "*.mlmodelc")
+# Meta's and OpenAI's own formats of their models, and what a trainer keeps, are among these.
+_FOLDERS = ("coreml", "*.mlpackage", "*.mlmodelc", "original", "metal", "checkpoint-*")
 
 
 def add_parser(commands: Commands) -> argparse.ArgumentParser:
@@ -269,7 +270,7 @@ def _report(deltas: Deltas, todo: MergePlan, out: Path, total: int, leave: list[
     count, kinds = len(deltas.layers), " and ".join(dtypes)
     lines = [f"{out}: {count} layers merged, {size(total)}, stored in {kinds}"]
     if todo.replaced:
-        lines.append(f"trained whole, replaced: {', '.join(map(plain, sorted(todo.replaced)))}")
+        lines.append(f"replaced whole: {', '.join(map(plain, sorted(todo.replaced)))}")
     if todo.added:
         lines.append(f"trained whole, added: {', '.join(map(plain, sorted(todo.added)))}")
     if todo.renamed:

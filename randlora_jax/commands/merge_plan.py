@@ -14,7 +14,7 @@ from randlora_jax.interop.base_model import BaseModel
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import TargetError, shown
 from randlora_jax.interop.expert_stacks import apart
-from randlora_jax.interop.keys import trained_tensors
+from randlora_jax.interop.keys import biases_by_one_name, trained_tensors
 from randlora_jax.interop.numpy_delta import Deltas
 
 # The last layers of classifiers, whose rows are the labels.
@@ -28,10 +28,11 @@ _TASK_CLASSES = {
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
 }
-# Of classes and PEFT's tasks, those without an output layer over the vocabulary.
+# Of classes and PEFT's tasks, those without an output layer over the vocabulary that goes in.
 _HEADLESS_TASKS = {*_TASK_CLASSES, "FEATURE_EXTRACTION"}
 _HEADLESS = re.compile(
     r"Classification|Regression|QuestionAnswering|MultipleChoice|NextSentence|Retrieval|Detection"
+    r"|CTC|MaskedImageModeling"
     r"|WithProjection|(?<!LMHead)(?<!DoubleHeads)(?<!EncoderDecoder)(?<!Chat)Model$"
 )
 
@@ -71,7 +72,9 @@ def plan(deltas: Deltas, base: BaseModel) -> MergePlan:
     sums: dict[str, list[str]] = {}
     for name, layer in deltas.layers.items():
         sums.setdefault(layer.stored.key, []).append(name)
-    trained = _as_apart(trained_tensors(adapter.saved), base)
+    carried = trained_tensors(adapter.saved)
+    carried = biases_by_one_name(carried, lambda key: base.find(key) is not None)
+    trained = _as_apart(carried, base)
     replaced, added = {}, {}
     for key, value in trained.items():
         # what has no tensor of its own may use another's
@@ -113,7 +116,7 @@ def _as_apart(trained: Mapping[str, np.ndarray], base: BaseModel) -> dict[str, n
 
 
 def _has_head(found: Mapping[str, Any], config: RandLoraConfig) -> bool:
-    """Whether the adapted model makes logits over its vocabulary, and may tie two weights so."""
+    """Whether the adapted model makes logits over what goes in, and may tie two weights so."""
     if config.task_type is not None:
         return config.task_type not in _HEADLESS_TASKS
     classes = found.get("architectures")

@@ -80,6 +80,10 @@ def model_directory(text: str) -> Path:
 def _local(text: str, what: str) -> Path:
     """An argument that must name a directory; hubs are not asked."""
     found = named(text)
+    if found.is_file():
+        raise argparse.ArgumentTypeError(
+            f"{text}: expected a directory, found a file; give the folder it is in: {found.parent}"
+        )
     if not found.is_dir():
         given = f"--base my-{what}" if what == "model" else f"my-{what}"
         raise argparse.ArgumentTypeError(

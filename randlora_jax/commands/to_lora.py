@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -17,13 +19,14 @@ from randlora_jax.commands.output import Output, holds_a_model
 from randlora_jax.commands.report import Commands, Report, command_parser, named, progress
 from randlora_jax.interop.atomic import replacing_files
 from randlora_jax.interop.base_model import BaseModel
+from randlora_jax.interop.base_names import base_names
 from randlora_jax.interop.config import CONFIG_NAME, RandLoraConfig
 from randlora_jax.interop.delta_factors import DeltaFactors, SharedB
 from randlora_jax.interop.keys import PREFIX, file_key, trained_tensors
 from randlora_jax.interop.numpy_delta import Deltas, too_strong
 from randlora_jax.interop.peft_dir import WEIGHTS_NAME
 from randlora_jax.interop.strict_json import dump_object, thaw, write_text
-from randlora_jax.interop.targets import by_full_names
+from randlora_jax.interop.targets import read_alike, write_targets
 from randlora_jax.interop.tensor_writer import write_tensors
 
 DESCRIPTION = """\
@@ -94,9 +97,9 @@ def to_lora(
     Raises:
       AdapterFileError: the adapter or the checkpoint is damaged, or delta_W is beyond float32.
       TargetError: the two do not fit.
-      Misuse: `out` holds an adapter that may not be replaced, or a model.
+      Misuse: `out` holds an adapter that may not be replaced, the source, or a model.
     """
-    output = Output(out, force=force, refusal=holds_a_model)
+    output = Output(out, force=force, refusal=partial(_refusal, Path(directory)))
     output.expect([CONFIG_NAME, WEIGHTS_NAME])
     with BaseModel(base) as model:
         deltas = deltas_of(read_showing_progress(directory), model, torch_generation, base_dtype)
@@ -104,8 +107,10 @@ def to_lora(
         adapter = deltas.adapter
         found = factor_all(deltas, choose, exact=exact)
         conv1d = any(layer.conv1d for layer in deltas.layers.values())
+        keys = [*base_names(model, adapter).tensors, *trained_tensors(adapter.saved)]
     ranks = {name: factors.rank for name, factors in found.items()}
-    config = lora_config(adapter.config, ranks, conv1d)
+    modules = {key.rpartition(".")[0] for key in keys}
+    config = lora_config(_listing(adapter.config, ranks, modules), ranks, conv1d)
     config["base_model_name_or_path"] = adapter.config.base_model_name_or_path or str(base)
     arrays = {
         PREFIX + file_key(key, adapter.layers): value
@@ -118,6 +123,13 @@ def to_lora(
         write_text(staged / CONFIG_NAME, dump_object(config))
         write_tensors(staged / WEIGHTS_NAME, arrays, {"format": "pt"})
     return _report(found, output)
+
+
+def _refusal(source: Path, folder: Path) -> str:
+    """Why no LoRA of the adapter in `source` may be written to `folder`."""
+    if folder.exists() and folder.samefile(source):
+        return "holds the adapter itself, which cannot be made of its LoRA again"
+    return holds_a_model(folder)
 
 
 def factor_all(deltas: Deltas, choose: Choose, *, exact: bool) -> dict[str, Factors]:
@@ -146,6 +158,21 @@ def factor_all(deltas: Deltas, choose: Choose, *, exact: bool) -> dict[str, Fact
     return {name: found[name] for name in deltas.layers}
 
 
+def _listing(
+    config: RandLoraConfig, layers: Iterable[str], modules: Iterable[str]
+) -> RandLoraConfig:
+    """`config` with a list for target_modules, if one takes just `layers`: SGLang reads no other.
+
+    Args:
+      modules: of the model.
+    """
+    config = read_alike(config, layers)
+    if not isinstance(config.target_modules, str):
+        return config
+    found = write_targets(layers, modules)
+    return config if isinstance(found, str) else replace(config, target_modules=found)
+
+
 def lora_config(config: RandLoraConfig, ranks: dict[str, int], conv1d: bool) -> dict[str, Any]:
     """PEFT's LoraConfig, as JSON, for layers of these ranks, that adapts what `config` does."""
     largest = max(ranks.values())  # what servers that read only this must have room for
@@ -162,7 +189,7 @@ def lora_config(config: RandLoraConfig, ranks: dict[str, int], conv1d: bool) -> 
         "rank_pattern": others,
         "alpha_pattern": others,
         "lora_dropout": config.randlora_dropout,
-        "target_modules": by_full_names(ranks),
+        "target_modules": thaw(read_alike(config, ranks).target_modules),
         "layers_to_transform": None,
         "layers_pattern": None,
         "modules_to_save": thaw(config.modules_to_save),

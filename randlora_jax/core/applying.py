@@ -60,7 +60,8 @@ def adapted(
     updates = [share.update for share in contributions]
     call = LayerCall.of(layer, x, options)
     sizes = _sizes(layer.kernel, call, x, updates)
-    seen = [share.drop(x) if share.drop else None for share in contributions]
+    floats = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(layer.dtype)
+    seen = [share.drop(floats) if share.drop else None for share in contributions]
     arguments = Arguments(layer.kernel.array, x, seen, layer.read)
     # Outside a trace the operations run one by one, as the model's own do, so that an adapter that
     # adds nothing changes no bit.

@@ -75,10 +75,11 @@ def _run_rows(
     out = own.output(arguments.kernel, arguments.x, *arguments.read)
     sizes = call.layout.out_sizes(call.packed or arguments.kernel.shape)
     x = arguments.x.astype(call.dtype)
-    made = [
-        _through(call, x, update, sizes, order)
-        for update, order in zip(updates, orders, strict=True)
-    ]
+    with call.precise():
+        made = [
+            _through(call, x, call.answering(out, update), sizes, order)
+            for update, order in zip(updates, orders, strict=True)
+        ]
     changed = sum((update.changed() for update in updates[1:]), updates[0].changed())
     batch = call.axes.out.index(call.axes.x[0])
     changed = jnp.expand_dims(changed, [i for i in range(out.ndim) if i != batch])

@@ -131,7 +131,7 @@ def _draw(key: jax.Array, kind: Kind, r: int, sparsity: float, extents: Extents)
     high, low = keys(1, extents.n)
     shape = (extents.max, extents.n, r)
     place = counter(shape, 0) * np.uint32(r) + counter(shape, 2)  # within a basis, row by row
-    b = _words(high[:, None], low[:, None], place)  # (MAX, N, r)
+    b = _words(high[None, :, None], low[None, :, None], place)  # (MAX, N, r)
     return BasisPair(numbers(a), numbers(b))
 
 

@@ -64,19 +64,24 @@ class Kernel:
             return None
         return f"its kernel holds {self.array.dtype} numbers, which a float update cannot join"
 
-    def promoted(self, x: jax.Array) -> DTypeLike:
+    def promoted(self, x: jax.Array, scale: jax.Array | None = None) -> DTypeLike:
         """What a layer multiplies `x` and its kernel in, by JAX's rules.
 
-        Integers stand for x's, and so do floats of 8 bits, which JAX promotes with nothing.
+        Integers stand for x's, and so do floats of 8 bits, which JAX promotes with nothing; for
+        float32 where x is such, too.
+
+        Args:
+          scale: of a quantised kernel, whose numbers are of its dtype.
         """
-        if not self.packed and holds_sums(self.array.dtype):
-            return jnp.result_type(x, self.array)
-        return x.dtype
+        held = self.array if scale is None else scale
+        if not self.packed and holds_sums(held.dtype):
+            return jnp.result_type(x, held)
+        return x.dtype if holds_sums(x.dtype) else jnp.float32
 
     def delta(self, updates: Sequence[Update], dtype: DTypeLike = jnp.float32) -> jax.Array:
         """The deltas of `updates`, formed in `dtype`, summed in float32, in the kernel's layout."""
         cut = self.placement.cut if self.placement else None
-        each = (update.formed(cut, dtype) for update in updates)
+        each = (update.formed(cut, dtype).astype(jnp.float32) for update in updates)
         return self.layout.to_kernel(sum(each, start=jnp.zeros((), jnp.float32)), self.shape)
 
     def taking(self, updates: Sequence[Update], dtype: DTypeLike = jnp.float32) -> jax.Array:
@@ -91,7 +96,7 @@ class Kernel:
         if self.refusal:
             raise ConfigError(f"no adapter can be merged into this layer: {self.refusal}")
         wide = self.array.astype(at_least_float32(self.array.dtype))
-        whole = wide + self.delta(updates, dtype)
+        whole = wide + self.delta(updates, dtype).astype(wide.dtype)
         return whole.astype(self.array.dtype)
 
 
@@ -111,5 +116,6 @@ def merged(
     Raises:
       ConfigError: as `Kernel.taking`.
     """
-    whole = Kernel.traced(array, layout, sharding).taking(updates)
+    with jax.default_matmul_precision("highest"):  # what is made once, and kept
+        whole = Kernel.traced(array, layout, sharding).taking(updates)
     return placed(whole, sharding) if sharding else whole

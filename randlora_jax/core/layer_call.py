@@ -4,23 +4,26 @@ Layers that are alike have equal ones, and share a trace (`applying`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import default_matmul_precision
 from jax.typing import DTypeLike
 
 from randlora_jax.core.contraction import CallAxes, Contraction, as_output, as_rows, for_each_matrix
 from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.core.mesh import Placement, off_mesh
-from randlora_jax.core.update import Update, formed_in
+from randlora_jax.core.rows import RowUpdates
+from randlora_jax.core.update import Update, formed_in, summed
 from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.interop.errors import ConfigError
 
 Run = Callable[..., jax.Array]
+U = TypeVar("U", Update, RowUpdates)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class RunningLayer:
       kernel: as it holds it.
       contraction: what it computes, as a sum over axes of x; None where it is anything else.
       dtype: what it multiplies in.
+      precision: of its products, by the name that ``jax.default_matmul_precision`` has for it; None
+        for JAX's own.
     """
 
     name: str
@@ -43,6 +48,7 @@ class RunningLayer:
     kernel: Kernel
     contraction: Contraction | None
     dtype: DTypeLike
+    precision: str | None = None
 
 
 class Arguments(NamedTuple):
@@ -121,6 +127,7 @@ class LayerCall:
         does. On a mesh such axes may be cut, and cannot be merged in place.
       packed: the shape of its kernel, where that is not its array's.
       returns: the shape of its output, if it is the contraction that it is said to be.
+      precision: of its products; None for JAX's own.
     """
 
     run: Run
@@ -131,6 +138,7 @@ class LayerCall:
     merge_rows: bool
     packed: tuple[int, ...] | None
     returns: tuple[int, ...] | None
+    precision: str | None
 
     @classmethod
     def of(cls, layer: RunningLayer, x: jax.Array, options: ExecutionOptions) -> "LayerCall":
@@ -153,7 +161,8 @@ class LayerCall:
         merge_rows = kernel.placement is None and off_mesh(x)
         dtype = jnp.dtype(layer.dtype)
         where = kernel.layout, placement, axes
-        return cls(layer.run, *where, dtype, merge_rows, kernel.packed, returns)
+        precise = layer.precision
+        return cls(layer.run, *where, dtype, merge_rows, kernel.packed, returns, precise)
 
     def output(self, kernel: jax.Array, x: jax.Array, *read: jax.Array) -> jax.Array:
         """What the layer returns.
@@ -174,7 +183,8 @@ class LayerCall:
     def in_kernel(self, arguments: Arguments, updates: Sequence[Update]) -> jax.Array:
         """The layer once, with W + delta."""
         kernel = Kernel(arguments.kernel, self.layout, self.placement)
-        whole = kernel.taking(updates, formed_in(self.dtype))
+        with self.precise():
+            whole = kernel.taking(updates, formed_in(self.dtype))
         return self.output(whole, arguments.x, *arguments.read)
 
     def beside(
@@ -184,15 +194,24 @@ class LayerCall:
         out = self.output(arguments.kernel, arguments.x, *arguments.read)
         sizes = self.layout.out_sizes(self.packed or arguments.kernel.shape)
         seen = [arguments.x if x is None else x for x in arguments.seen]
-        made = [
-            self._through(x.astype(self.dtype), update, sizes, factored)
-            for x, update in zip(seen, updates, strict=True)
-        ]
+        with self.precise():
+            made = [
+                self._through(x.astype(self.dtype), self.answering(out, update), sizes, factored)
+                for x, update in zip(seen, updates, strict=True)
+            ]
         return self.added(out, made)
+
+    def answering(self, out: jax.Array, update: U) -> U:
+        """`update`, whose share comes in float32 if the layer's output is of more bits than x."""
+        return replace(update, wide=out.dtype.itemsize > self.dtype.itemsize)
+
+    def precise(self) -> AbstractContextManager[None]:
+        """Within, products are as precise as the layer's own."""
+        return default_matmul_precision(self.precision) if self.precision else nullcontext()
 
     def added(self, out: jax.Array, made: Sequence[jax.Array]) -> jax.Array:
         """The layer's output with what adapters make of its input."""
-        return (out + sum(made[1:], made[0])).astype(out.dtype)
+        return summed((out, summed(made))).astype(out.dtype)
 
     def _through(
         self, x: jax.Array, update: Update, sizes: Sequence[int], factored: bool

@@ -6,16 +6,16 @@ devices, each of them sums up its own tokens' share of the gradient of lambda an
 anything is sent: the sum over devices is then of lambda's and gamma's size. Left to itself, the
 partitioner would sum delta's gradient, which is as large as the kernel.
 
-Explicit mesh axes are part of an array's type. Automatic ones a trace cannot see: then the kernel
-counts as it lay when its model was wrapped, and the user names the axes that split the tokens.
+Explicit mesh axes are part of an array's type. How automatic ones cut an array a trace cannot see:
+then the kernel counts as it lay when its model was wrapped, and the user names the axes that split
+the tokens. The mesh itself it sees, without its devices: so a model may be moved to others.
 Where the layout cannot be followed (an inner axis of several that form one side of the matrix is
-cut), the partitioner decides, but for the bases: what a layer takes of them is whole on every
-device. A cut that runs through the shared pair would be another one in each layer's corner of it,
-and rows of bases would be sent to and fro.
+cut, or the kernel has come to lie on a mesh of other axes), the partitioner decides, but for the
+bases: what a layer takes of them is whole on every device. A cut that runs through the shared pair
+would be another one in each layer's corner of it, and rows of bases would be sent to and fro.
 """
 
 import math
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -135,7 +135,7 @@ class Placement:
             for axis, axes in enumerate(gathered):
                 if axes:
                     whole = jax.lax.all_gather(whole, axes, axis=axis, tiled=True)
-            return jax.lax.psum(through(x, whole), kept[0])
+            return jax.lax.psum(through(x, whole, wide=update.wide), kept[0])
 
         columns = P(None, small or None)
         specs = P(), columns, columns, P(large or None)
@@ -232,6 +232,18 @@ def on_mesh(x: Any) -> NamedSharding | None:
     return sharding if isinstance(sharding, NamedSharding) else None
 
 
+def beside(x: Any) -> NamedSharding | None:
+    """Whole on every device of the mesh that an array lies on, in a trace or outside; None of none.
+
+    In a trace the mesh is without its devices, and none where each device runs by itself.
+    """
+    if not isinstance(x, jax.core.Tracer):
+        sharding = on_mesh(x)
+        return NamedSharding(sharding.mesh, P()) if sharding else None
+    mesh = jax.typeof(x).sharding.mesh
+    return None if mesh.empty or _manual(mesh) else NamedSharding(mesh, P())
+
+
 def off_mesh(x: jax.Array) -> bool:
     """Whether a traced array lies on no mesh that its trace can see."""
     return bool(jax.typeof(x).sharding.mesh.empty)
@@ -242,59 +254,6 @@ def on_host(x: jax.Array) -> Any:
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-
-
-class Parts:
-    """What this process holds, in host memory, of an array that lies on devices of several."""
-
-    def __init__(self, x: jax.Array) -> None:
-        self.shape, self.sharding = x.shape, x.sharding
-        self.parts = {str(part.index): np.asarray(part.data) for part in x.addressable_shards}
-
-    @property
-    def nbytes(self) -> int:
-        """Of all parts, each counted once however many devices have it."""
-        return sum(part.nbytes for part in self.parts.values())
-
-    def joined(self) -> jax.Array:
-        """The array as it lay: every process calls this."""
-        return jax.make_array_from_callback(
-            self.shape, self.sharding, lambda index: self.parts[str(index)]
-        )
-
-
-class Kept:
-    """An array's numbers in host memory, of each process its own: nothing is sent.
-
-    And the array itself for as long as somebody else has it, such as another model that shares it.
-
-    Args:
-      x: the array.
-    """
-
-    def __init__(self, x: jax.Array) -> None:
-        self._numbers = np.asarray(x) if x.is_fully_addressable else Parts(x)
-        self._array: Callable[[], jax.Array | None] = weakref.ref(x)
-
-    @property
-    def nbytes(self) -> int:
-        """Of this process's memory."""
-        return self._numbers.nbytes
-
-    def put_back(self, like: jax.Array) -> jax.Array:
-        """The array, where `like` lies: the very one, if it is still there."""
-        array = self._array()
-        if array is not None and not array.is_deleted() and array.sharding == like.sharding:
-            return array
-        numbers = self._numbers
-        whole = numbers.joined() if isinstance(numbers, Parts) else numbers
-        return jax.device_put(whole, on_mesh(like))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_numbers": self._numbers}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._numbers, self._array = state["_numbers"], lambda: None
 
 
 @contextmanager
@@ -312,32 +271,46 @@ def placement_of(
 ) -> Placement | None:
     """Where a layer lies, by its kernel, None where there is no mesh.
 
+    Nor is there one where each device runs by itself, with all of the kernel.
+
     Args:
       base: the kernel's sharding when its model was wrapped, of the axes that scans left, for
         automatic meshes.
       packed: the array is no kernel of the layout, but holds one in another shape.
     """
     sharding = jax.typeof(kernel).sharding
-    if _explicit(sharding.mesh):
-        spec = _entries(sharding.spec, kernel.ndim)
-    elif base is not None:
-        sharding, spec = base, _entries(base.spec, kernel.ndim)
-    else:
+    mesh, spec, other = sharding.mesh, sharding.spec, False
+    if _manual(mesh):
         return None
-    if packed:
-        return Placement(sharding.mesh, (), (), followed=False)
+    if not _explicit(mesh):
+        if base is None:
+            return None
+        if isinstance(kernel, jax.core.Tracer):
+            # what ``jit`` itself puts on a mesh has none in its type
+            mesh, spec = base.mesh if mesh.empty else mesh, base.spec
+        elif lying := on_mesh(kernel):
+            mesh, spec = lying.mesh, lying.spec
+        else:
+            return None
+        other = mesh.shape_tuple != base.mesh.shape_tuple
+    if packed or other:
+        return Placement(mesh, (), (), followed=False)
     sides: dict[str, list[Axes]] = {"i": [], "o": [], "s": []}
-    for letter, axes in zip(layout.axes, spec, strict=True):
+    for letter, axes in zip(layout.axes, _entries(spec, kernel.ndim), strict=True):
         sides[letter].append(axes)
     # a side made of several axes is cut in contiguous parts only along the first of them
     inner = [axes for side in "io" for axes in sides[side][1:]]
     if any(inner) or any(sides["s"]):
-        return Placement(sharding.mesh, (), (), followed=False)
-    return Placement(sharding.mesh, sides["i"][0], sides["o"][0])
+        return Placement(mesh, (), (), followed=False)
+    return Placement(mesh, sides["i"][0], sides["o"][0])
 
 
 def _explicit(mesh: Any) -> bool:
     return not mesh.empty and AxisType.Explicit in mesh.axis_types
+
+
+def _manual(mesh: Any) -> bool:
+    return AxisType.Manual in mesh.axis_types
 
 
 def _entries(spec: P, ndim: int) -> list[Axes]:

@@ -17,7 +17,7 @@ import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,15 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from randlora_jax.core.bases import BasisPair
-from randlora_jax.core.update import FlatFactors, Update, formed_in, through, times, to_basis
+from randlora_jax.core.update import (
+    FlatFactors,
+    Update,
+    at_least_float32,
+    formed_in,
+    through,
+    times,
+    to_basis,
+)
 
 
 class RowOrder(enum.Enum):
@@ -46,12 +54,14 @@ class RowUpdates:
         row, whose deltas add up. Their scaling is in lambda: zero is no adapter.
       pair: the shared bases, at least as large as the matrix slices.
       matrix: (in, out).
+      wide: what they make of inputs of 16 bits comes in float32, however many they are.
     """
 
     lam: jax.Array
     gamma: jax.Array
     pair: BasisPair
     matrix: tuple[int, int] = field(metadata={"static": True})
+    wide: bool = field(default=False, metadata={"static": True})
 
     @property
     def in_is_smaller(self) -> bool:
@@ -91,14 +101,17 @@ class RowUpdates:
         updates = [self.alone(*part).factors() for part in zip(lam, gamma, strict=True)]
         a_flat = sum((other.a for other in updates[1:]), updates[0].a)
         b_flat = self.pair.B.reshape(self.pair.B.shape[0], -1)
-        return FlatFactors(b_flat.astype(dtype), a_flat.astype(dtype), self.in_is_smaller)
+        b_flat, a_flat = b_flat.astype(dtype), a_flat.astype(dtype)
+        return FlatFactors(b_flat, a_flat, self.in_is_smaller, self.wide)
 
     def _by_forming(self, x: jax.Array, order: RowOrder) -> jax.Array:
         """`applied` to x (rows, tokens, in), with A_flat of each row formed, or delta."""
 
         def row(x: jax.Array, lam: jax.Array, gamma: jax.Array) -> jax.Array:
             factors = self._factors(lam, gamma, formed_in(x.dtype))
-            return factors.applied(x) if order is RowOrder.FACTORS else through(x, factors.formed())
+            if order is RowOrder.FACTORS:
+                return factors.applied(x)
+            return through(x, factors.formed(), wide=self.wide)
 
         if order is RowOrder.FACTORS:
             return jax.vmap(row)(x, self.lam, self.gamma)
@@ -106,14 +119,16 @@ class RowUpdates:
 
     def _through_tokens(self, x: jax.Array) -> jax.Array:
         """`applied` to x (rows, tokens, in), with nothing formed of a row's adapter."""
-        a = self.pair.A.astype(formed_in(x.dtype))
+        wide = at_least_float32(x.dtype)
+        a = self.pair.A.astype(formed_in(x.dtype) if wide == jnp.float32 else wide)
         b_flat = self.pair.B.reshape(self.pair.B.shape[0], -1).astype(x.dtype)
         r, n = self.lam.shape[-2:]
-        parts = [(self.lam[:, i, None], self.gamma[:, i]) for i in range(self.lam.shape[1])]
+        lam, gamma = self.lam.astype(wide), self.gamma.astype(wide)
+        parts = [(lam[:, i, None], gamma[:, i]) for i in range(lam.shape[1])]
         if self.in_is_smaller:
             mixed = _sum(lam * _narrowed(x, a, gamma) for lam, gamma in parts)
-            return to_basis(mixed.reshape(*x.shape[:2], r * n), b_flat.T, x.dtype)
-        mixed = times(x, b_flat, jnp.float32).reshape(*x.shape[:2], r, n)
+            return to_basis(mixed.reshape(*x.shape[:2], r * n), b_flat.T, x.dtype, wide=self.wide)
+        mixed = times(x, b_flat, wide).reshape(*x.shape[:2], r, n)
         return _sum(_widened(lam * mixed, a, gamma) for lam, gamma in parts)
 
     def alone(self, lam: jax.Array, gamma: jax.Array) -> Update:
@@ -132,7 +147,7 @@ def _sum(arrays: Iterable[jax.Array]) -> jax.Array:
 
 
 def _narrowed(x: jax.Array, a: jax.Array, gamma: jax.Array) -> jax.Array:
-    """sum_j x[j] A[k, j] gamma[b, j]: x (rows, tokens, min) to (rows, tokens, r, n), in float32.
+    """sum_j x[j] A[k, j] gamma[b, j]: x (rows, tokens, min) to (rows, tokens, r, n), not narrowed.
 
     By whatever makes fewer numbers of each of x's. Through gamma first, the product is one with the
     A that all rows share, and gamma is not rounded.
@@ -143,7 +158,9 @@ def _narrowed(x: jax.Array, a: jax.Array, gamma: jax.Array) -> jax.Array:
     """
     x = x[:, :, None]
     if gamma.shape[1] <= a.shape[0]:
-        return times((x * gamma[:, None]).astype(a.dtype), a.T, jnp.float32).swapaxes(2, 3)
+        wide = at_least_float32(a.dtype)
+        gamma = gamma[:, None]
+        return times((x.astype(wide) * gamma).astype(a.dtype), a.T, wide).swapaxes(2, 3)
     return _by_row(x.astype(a.dtype) * a, gamma.swapaxes(1, 2).astype(a.dtype))
 
 
@@ -151,9 +168,10 @@ def _widened(mixed: jax.Array, a: jax.Array, gamma: jax.Array) -> jax.Array:
     """sum_kb mixed[k, b] A[k, j] gamma[b, j]: `_narrowed` transposed, (rows, tokens, min)."""
     mixed = mixed.astype(a.dtype)
     if gamma.shape[1] <= a.shape[0]:
-        every = times(mixed.swapaxes(2, 3), a, jnp.float32) * gamma[:, None]
+        every = times(mixed.swapaxes(2, 3), a, at_least_float32(a.dtype)) * gamma[:, None]
     else:
-        every = _by_row(mixed, gamma.astype(a.dtype)) * a
+        every = _by_row(mixed, gamma.astype(a.dtype))
+        every = every * a.astype(every.dtype)
     # rows and tokens in one axis: XLA's CPU compiler takes twenty times as long to sum over two
     rows, tokens, *matrix = every.shape
     summed = every.reshape(rows * tokens, *matrix).sum(1)
@@ -161,5 +179,5 @@ def _widened(mixed: jax.Array, a: jax.Array, gamma: jax.Array) -> jax.Array:
 
 
 def _by_row(x: jax.Array, matrices: jax.Array) -> jax.Array:
-    """x (rows, ..., in) @ each row's own of `matrices` (rows, in, out), in float32."""
-    return jax.vmap(lambda x, matrix: times(x, matrix, jnp.float32))(x, matrices)
+    """x (rows, ..., in) @ each row's own of `matrices` (rows, in, out), in float32 or wider."""
+    return jax.vmap(partial(times, comes_in=at_least_float32(x.dtype)))(x, matrices)

@@ -15,7 +15,7 @@ JAX kernels are (in, out), so functions here return delta_W.T and call it delta.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -43,6 +43,13 @@ def holds_sums(dtype: DTypeLike) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize > 1
 
 
+def summed(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Their sum, in the widest of their dtypes; JAX may be told to promote none by itself."""
+    widest = max((x.dtype for x in arrays), key=lambda dtype: dtype.itemsize)
+    first, *others = (x.astype(widest) for x in arrays)
+    return sum(others, first)
+
+
 @jax.custom_jvp
 def product(lam: jax.Array, a: jax.Array, gamma: jax.Array) -> jax.Array:
     """lam (r, n), a (r, min) and gamma (n, min), multiplied to (r, n, min) in PEFT's order.
@@ -50,7 +57,7 @@ def product(lam: jax.Array, a: jax.Array, gamma: jax.Array) -> jax.Array:
     The gradients of lam and gamma are products of matrices. Left to the multiplication they would
     be sums over products of arrays as large as the result, which XLA's CPU compiler writes out.
     """
-    return lam[:, :, None] * a[:, None] * gamma
+    return lam[:, :, None] * a[:, None] * gamma[None]
 
 
 @partial(product.defjvp, symbolic_zeros=True)
@@ -91,7 +98,9 @@ def formed_in(dtype: DTypeLike) -> DTypeLike:
     return jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
 
 
-def through(x: jax.Array, matrix: jax.Array, *, basis: bool = False) -> jax.Array:
+def through(
+    x: jax.Array, matrix: jax.Array, *, basis: bool = False, wide: bool = False
+) -> jax.Array:
     """x (..., in) @ matrix (in, out), multiplied in x's dtype.
 
     It comes in float32 where that is no larger than `matrix`, for rows so few that rounding them
@@ -101,16 +110,17 @@ def through(x: jax.Array, matrix: jax.Array, *, basis: bool = False) -> jax.Arra
       x: in the layer's dtype.
       matrix: a delta, or one of its factors.
       basis: that factor which has no lambda and gamma in it.
+      wide: it comes in float32 in any case.
     """
-    comes_in = _comes_in(x, matrix)
+    comes_in = _comes_in(x, matrix, wide=wide)
     scales = x.dtype == jnp.float16 and not basis
     return _through(x, matrix, comes_in, math.inf if scales else None).astype(comes_in)
 
 
-def _comes_in(x: jax.Array, matrix: jax.Array) -> DTypeLike:
+def _comes_in(x: jax.Array, matrix: jax.Array, *, wide: bool = False) -> DTypeLike:
     """What `through` returns."""
     few = x.size // x.shape[-1] <= matrix.shape[0]
-    return jnp.float32 if few and x.dtype.itemsize < 4 else x.dtype
+    return jnp.float32 if (few or wide) and x.dtype.itemsize < 4 else x.dtype
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
@@ -127,7 +137,7 @@ def _through(x: jax.Array, matrix: jax.Array, comes_in: DTypeLike, most: float |
     unit = _unit(matrix, most) if most else None
     scaled = (matrix if unit is None else matrix / unit).astype(x.dtype)
     y = times(x, scaled, comes_in)
-    return y if unit is None else y * unit
+    return y if unit is None else y.astype(jnp.float32) * unit
 
 
 def _unit(matrix: jax.Array, most: float) -> jax.Array:
@@ -148,37 +158,37 @@ def _(
         (matrix_step, lambda: times(x, matrix_step.astype(x.dtype))),
     )
     moved = [share() for step, share in shares if not isinstance(step, SymbolicZero)]
-    return y, sum(moved[1:], moved[0]).astype(y.dtype)
+    return y, summed(moved).astype(y.dtype)
 
 
-def to_basis(v: jax.Array, basis: jax.Array, dtype: DTypeLike) -> jax.Array:
+def to_basis(v: jax.Array, basis: jax.Array, dtype: DTypeLike, *, wide: bool) -> jax.Array:
     """v (..., flat rank) @ basis (flat rank, out): multiplied in `dtype`, as `through`."""
     if dtype == jnp.float16:
-        return _to_basis(v, basis)
-    return through(v.astype(dtype), basis, basis=True)
+        return _to_basis(v, basis, wide)
+    return through(v.astype(dtype), basis, basis=True, wide=wide)
 
 
-@jax.custom_jvp
-def _to_basis(v: jax.Array, basis: jax.Array) -> jax.Array:
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _to_basis(v: jax.Array, basis: jax.Array, wide: bool) -> jax.Array:
     """`to_basis` in float16, of v in float32.
 
     B's numbers are about one. So a cotangent times B is about its norm, which float16 might not
     hold: there it is taken in units of that (`_root`), and brought back in float32.
     """
-    return through(v.astype(jnp.float16), basis, basis=True)
+    return through(v.astype(jnp.float16), basis, basis=True, wide=wide)
 
 
 @partial(_to_basis.defjvp, symbolic_zeros=True)
-def _(values: tuple[Any, ...], steps: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+def _(wide: bool, values: tuple[Any, ...], steps: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
     (v, basis), (v_step, basis_step) = values, steps
-    y, far = _to_basis(v, basis), _root(basis.shape[1])
+    y, far = _to_basis(v, basis, wide), _root(basis.shape[1])
     half = partial(jnp.asarray, dtype=jnp.float16)
     shares = (
         (v_step, lambda: times(half(v_step * far), half(basis / far))),
         (basis_step, lambda: times(half(v), half(basis_step))),
     )
     moved = [share() for step, share in shares if not isinstance(step, SymbolicZero)]
-    return y, sum(moved[1:], moved[0]).astype(y.dtype)
+    return y, summed(moved).astype(y.dtype)
 
 
 def _root(size: int) -> float:
@@ -191,11 +201,13 @@ class FlatFactors(NamedTuple):
 
     in_is_smaller: in <= out, square matrices included. Then delta_W is M, so delta is
     A_flat.T B_flat.T: neither is transposed in memory.
+    wide: as of an `Update`.
     """
 
     b: jax.Array
     a: jax.Array
     in_is_smaller: bool
+    wide: bool
 
     def formed(self) -> jax.Array:
         """Delta (in, out)."""
@@ -213,16 +225,18 @@ class FlatFactors(NamedTuple):
         if x.dtype == jnp.float16:
             return self._applied_in_float16(x)
         if self.in_is_smaller:
-            return to_basis(through(x, self.a.T), self.b.T, x.dtype)
-        return through(times(x, self.b.astype(x.dtype)), self.a)
+            return to_basis(through(x, self.a.T), self.b.T, x.dtype, wide=self.wide)
+        return through(times(x, self.b.astype(x.dtype)), self.a, wide=self.wide)
 
     def _applied_in_float16(self, x: jax.Array) -> jax.Array:
         if self.in_is_smaller:
             far = _root(self.b.shape[0])  # as of the cotangents, which A's gradient is made of
             a = (self.a * far).T
-            return to_basis(_through(x, a, _comes_in(x, a), math.inf) / far, self.b.T, x.dtype)
+            v = _through(x, a, _comes_in(x, a), math.inf) / far
+            return to_basis(v, self.b.T, x.dtype, wide=self.wide)
         far = 8 * _root(x.shape[-1])
-        return through(times(x, (self.b / far).astype(x.dtype)), self.a * far)
+        v = times(x, (self.b / far).astype(x.dtype))
+        return through(v, self.a * far, wide=self.wide)
 
 
 @jax.tree_util.register_dataclass
@@ -235,6 +249,7 @@ class Update:
       pair: the shared bases, at least as large as the matrix slices.
       scaling: alpha / r, times what the product of two integers of ternary bases stands for.
       matrix: (in, out).
+      wide: what it makes of inputs of 16 bits comes in float32, however many they are.
     """
 
     lam: jax.Array
@@ -242,6 +257,7 @@ class Update:
     pair: BasisPair
     scaling: float = field(metadata={"static": True})
     matrix: tuple[int, int] = field(metadata={"static": True})
+    wide: bool = field(default=False, metadata={"static": True})
 
     @property
     def in_is_smaller(self) -> bool:
@@ -268,7 +284,8 @@ class Update:
         scaled = product(*wide)
         a_flat = scaled.reshape(r * n, a.shape[1]) * self.scaling
         b_flat = b.reshape(b.shape[0], n * r)
-        return FlatFactors(b_flat.astype(dtype), a_flat.astype(dtype), self.in_is_smaller)
+        b_flat, a_flat = b_flat.astype(dtype), a_flat.astype(dtype)
+        return FlatFactors(b_flat, a_flat, self.in_is_smaller, self.wide)
 
     def formed(
         self,
@@ -297,4 +314,4 @@ class Update:
           factored: without forming delta.
         """
         factors = self.sliced().factors(formed_in(x.dtype))
-        return factors.applied(x) if factored else through(x, factors.formed())
+        return factors.applied(x) if factored else through(x, factors.formed(), wide=self.wide)

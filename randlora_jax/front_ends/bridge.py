@@ -1,7 +1,7 @@
 """Linen modules inside an nnx model (``nnx.bridge.ToNNX``): their layers run as linen's do."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,6 +19,7 @@ from randlora_jax.front_ends.linen.beside import (
     cleared,
     laid_beside,
 )
+from randlora_jax.front_ends.linen.dropout import Drawing
 from randlora_jax.front_ends.linen.modules import taken_for
 from randlora_jax.front_ends.linen.running import LinenRunner
 from randlora_jax.front_ends.linen.types import TYPES, unquantised
@@ -35,6 +36,7 @@ from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, BaseModel
 from randlora_jax.models.slots import Stack
 
 _MODULE = "to_nnx__module"  # where ToNNX keeps its linen module
+_STREAM = "randlora"  # an adapter's own rng, in a linen module that is called without one
 
 
 class RandLoraToNNX(RandLoraLayer):
@@ -65,12 +67,13 @@ class RandLoraToNNX(RandLoraLayer):
             layers = tuple(layer for layer, _ in by_row)
             stacks = tuple(replace(stack, members=()) for stack in settings.stacks)
             registry, calls = _by_itself(layers, (), stacks, settings.options)
-            trees = self._trees_of_stacks()
+            trees, drops = self._trees_of_stacks(), {}
         else:
-            layers = tuple(layer for layer, _ in self._applied())
-            registry, calls = _by_itself(layers, settings.specs, (), settings.options)
-            trees = self._trees()
-        held[_MODULE] = _Joined(module, registry, calls, trees, context)
+            layers, trees = tuple(layer for layer, _ in self._applied()), self._trees()
+            drops = {name: drop for name in trees if (drop := self._drop(name))}
+            specs = tuple(s if s.name in drops else replace(s, dropout=0.0) for s in settings.specs)
+            registry, calls = _by_itself(layers, specs, (), settings.options)
+        held[_MODULE] = _Joined(module, registry, calls, trees, context, [*drops.values()])
         try:
             yield
         finally:
@@ -113,20 +116,27 @@ class _Joined:
         calls: TokenOfCalls,
         trees: dict[str, dict[str, Any]],
         context: CallContext,
+        drops: Sequence[nnx.Dropout],
     ) -> None:
         self.module, self.registry, self.calls = module, registry, calls
-        self.trees, self.context = trees, context
+        self.trees, self.context, self.drops = trees, context, drops
 
-    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def apply(
+        self, variables: Mapping[str, Any], *args: Any, rngs: Mapping[str, Any], **kwargs: Any
+    ) -> Any:
         """As the module's own."""
         registry, pairs, choice = self.registry, self.context.pairs, self.context.rows
         token = self.calls.of(pairs, choice, registry)
         rows = Rows(registry.stacks, choice) if choice else None
         held = {**variables, TRAINED: self.trees}
         whole = laid_beside(held, registry.layers, token, applied=True, rows=rows)
-        runner = LinenRunner(registry, LayerTypes((TYPES,)), pairs, {}, choice=choice)
+        drawing = Drawing() if "dropout" in rngs else Drawing(_STREAM)
+        if self.drops and drawing.stream == _STREAM:
+            rngs = {**rngs, _STREAM: self.drops[0].rngs()}
+        types = LayerTypes((TYPES,))
+        runner = LinenRunner(registry, types, pairs, {}, choice=choice, drawing=drawing)
         with runner.running():
-            result = self.module.apply(whole, *args, **kwargs)
+            result = self.module.apply(whole, *args, rngs=rngs, **kwargs)
         return cleared(result, kwargs.get("mutable", False), held)
 
 

@@ -2,14 +2,15 @@
 
     {"params": ...,                       the base model, frozen, untouched
      "randlora": {adapter: tree},         what an optimizer trains
-     "randlora_frozen": {adapter: tree},  adapters that are applied but not trained
+     "randlora_frozen": {adapter: tree},  adapters that are applied but not trained; what one that
+                                          trains carries of the base model
      "randlora_bases": {identity: pair},  the shared bases, once
      "randlora_specs": {adapter: Known}}  what no array tells of them
 
 For front ends of functional libraries, whose models are functions of such a tree.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ from randlora_jax.models.store import ArrayStore
 Tree = Any
 
 LAMBDA, GAMMA = "randlora_lambda", "randlora_gamma"
+OWN = "randlora_own"  # beside a stack's leaves that were trained whole: which adapters trained them
 TRAINED, FROZEN, PAIRS = "randlora", "randlora_frozen", "randlora_bases"
 SLOTS = "randlora_slots"  # what the slots of stacked adapters stand for
 SPECS = "randlora_specs"
@@ -113,7 +115,7 @@ class CollectionStore(ArrayStore):
         self, registry: AdapterRegistry, spec: AdapterSpec, state: AdapterState, rngs: Any
     ) -> None:
         """Lambda and gamma by the path of their layer; dropout draws from linen's own rngs."""
-        leaves = dict(state.saved)
+        leaves = {**state.saved, **{(OWN, *path): told for path, told in state.own.items()}}
         for name, (lam, gamma) in state.layers.items():
             path = registry.layers[name].path
             leaves[(*path, LAMBDA)], leaves[(*path, GAMMA)] = lam, gamma
@@ -159,13 +161,29 @@ def state_of(tree: Mapping[str, Any]) -> AdapterState:
         for path, lam in leaves.items()
         if path[-1] == LAMBDA
     }
-    saved = {path: x for path, x in leaves.items() if path[-1] not in (LAMBDA, GAMMA)}
-    return AdapterState(layers, saved)
+    whole = {path: x for path, x in leaves.items() if path[-1] not in (LAMBDA, GAMMA)}
+    saved = {path: x for path, x in whole.items() if path[0] != OWN}
+    own = {path[1:]: x for path, x in whole.items() if path[0] == OWN}
+    return AdapterState(layers, saved, own)
 
 
 def adapter_trees(variables: Mapping[str, Any]) -> dict[str, Any]:
     """The tree of every adapter, or stack of some, in `variables`, trained or frozen."""
-    return {**variables.get(FROZEN, {}), **variables.get(TRAINED, {})}
+    frozen, trained = variables.get(FROZEN, {}), variables.get(TRAINED, {})
+    both = {name: [frozen[name], trained[name]] for name in frozen if name in trained}
+    parts = {name: [flatten_dict(unfreeze(tree)) for tree in trees] for name, trees in both.items()}
+    whole = {name: unflatten_dict({**carried, **rest}) for name, (carried, rest) in parts.items()}
+    return {**frozen, **trained, **whole}
+
+
+def without_carried(
+    tree: Mapping[str, Any], carried: Collection[Path]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An adapter's tree without the leaves at the paths `carried`, and these."""
+    leaves = flatten_dict(tree)
+    ours = {path: x for path, x in leaves.items() if path not in carried}
+    theirs = {path: x for path, x in leaves.items() if path in carried}
+    return unflatten_dict(ours), unflatten_dict(theirs)
 
 
 def base_collections(variables: Mapping[str, Any]) -> dict[str, Any]:

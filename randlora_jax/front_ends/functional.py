@@ -16,6 +16,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from randlora_jax.core.abstract import is_abstract
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.frozen import never_trained
+from randlora_jax.core.hoisting import is_traced
+from randlora_jax.core.mesh import beside
 from randlora_jax.front_ends.collections import (
     FROZEN,
     GAMMA,
@@ -32,6 +34,7 @@ from randlora_jax.front_ends.collections import (
     base_collections,
     refuse_abstract,
     state_of,
+    without_carried,
 )
 from randlora_jax.front_ends.params import flat
 from randlora_jax.front_ends.variable_checks import (
@@ -99,8 +102,11 @@ class FunctionalRandLora(RandLoraModel):
             leaves = {**flatten_dict(store.trees[name]), **flatten_dict(tree)}
             store.trees[name] = unflatten_dict(leaves)
         store.base = base_arrays(unfreeze(base_collections(variables)))
-        if any(map(_is_gone, jax.tree.leaves(store.pairs()))):
-            self._refresh_pairs(store)
+        if self._pairs_are_gone():
+            if self._registry.stacks:
+                self.draw_bases()
+            else:
+                self._refresh_pairs(store)
 
     def split(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(what an optimizer trains, all other collections): pytrees of arrays.
@@ -118,6 +124,13 @@ class FunctionalRandLora(RandLoraModel):
             )
         return trained, frozen
 
+    def _pairs_are_gone(self) -> bool:
+        """Whether some were given away, wait for numbers, or lie elsewhere than the kernels do."""
+        base, pairs = self._store.base_leaves(), jax.tree.leaves(self._store.pairs())
+        where = self._registry.replicated(base)
+        moved = not is_traced(list(base.values())) and any(beside(x) != where for x in pairs)
+        return moved or any(map(_is_gone, pairs))
+
     @property
     def _held(self) -> tuple[str, ...]:
         """The names of the stacks that are kept."""
@@ -129,6 +142,9 @@ class FunctionalRandLora(RandLoraModel):
         trees = {name: self._tree(name) for name in names}
         trained = {n: tree for n, tree in trees.items() if n in registry.training}
         frozen = {n: tree for n, tree in trees.items() if n not in trained}
+        for name in [name for name in trained if registry.carried[name]]:
+            trained[name], carried = without_carried(trees[name], registry.carried[name])
+            frozen |= {name: carried} if carried else {}
         table = store.slots() if registry.stacks else None
         slots = {SLOTS: table._asdict()} if table else {}  # in stacks, strengths are numbers there
         told = [n for n in registry.specs if n in trees or n in registry.merged]
@@ -233,7 +249,7 @@ class FunctionalRandLora(RandLoraModel):
                 f"{shapes}, found {shown(held) if held is None else found}: {WHOLE}"
             )
         table = SlotTable(**held)  # type: ignore[arg-type]
-        if now and not all(map(np.array_equal, table, stacking.table(self._registry))):
+        if now and not all(map(np.array_equal, table, stacking.table(self._registry, {}))):
             raise ConfigError(
                 f"variables: {SLOTS!r} says otherwise than this model what is in the slots of its "
                 "stacks: take model.variables after the last change of its adapters, or load the "

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.linen import dtypes as linen_dtypes
+from flax.nnx.nn import dtypes as nnx_dtypes
 
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.front_ends.call_input import Arguments
@@ -17,18 +19,21 @@ from randlora_jax.models.layer_types import Table, of_axes, of_einsum
 
 DENSE = LayerType(KernelLayout("io"))
 
-# How flax's layers are given another product, and the one they take else.
-_GIVEN = ("dot_general", "dot_general_cls", "einsum_op")
-_PRODUCTS = (None, jax.lax.dot_general, jnp.einsum)
+# How flax's layers are given what else to do with the kernel, and what they do of themselves.
+_GIVEN = ("dot_general", "dot_general_cls", "einsum_op", "promote_dtype")
+_OWN = (
+    *(None, jax.lax.dot_general, jnp.einsum),
+    *(linen_dtypes.promote_dtype, nnx_dtypes.promote_dtype),
+)
 
 
 def as_given(known: LayerType, module: Any) -> LayerType:
-    """`known` of a layer of flax's; not its call, where it was given a product of the user's own.
+    """`known` of a layer of flax's; not its call, where it was given a function of the user's own.
 
     What that computes nobody knows: it may round, scale or mask the kernel.
     """
     given = (getattr(module, name, None) for name in _GIVEN)
-    plain = all(any(product is own for own in _PRODUCTS) for product in given)
+    plain = all(any(function is own for own in _OWN) for function in given)
     return known if plain else replace(known, call=None)
 
 

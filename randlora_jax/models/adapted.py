@@ -5,24 +5,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from randlora_jax.core.abstract import is_abstract
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.interop.adapter_name import checked_name
 from randlora_jax.interop.config import ALL_LINEAR, RandLoraConfig, expected_config
-from randlora_jax.interop.errors import ConfigError, TargetError, shown, warn
+from randlora_jax.interop.errors import ConfigError, TargetError, warn
 from randlora_jax.models import (
     adapter_arrays,
     basis_source,
     coverage,
+    drawing,
     files,
     life,
     saved_whole,
     selecting,
     stacking,
 )
-from randlora_jax.models.filled import refuse_abstract
+from randlora_jax.models.filled import refuse_abstract, refuse_misfit, refuse_traced
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterState
@@ -83,6 +83,8 @@ class AdaptedModel(ABC):
         spec = AdapterSpec(adapter_name, scaling, config.randlora_dropout, identity, extents)
         state = adapter_arrays.fresh_state(registry, base, config, layers, rngs)
         saved_whole.warn_of_unwritable(registry, adapter_name, state)
+        saved_whole.warn_of_no_bias(registry, config, base, state)
+        saved_whole.warn_of_no_parameter(registry, config, state)
         restored = files.Restored(spec, config, state, kept)
         self._add(store, restored, trainable, rngs, autocast_adapter_dtype)
 
@@ -116,7 +118,7 @@ class AdaptedModel(ABC):
         self._follow(chosen)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forgets an adapter; if it was the only active one, the first that is left takes over.
+        """Forgets an adapter; if it was the only active one, the first by name takes over.
 
         Raises:
           ConfigError: no such adapter, adapters are merged, or (in stacks) `set_rows` or a
@@ -139,10 +141,11 @@ class AdaptedModel(ABC):
         A checkpoint of all the model's state holds its bases; one of adapter leaves alone does not.
         """
         store, registry = self._store, self._registry
+        base = store.base_leaves()
         if registry.stacks:  # which have room for more than the adapters in them
-            store.set_pairs(adapter_arrays.redrawn(registry, store.pairs()))
+            store.set_pairs(adapter_arrays.redrawn(registry, base, store.pairs()))
         else:
-            store.set_pairs(adapter_arrays.shared_pairs(registry, self._states(store)))
+            store.set_pairs(adapter_arrays.shared_pairs(registry, base, self._states(store)))
 
     # Within.
 
@@ -153,11 +156,8 @@ class AdaptedModel(ABC):
           ConfigError: no adapter can have this name, or `rngs` cannot be drawn from.
         """
         checked_name(adapter_name)
-        if rngs is not None and not (_is_key(rngs) or callable(getattr(rngs, "params", None))):
-            raise ConfigError(
-                "rngs: expected nnx.Rngs(seed) or a key such as jax.random.key(seed), found "
-                f"{shown(rngs)}"
-            )
+        if rngs is not None:
+            drawing.refuse_others(rngs)
 
     def _states(self, store: ArrayStore | None = None) -> dict[str, AdapterState]:
         """The arrays of every adapter as they are now."""
@@ -167,11 +167,24 @@ class AdaptedModel(ABC):
         """The arrays of the named adapters, whose numbers are wanted.
 
         Raises:
-          ConfigError: the model is abstract, and has none.
+          ConfigError: the model is abstract, and has none, or they are of another rank.
         """
-        states = self._fresh_states(adapter_names)
-        for state in states.values():
+        registry, states = self._registry, self._fresh_states(adapter_names)
+        for name, state in states.items():
             refuse_abstract([*state.layers.values(), *state.saved.values()])
+            for layer, both in state.layers.items():
+                refuse_misfit(registry.layers[layer], name, registry.specs[name].identity.r, *both)
+        return states
+
+    def _numbers_outside(self, adapter_names: Iterable[str], what: str) -> dict[str, AdapterState]:
+        """As `_numbers`, for `what`, which takes them to host memory.
+
+        Raises:
+          ConfigError: as `_numbers`; or the model is traced.
+        """
+        states, base = self._numbers(adapter_names), self._store.base_leaves()
+        arrays = [x for state in states.values() for x in (state.layers, state.saved)]
+        refuse_traced([base, *arrays], what)
         return states
 
     def _pairs(self, states: Mapping[str, AdapterState]) -> dict[str, BasisPair]:
@@ -180,7 +193,9 @@ class AdaptedModel(ABC):
         Raises:
           ConfigError: the model has come to hold other numbers.
         """
-        drawn, held = adapter_arrays.shared_pairs(self._registry, states), self._store.pairs()
+        store = self._store
+        drawn = adapter_arrays.shared_pairs(self._registry, store.base_leaves(), states)
+        held = store.pairs()
         for identity, pair in drawn.items():
             if identity in held and not adapter_arrays.is_corner(pair, held[identity]):
                 raise ConfigError(
@@ -219,10 +234,11 @@ class AdaptedModel(ABC):
         store = store or self._store
         if registry.stacks is self._registry.stacks:
             stacking.refuse_stale(self._registry.slots, self._registry, store.slots())
+            stacking.refuse_lost(self._registry, store.slots())
         self._registry = registry
         store.follow(registry)
         if registry.stacks:
-            store.set_slots(stacking.table(registry))
+            store.set_slots(stacking.table(registry, store.pairs()))
 
     def _add(
         self,
@@ -233,15 +249,18 @@ class AdaptedModel(ABC):
         autocast_adapter_dtype: bool,
     ) -> None:
         """Takes an adapter in, or refuses it and changes nothing."""
-        spec, config, state, kept = adapter
-        after = life.added(self._registry, spec, config, kept, trainable=trainable)
+        spec, config, state, kept, carried = adapter
+        after = life.added(self._registry, spec, config, kept, carried, trainable=trainable)
         base = store.base_leaves()
         if not autocast_adapter_dtype:
             state = adapter_arrays.in_base_dtype(after, base, state)
         state = adapter_arrays.placed(after, base, state)
-        self._follow(self._keep(store, after, spec, state, rngs), store)
+        drawn = None
         if not after.stacks:
-            self._refresh_pairs(store)
+            drawn = _pairs_of(after, base, {**self._states(store), spec.name: state})
+        self._follow(self._keep(store, after, spec, state, rngs), store)
+        if drawn is not None:
+            store.set_pairs(drawn)
 
     def _keep(
         self,
@@ -256,20 +275,18 @@ class AdaptedModel(ABC):
         return registry
 
     def _refresh_pairs(self, store: ArrayStore) -> None:
-        """One pair for each identity in use, of just the extents the layers slice.
-
-        Of a model none of whose adapters has numbers yet, the shapes.
-        """
-        states = self._states(store)
-        leaves = jax.tree.leaves([list(state.layers.values()) for state in states.values()])
-        abstract = bool(leaves) and all(map(is_abstract, leaves))
-        pairs = adapter_arrays.abstract_pairs if abstract else adapter_arrays.shared_pairs
-        store.set_pairs(pairs(self._registry, states))
+        """Puts just the pairs in use in place of what there was."""
+        store.set_pairs(_pairs_of(self._registry, store.base_leaves(), self._states(store)))
 
 
-def _is_key(rngs: Any) -> bool:
-    """Whether `rngs` is one of JAX's random keys, of the new kind or the old one."""
-    if not isinstance(rngs, jax.Array):
-        return False
-    is_new = jnp.issubdtype(rngs.dtype, jax.dtypes.prng_key)
-    return rngs.ndim == 0 if is_new else rngs.ndim == 1 and rngs.dtype == jnp.uint32
+def _pairs_of(
+    registry: AdapterRegistry, base: Mapping[Path, Any], states: Mapping[str, AdapterState]
+) -> dict[str, BasisPair]:
+    """One pair for each identity in use, of just the extents the layers slice.
+
+    Of a model none of whose adapters has numbers yet, the shapes.
+    """
+    leaves = jax.tree.leaves([list(state.layers.values()) for state in states.values()])
+    abstract = bool(leaves) and all(map(is_abstract, leaves))
+    pairs = adapter_arrays.abstract_pairs if abstract else adapter_arrays.shared_pairs
+    return pairs(registry, base, states)

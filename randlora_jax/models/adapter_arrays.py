@@ -1,6 +1,7 @@
 """The arrays of adapters: fresh ones, the updates they make, kernels with updates merged in."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from randlora_jax.core.abstract import is_abstract, moved, put, shape_of
+from randlora_jax.core.abstract import is_abstract, moved, put, shape_of, some_abstract
 from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents, used_extents
 from randlora_jax.core.hoisting import is_traced
 from randlora_jax.core.kernel import Kernel, merged
@@ -17,7 +18,7 @@ from randlora_jax.core.update import Update, at_least_float32, holds_sums
 from randlora_jax.interop import targets
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import ConfigError, shown
-from randlora_jax.models import basis_source
+from randlora_jax.models import basis_source, drawing
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import TORCH_LEAF, Path, dotted
 from randlora_jax.models.quantised import are_integers, array_of
@@ -41,7 +42,7 @@ def fresh_state(
       rngs: an ``nnx.Rngs`` or a ``jax.random.key``, for ``init_weights=False``.
 
     Raises:
-      ConfigError: ``init_weights=False`` without `rngs`.
+      ConfigError: ``init_weights=False`` without `rngs`, or without what it draws from in these.
     """
     key = None
     if not config.init_weights:
@@ -49,6 +50,7 @@ def fresh_state(
             raise ConfigError(
                 "init_weights=False draws lambda at random: pass rngs=nnx.Rngs(seed) or a jax key"
             )
+        drawing.refuse_without(rngs, "params", "init_weights=False")
         key = rngs
     layers = {}
     for i, layer in enumerate(chosen):
@@ -154,26 +156,33 @@ def trained_whole(states: Mapping[str, AdapterState]) -> dict[Path, jax.Array]:
             if path in owners:
                 raise ConfigError(
                     f"adapters {owners[path]!r} and {name!r} both trained {dotted(path)!r} whole "
-                    "(modules_to_save, a task's head, or bias), and only one of them can take its "
-                    "place: apply them one at a time, as in PEFT"
+                    "(modules_to_save, a task's head, or bias), or have it in their files, and "
+                    "only one of them can take its place: apply them one at a time, as in PEFT"
                 )
             found[path], owners[path] = leaf, name
     return found
 
 
+def is_fresh(state: AdapterState) -> bool:
+    """Whether an adapter adds nothing: it has numbers, and every lambda is zero."""
+    lams = [lam for lam, _ in state.layers.values()]
+    return not some_abstract(lams) and not any(map(jnp.any, lams))
+
+
 def added_size(registry: AdapterRegistry, adapter_name: str, state: AdapterState) -> int:
     """How many numbers a model has more with an adapter, as PEFT counts.
 
-    A module trained whole is a copy beside the original; a bias is the original.
+    A module trained whole is a copy beside the original; a bias is the original, and so is what is
+    carried.
     """
     whole = targets.saved_modules(registry.configs[adapter_name])
-    biases = (leaf.size for path, leaf in state.saved.items() if not registry.is_whole(path, whole))
-    return state.size() - sum(biases)
+    others = (leaf.size for path, leaf in state.saved.items() if not registry.is_whole(path, whole))
+    return state.size() - sum(others)
 
 
 def placed(registry: AdapterRegistry, base: Leaves, state: AdapterState) -> AdapterState:
     """An adapter's arrays where the base model's lie: lambda and gamma on every device."""
-    layers = put(state.layers, registry.replicated)
+    layers = put(state.layers, registry.replicated(base))
     saved = {p: put(x, on_mesh(base[p])) for p, x in state.saved.items()}
     return AdapterState(layers, saved)
 
@@ -196,26 +205,28 @@ def in_base_dtype(registry: AdapterRegistry, base: Leaves, state: AdapterState) 
 
 
 def shared_pairs(
-    registry: AdapterRegistry, states: Mapping[str, AdapterState]
+    registry: AdapterRegistry, base: Leaves, states: Mapping[str, AdapterState]
 ) -> dict[str, BasisPair]:
     """One pair for each identity that the adapters of `states` use, of just what layers slice."""
+    where = registry.replicated(base)
     return {
-        str(identity): basis_source.device_pair(
-            identity, extents, registry.kept_pairs, registry.replicated
-        )
+        str(identity): basis_source.device_pair(identity, extents, registry.kept_pairs, where)
         for identity, extents in _needed(registry, states).items()
     }
 
 
-def redrawn(registry: AdapterRegistry, held: Mapping[str, BasisPair]) -> dict[str, BasisPair]:
+def redrawn(
+    registry: AdapterRegistry, base: Leaves, held: Mapping[str, BasisPair]
+) -> dict[str, BasisPair]:
     """The pairs in `held`, of a model with stacks, drawn anew at their sizes."""
+    where = registry.replicated(base)
     identities = {stack.name: stack.identity for stack in registry.stacks}
     return {
         name: basis_source.device_pair(
             identities[name],
             Extents(pair.B.shape[0], pair.B.shape[1], pair.A.shape[1]),
             registry.kept_pairs,
-            registry.replicated,
+            where,
         )
         for name, pair in held.items()
     }
@@ -231,11 +242,11 @@ def is_corner(pair: BasisPair, whole: BasisPair) -> bool:
 
 
 def abstract_pairs(
-    registry: AdapterRegistry, states: Mapping[str, AdapterState]
+    registry: AdapterRegistry, base: Leaves, states: Mapping[str, AdapterState]
 ) -> dict[str, BasisPair]:
     """The shapes of `shared_pairs`."""
-    drawn = jax.eval_shape(lambda: shared_pairs(registry, states))
-    shapes = jax.tree.map(lambda x: shape_of(x, registry.replicated), drawn)
+    drawn = jax.eval_shape(lambda: shared_pairs(registry, base, states))
+    shapes = jax.tree.map(partial(shape_of, sharding=registry.replicated(base)), drawn)
     return cast(dict[str, BasisPair], shapes)
 
 

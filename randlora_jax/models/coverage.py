@@ -64,7 +64,7 @@ def coverage(registry: AdapterRegistry, states: Mapping[str, AdapterState]) -> C
     found = []
     whole: dict[Path, tuple[list[str], tuple[int, ...]]] = {}
     for name, state in states.items():
-        for path, leaf in state.saved.items():
+        for path, leaf in registry.trained_part(name, state).saved.items():
             whole.setdefault(path, ([], leaf.shape))[0].append(repr(name))
     for path, (names, shape) in whole.items():
         found.append(CoveredArray(slashed(path), shape, "trained whole", f"by {', '.join(names)}"))

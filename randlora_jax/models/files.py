@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from randlora_jax.core.bases import used_extents
-from randlora_jax.core.update import holds_sums
+from randlora_jax.core.update import at_least_float32, holds_sums
 from randlora_jax.interop import promises, targets
 from randlora_jax.interop.adapter import Adapter, Provenance, bases_digest
 from randlora_jax.interop.config import RandLoraConfig
@@ -36,12 +36,37 @@ from randlora_jax.models.registry import AdapterRegistry, AdapterSpec, AdapterSt
 
 
 class Restored(NamedTuple):
-    """An adapter that was read and fits a model; `kept` is what of its bases cannot be redrawn."""
+    """An adapter that was read and fits a model.
+
+    kept: what of its bases cannot be redrawn.
+    carried: as `AdapterRegistry.carried`.
+    """
 
     spec: AdapterSpec
     config: RandLoraConfig
     state: AdapterState
     kept: KeptPairs
+    carried: frozenset[Path] = frozenset()
+
+
+def with_carried(
+    registry: AdapterRegistry,
+    base: Mapping[Path, jax.Array],
+    adapter_name: str,
+    state: AdapterState,
+) -> AdapterState:
+    """`state` with all that its file carried: the model's own numbers, where these were the same.
+
+    Who opens the file in PyTorch may have resized the vocabulary anew, at random.
+    """
+
+    def own(path: Path) -> jax.Array:
+        now, before = base[path], registry.originals.get(path)
+        leaf = before.put_back(now) if before else now
+        return leaf.astype(at_least_float32(leaf.dtype))
+
+    lacking = registry.carried[adapter_name] - state.saved.keys()
+    return dataclasses.replace(state, saved=state.saved | {path: own(path) for path in lacking})
 
 
 def export(registry: AdapterRegistry, adapter_name: str, state: AdapterState) -> Adapter:
@@ -53,16 +78,25 @@ def export(registry: AdapterRegistry, adapter_name: str, state: AdapterState) ->
     spec = registry.specs[adapter_name]
     layers: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     owners: dict[str, Layer] = {}
+    rounded = False
     for name, leaves in state.layers.items():
-        lam, gamma = (np.asarray(leaf).astype(np.float32) for leaf in leaves)  # 16 bits: exactly
+        held = [np.asarray(leaf) for leaf in leaves]
+        lam, gamma = (leaf.astype(np.float32) for leaf in held)  # 16 bits: exactly
+        rounded |= any((mine != leaf).any() for mine, leaf in zip((lam, gamma), held, strict=True))
         layer = registry.layers[name]
         gammas = layer.split(gamma)
         layers |= {k: (lam, gammas[k]) for k, lam in layer.split(lam).items()}
         owners |= dict.fromkeys(layer.names, layer)
+    if rounded:
+        warn(
+            f"adapter {adapter_name!r}: its lambda or gamma is float64, and a file holds them in "
+            "float32, which is what they are computed with: they are rounded"
+        )
     bases = basis_source.stored_pair(spec.identity, spec.extents, registry.kept_pairs)
     saved = saved_whole.tensors_of(registry, state)
+    whole = saved_whole.keys_of(registry, registry.trained_part(adapter_name, state))
     return Adapter(
-        config=_written_config(registry, adapter_name, owners, saved),
+        config=_written_config(registry, adapter_name, owners, whole),
         layers=layers,
         saved=saved,
         bases=bases,
@@ -194,7 +228,10 @@ def restore(
             for layer in chosen.values()
         }
         saved = saved_whole.leaves_of(registry, base, adapter, directory)
-        return Restored(spec, config, AdapterState(layers, saved), kept)
+        asked = adapter_arrays.whole_paths(registry, base, config, layers)
+        carried = frozenset(saved.keys() - set(asked))
+        saved = saved_whole.less_the_bases(saved, base, carried)
+        return Restored(spec, config, AdapterState(layers, saved), kept, carried)
 
 
 @contextmanager

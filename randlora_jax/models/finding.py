@@ -12,7 +12,7 @@ from randlora_jax.interop.errors import ConfigError
 from randlora_jax.models.idle_rules import refuse_idle, refuse_shadowed, refuse_unused_views
 from randlora_jax.models.layer import Layer, LayerType
 from randlora_jax.models.names import KERNEL_LEAVES, Names, Path, slashed
-from randlora_jax.models.quantised import kernel_at
+from randlora_jax.models.quantised import array_of, kernel_at
 
 
 class Stated(NamedTuple):
@@ -70,6 +70,7 @@ class FoundModule:
       refusals: why some of its arrays can take no adapter.
       inside: path of the module that it is a part of, where a framework within another is called
         as one.
+      constants: floats that it holds itself and that its framework takes for no parameters.
     """
 
     path: Path
@@ -79,6 +80,7 @@ class FoundModule:
     other: str | None = None
     refusals: Mapping[Path, str] = field(default_factory=dict)
     inside: Path | None = None
+    constants: Mapping[Path, Any] = field(default_factory=dict)
 
     @property
     def owner(self) -> Path:
@@ -128,7 +130,8 @@ def find_layers(modules: Iterable[FoundModule], stated: StatedLayouts, names: Na
     """The layers among `modules`, each visited once.
 
     Raises:
-      ConfigError: a stated layout fits none of its module's arrays; a rule matches nothing.
+      ConfigError: a stated layout fits none of its module's arrays; a rule matches nothing; two
+        paths are one with dots.
       TargetError: a names rule does not fit a stack.
     """
     layers: dict[str, Layer] = {}
@@ -137,13 +140,15 @@ def find_layers(modules: Iterable[FoundModule], stated: StatedLayouts, names: Na
     paths: list[Path] = []
     holders: list[Path] = []
     for module in modules:
-        mine = {layer.name: layer for layer in _layers_of(module, stated, names)}
-        layers |= mine
-        if module.arrays and not any(layer.path == module.path for layer in mine.values()):
+        mine = _layers_of(module, stated, names)
+        for layer in mine:
+            _refuse_another(layers.get(layer.name), layer)
+            layers[layer.name] = layer
+        if module.arrays and not any(layer.path == module.path for layer in mine):
             others.add(names.first(module.path))
-        left += _left_of(module, {layer.kernel_path for layer in mine.values()})
+        left += _left_of(module, {layer.kernel_path for layer in mine})
         arrays = [(*module.path, *leaf) for leaf in module.arrays]
-        holders += [layer.path for layer in mine.values()]
+        holders += [layer.path for layer in mine]
         holders += [path for leaf in arrays for path in (module.path, leaf[:-1])]
         paths += arrays
     said = {rule: axes for rule, axes in stated.rules.items() if rule not in stated.known}
@@ -155,21 +160,31 @@ def find_layers(modules: Iterable[FoundModule], stated: StatedLayouts, names: Na
     return FoundLayers(layers, tuple(sorted(others)), tuple(left))
 
 
+def _refuse_another(found: Layer | None, layer: Layer) -> None:
+    """Nothing, if no other kernel was found under a layer's name.
+
+    Raises:
+      ConfigError: there was one.
+    """
+    if found and found.kernel_path != layer.kernel_path:
+        raise ConfigError(
+            f"{slashed(found.kernel_path)!r} and {slashed(layer.kernel_path)!r} are kernels of two "
+            f"layers that are both called {layer.name!r}: a path's parts are joined by dots, so "
+            "hold them under keys that have none"
+        )
+
+
 def _layers_of(module: FoundModule, stated: StatedLayouts, names: Names) -> list[Layer]:
     """The layers whose kernels a module holds: by its type, or by rules on it or on its arrays."""
     whole = _whole_layer(module, stated)
     found = [_layer(module, whole, names, module.path)] if whole else []
-    for leaf, array in module.arrays.items():
-        path = (*module.path, *leaf)
-        # a rule on the whole module is not about what lies beside its kernel
-        said = stated.find(path, unless=module.path if whole else None)
-        is_taken = whole and leaf == whole.leaf
-        if is_taken or said is None or len(said.layout.axes) != len(array.shape):
-            continue
-        # such an array's module is the layer, also to PyTorch
-        is_whole = not whole and module.path and leaf[0] in KERNEL_LEAVES
-        kernel = _Kernel(leaf, said.layout, said.rule)
-        found.append(_layer(module, kernel, names, module.path if is_whole else path))
+    others = _stated_kernels(module, stated, whole)
+    own = [kernel for kernel in others if slashed(array_of(kernel.leaf)) in KERNEL_LEAVES]
+    for kernel in others:
+        # the module of one such array is the layer, also to PyTorch; of several, each is a layer
+        is_whole = not whole and module.path and own == [kernel]
+        path = module.path if is_whole else (*module.path, *kernel.leaf)
+        found.append(_layer(module, kernel, names, path))
     if not found:
         _refuse_misfits(module, stated)
     return found
@@ -181,6 +196,20 @@ class _Kernel(NamedTuple):
     leaf: Path
     layout: KernelLayout
     view: str | None
+
+
+def _stated_kernels(
+    module: FoundModule, stated: StatedLayouts, whole: _Kernel | None
+) -> list[_Kernel]:
+    """The kernels that rules on a module's arrays state, beside that of the `whole` module."""
+    found = []
+    for leaf, array in module.arrays.items():
+        # a rule on the whole module is not about what lies beside its kernel
+        said = stated.find((*module.path, *leaf), unless=module.path if whole else None)
+        is_taken = whole and leaf == whole.leaf
+        if said and not is_taken and len(said.layout.axes) == len(array.shape):
+            found.append(_Kernel(leaf, said.layout, said.rule))
+    return found
 
 
 def _whole_layer(module: FoundModule, stated: StatedLayouts) -> _Kernel | None:
@@ -286,14 +315,30 @@ _OTHER = {
 }
 
 
+def _may_be_kernel(leaf: Path, shape: tuple[int, ...]) -> bool:
+    """Whether an array may be a kernel by its shape; a vector, or a scalar, is none.
+
+    A column may be that of one output, and so may a row that is called a kernel; other rows are
+    tokens and gains.
+    """
+    wide = sum(extent != 1 for extent in shape)
+    if len(shape) != 2 or wide != 1:
+        return wide > 1
+    return shape[1] == 1 or slashed(array_of(leaf)) in KERNEL_LEAVES
+
+
 def _left_of(module: FoundModule, taken: set[Path]) -> list[LeftArray]:
     left = []
     for leaf, array in module.arrays.items():
         path, shape = (*module.path, *leaf), tuple(array.shape)
-        if path in taken or sum(extent != 1 for extent in shape) < 2:
+        if path in taken or not _may_be_kernel(leaf, shape):
             continue
         words = (str(leaf[-1]), module.kind, str(module.path[-1]) if module.path else "")
         guesses = (what for what, about in _OTHER.items() if any(map(about.search, words)))
         other = module.other or next(guesses, None)
         left.append(LeftArray(path, module.path, shape, module.kind, other))
+    for leaf, array in module.constants.items():
+        path, shape = (*module.path, *leaf), tuple(array.shape)
+        if _may_be_kernel(leaf, shape):
+            left.append(LeftArray(path, module.path, shape, module.kind, "no parameter"))
     return left

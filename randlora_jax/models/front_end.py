@@ -224,11 +224,13 @@ def wrap(model: Any, rules: WrapRules) -> AdaptedModel:
             "for a flax.linen module bound to its variables"
         )
     _warn_of_hidden(model, wrapped)
-    mesh, token_axes = wrapped._registry.replicated, rules.options.token_axes
-    if not set(token_axes) <= set(mesh.mesh.axis_names if mesh else ()):
+    layers, token_axes = wrapped._registry.layers.values(), rules.options.token_axes
+    meshes = {layer.sharding.mesh for layer in layers if layer.sharding}
+    axes = meshes.pop().axis_names if len(meshes) == 1 else ()
+    if not set(token_axes) <= set(axes):
         raise ConfigError(
             f"token_axes={token_axes}: the base model lies on "
-            f"{f'a mesh with the axes {mesh.mesh.axis_names}' if mesh else 'no mesh'}; put its "
+            f"{f'a mesh with the axes {axes}' if axes else 'no mesh'}; put its "
             "arrays on the mesh first (jax.device_put with a NamedSharding), then wrap it"
         )
     return wrapped

@@ -28,7 +28,7 @@ def about(model: Any) -> KnownModel:
 
 
 def _with_ties(known: KnownModel, model: Any) -> KnownModel:
-    """A twin whose logits are made with its embedding, where the model has no head of its own."""
-    if not known.info.has_output_head or hasattr(model, "lm_head"):
+    """Without ties where the model has a head of its own, so makes no logits with its embedding."""
+    if not any(hasattr(model, head) for _, head in known.info.tied):
         return known
-    return replace(known, info=replace(known.info, tied=(("model.embed_tokens", "lm_head"),)))
+    return replace(known, info=replace(known.info, tied=()))

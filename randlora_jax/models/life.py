@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from randlora_jax.core.mesh import Kept
+from randlora_jax.core.kept import Kept
 from randlora_jax.interop.config import RandLoraConfig
 from randlora_jax.interop.errors import ConfigError, listed, shown
 from randlora_jax.models.basis_source import KeptPairs
@@ -55,10 +55,11 @@ def added(
     spec: AdapterSpec,
     config: RandLoraConfig,
     kept: KeptPairs,
+    carried: frozenset[Path],
     *,
     trainable: bool,
 ) -> AdapterRegistry:
-    """With one adapter more; the first of a model is active at once.
+    """With one adapter more; a model's only one is active at once.
 
     Raises:
       ConfigError: the name is taken, adapters are merged, or the configuration contradicts another
@@ -82,9 +83,19 @@ def added(
         configs={**registry.configs, spec.name: config},
         specs={**registry.specs, spec.name: spec},
         kept_pairs={**registry.kept_pairs, **kept},
-        active=registry.active or (spec.name,),
+        carried={**registry.carried, spec.name: carried},
+        numbers=_numbered(registry, spec.name),
+        active=registry.active if registry.specs else (spec.name,),
         trained=registry.trained | ({spec.name} if trainable else set()),
     )
+
+
+def _numbered(registry: AdapterRegistry, adapter_name: str) -> Mapping[str, int]:
+    """The numbers of adapters that are or were here, one more among them; none changes."""
+    known = registry.numbers
+    if registry.stacks or adapter_name in known:
+        return known
+    return {**known, adapter_name: 1 + len(known)}
 
 
 def chosen(
@@ -106,11 +117,20 @@ def disabled(registry: AdapterRegistry) -> AdapterRegistry:
 
 
 def reenabled(registry: AdapterRegistry, before: AdapterRegistry) -> AdapterRegistry:
-    """What `disabled` made of `before`, undone: with those adapters active that are still here."""
+    """What `disabled` made of `before`, undone, but for what was chosen meanwhile, as in PEFT.
+
+    Of the adapters that were active those that are still here; if none is, another takes over.
+    """
+    registry = replace(registry, enabled=before.enabled)
+    if registry.active:
+        return registry
+    # of adapters that are off, which would train is no part of what a compiled function gives back
+    new = registry.trained - before.specs.keys()
+    registry = replace(registry, trained=before.trained & registry.specs.keys() | new)
     active = tuple(n for n in before.active if n in registry.specs or registry.combination(n))
-    left = active or tuple(registry.specs)[: len(before.active[:1])]
-    trained = before.trained & set(registry.specs)
-    return replace(registry, active=left, enabled=before.enabled, trained=trained)
+    if active or not before.active:
+        return replace(registry, active=active)
+    return _taken_over(registry)
 
 
 def switched(registry: AdapterRegistry, *, on: bool) -> AdapterRegistry:
@@ -119,7 +139,7 @@ def switched(registry: AdapterRegistry, *, on: bool) -> AdapterRegistry:
 
 
 def deleted(registry: AdapterRegistry, adapter_name: str) -> AdapterRegistry:
-    """Without an adapter; if it was the only active one, the first that is left takes over.
+    """Without an adapter; if it was the only active one, another takes over.
 
     Raises:
       ConfigError: no such adapter, adapters are merged, or rows or combinations have it.
@@ -129,17 +149,24 @@ def deleted(registry: AdapterRegistry, adapter_name: str) -> AdapterRegistry:
     refuse_while_merged(registry, "delete_adapter")
     registry = slots_without(registry, adapter_name)
     specs = {n: s for n, s in registry.specs.items() if n != adapter_name}
-    active = tuple(n for n in registry.active if n != adapter_name) or tuple(specs)[:1]
     in_use = {spec.identity for spec in specs.values()} | {s.identity for s in registry.stacks}
-    more = set() if registry.stacks else set(active) - set(registry.active)
-    return replace(
+    left = replace(
         registry,
         configs={n: c for n, c in registry.configs.items() if n != adapter_name},
         specs=specs,
-        active=active,
-        trained=registry.trained & set(specs) | more,
+        active=tuple(n for n in registry.active if n != adapter_name),
+        trained=registry.trained & set(specs),
         kept_pairs={i: pair for i, pair in registry.kept_pairs.items() if i in in_use},
+        carried={n: paths for n, paths in registry.carried.items() if n != adapter_name},
     )
+    return left if left.active or not registry.active else _taken_over(left)
+
+
+def _taken_over(registry: AdapterRegistry) -> AdapterRegistry:
+    """With the first adapter by name active, if there is any, and trained: PEFT's choice."""
+    active = tuple(sorted(registry.specs)[:1])
+    trained = registry.trained if registry.stacks else registry.trained | set(active)
+    return replace(registry, active=active, trained=trained)
 
 
 def slots_without(registry: AdapterRegistry, adapter_name: str) -> AdapterRegistry:
@@ -165,12 +192,12 @@ def merged(
 ) -> AdapterRegistry:
     """With the named adapters' deltas in the base kernels, whose `originals` are kept.
 
-    What was kept of an earlier merge stays: those are the kernels before any of it.
+    Where one was kept at an earlier merge, it is of the kernel before any of them.
     """
     return replace(
         registry,
         merged=(*registry.merged, *adapter_names),
-        originals={**originals, **registry.originals},
+        originals={**registry.originals, **originals},
     )
 
 

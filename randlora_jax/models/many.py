@@ -8,7 +8,6 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from randlora_jax.interop.adapter_name import checked_name
@@ -63,7 +62,7 @@ class ManyAdapters(MergingModel):
             registry, stacks=room, slots={}, parts=int(parts), trained=frozenset()
         )
         numbers = stacking.renumbered(after, room)
-        slots = {name: stacking.in_slot(number, states[name]) for name, number in numbers.items()}
+        slots = {n: stacking.in_slot(after, n, number, states[n]) for n, number in numbers.items()}
         after = dataclasses.replace(after, slots=slots)
         for name in filter(registry.combination, registry.slots):
             after = stacking.with_combination(after, name, registry.slots[name])
@@ -72,7 +71,7 @@ class ManyAdapters(MergingModel):
             mine = {n: states[n] for n in numbers if registry.specs[n].identity == stack.identity}
             now = stacking.empty(registry, base, stack, list(mine.values()))
             for name, state in mine.items():
-                now = stacking.written(now, numbers[name] - stack.first, state, base)
+                now = stacking.written(now, numbers[name] - stack.first, state)
             held[stack] = now
         for name in [s.name for s in registry.stacks] or list(registry.specs):
             store.remove(name)
@@ -85,6 +84,9 @@ class ManyAdapters(MergingModel):
         self, adapter_names: Sequence[str], scale: Sequence[float] | None = None
     ) -> jax.Array | AdapterRows:
         """The slots of adapters: what ``adapter_names`` takes where names cannot be, under ``jit``.
+
+        They stay what they are while adapters come and go: of one that was deleted they give the
+        base model. `stack_adapters` gives new ones.
 
         Args:
           adapter_names: one for each row of a batch; ``"__base__"`` for none.
@@ -107,7 +109,7 @@ class ManyAdapters(MergingModel):
         stacking.refuse_names_in_trace(table)
         stacking.refuse_stale(adapter_names, registry, table)
         if scale is None:
-            return jnp.asarray(slots)
+            return jax.device_put(slots)  # told: a server may forbid other transfers
         try:
             with np.errstate(over="ignore"):
                 strengths = np.asarray(scale, np.float32)
@@ -118,7 +120,7 @@ class ManyAdapters(MergingModel):
                 f"scale: expected {len(slots)} finite numbers, one for each row, found "
                 f"{shown(scale)}"
             )
-        return AdapterRows(jnp.asarray(slots), jnp.asarray(strengths))
+        return AdapterRows(*jax.device_put((slots, strengths)))
 
     def set_rows(self, adapter_names: Sequence[str]) -> None:
         """What rows take from here on, in calls that name none.
@@ -278,9 +280,9 @@ class ManyAdapters(MergingModel):
         stacking.refuse_stale(registry.slots, registry, store.slots())
         stacking.refuse_misfit(spec.name, held, state, registry)
         number = stacking.own_slot(registry, stack, spec.name)
-        now = stacking.written(held, number - stack.first, state, store.base_leaves())
+        now = stacking.written(held, number - stack.first, state)
         store.install(registry, registry.spec_of_stack(stack), now, None)
-        slots = {**registry.slots, spec.name: stacking.in_slot(number, state)}
+        slots = {**registry.slots, spec.name: stacking.in_slot(registry, spec.name, number, state)}
         return dataclasses.replace(registry, slots=slots)
 
     def _need_stacks(self, what: str) -> None:
@@ -315,7 +317,8 @@ class ManyAdapters(MergingModel):
             stacking.refuse_names_in_trace(table)
             stacking.refuse_stale(adapter_names, registry, table)
             adapter_names = slots
-        table = table or self._store.slots() or stacking.table(registry)
+        store = self._store
+        table = table or store.slots() or stacking.table(registry, store.pairs())
         rows = None
         if adapter_names is not None:
             rows = as_rows(adapter_names, registry.slot_count, alike=bool(registry.stacks))

@@ -1,18 +1,20 @@
 """A wrapped model with its adapters merged into the base model, or off."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from randlora_jax.core.mesh import Kept
-from randlora_jax.interop.errors import ConfigError, warn
+from randlora_jax.core.kept import Kept
+from randlora_jax.core.update import Update
+from randlora_jax.interop.errors import ConfigError, listed, warn
 from randlora_jax.models import adapter_arrays, life
 from randlora_jax.models.adapted import AdaptedModel
 from randlora_jax.models.filled import refuse_abstract
-from randlora_jax.models.names import Path
+from randlora_jax.models.names import Path, dotted
 
 
 class MergingModel(AdaptedModel):
@@ -22,9 +24,10 @@ class MergingModel(AdaptedModel):
     def disable_adapter(self) -> Iterator[None]:
         """Within, the model is its base model: modules trained whole and biases included.
 
-        (PEFT's biases stay trained.) A function that was compiled outside and closes over the
-        model cannot notice: pass the model, or its variables, as an argument. In nnx all adapters
-        are frozen meanwhile, so that one program is the base model's whichever is active.
+        (PEFT's biases stay trained.) `set_adapter` within chooses for afterwards. A function that
+        was compiled outside and closes over the model cannot notice: pass the model, or its
+        variables, as an argument. In nnx all adapters are frozen meanwhile, so that one program is
+        the base model's whichever is active.
         """
         before, merged = self._registry, self._registry.merged
         if merged:
@@ -33,9 +36,12 @@ class MergingModel(AdaptedModel):
         try:
             yield
         finally:
-            self._follow(life.reenabled(self._registry, before))
-            if merged:
-                self.merge_adapter(list(merged))
+            within, after = self._registry, life.reenabled(self._registry, before)
+            self._follow(after)
+            if not within.active and set(after.active) - set(before.active):
+                warn(f"what was active was deleted; now {after.active[0]!r} is active")
+            if left := [name for name in merged if name in after.specs]:
+                self.merge_adapter(left)
 
     def disable_adapter_layers(self) -> None:
         """From here on the model is its base model, until `enable_adapter_layers`.
@@ -78,32 +84,56 @@ class MergingModel(AdaptedModel):
 
         Raises:
           ConfigError: no such adapter; adapters are off or in stacks; a kernel can take no update
-            (a quantised one), or is a shape that waits for numbers; or (with `safe_merge`) a kernel
-            would not be finite.
+            (a quantised one), or is a shape that waits for numbers; one that is active beside it
+            trained a kernel whole that another adapts; or (with `safe_merge`) a kernel would not be
+            finite.
         """
         life.check_flag("safe_merge", safe_merge)
         life.refuse_while_off(self._registry, "merge_adapter")
         life.refuse_while_stacked(self._registry, "merge_adapter")
-        registry, store = self._registry, self._store
+        registry = self._registry
         asked = life.named_or_active(registry, adapter_names)
         wanted = [n for n in asked if n not in registry.merged]
         if not wanted:
-            warn("all these adapters are merged already: nothing to do")
+            found = "all these adapters are merged already" if asked else "no adapter is active"
+            warn(f"{found}: nothing to do")
             return
+        self._refuse_covered(wanted, (*registry.active, *registry.merged, *wanted))
+        store = self._store
         base = store.base_leaves()
         kernels = self._kernels_with(wanted, base, safe_merge)
-        originals = {p: Kept(base[p]) for p in kernels if p not in registry.originals}
+        kept = registry.originals
+        originals = {
+            p: kept[p].then(base[p], x) if p in kept else Kept(base[p], x)
+            for p, x in kernels.items()
+        }
         store.set_base_leaves(kernels)
         self._follow(life.merged(registry, wanted, originals))
 
     def unmerge_adapter(self) -> None:
-        """Puts the original kernels back, to the bit (PEFT subtracts, and keeps the rounding)."""
+        """Puts the original kernels back, to the bit (PEFT subtracts, and keeps the rounding).
+
+        Warns where a kernel was changed meanwhile: then the deltas are subtracted from it, so that
+        the change stays.
+
+        Raises:
+          ConfigError: such a kernel can no longer take an update.
+        """
         if not self._registry.merged:
             warn("no adapter is merged: nothing to do")
             return
-        store = self._store
-        base, originals = store.base_leaves(), self._registry.originals.items()
-        store.set_base_leaves({p: kept.put_back(base[p]) for p, kept in originals})
+        store, merged = self._store, self._registry.merged
+        base, originals = store.base_leaves(), self._registry.originals
+        changed = {p: base[p] for p, kept in originals.items() if kept.changed(base[p])}
+        kernels = {p: kept.put_back(base[p]) for p, kept in originals.items() if p not in changed}
+        if changed:
+            kernels |= self._kernels_without(merged, changed)
+            warn(
+                f"{listed([dotted(path) for path in changed], 3)}: changed while {listed(merged)} "
+                "was merged, so the delta was subtracted from what is there now, as in PEFT: the "
+                "change stays, and the kernel is exact to rounding"
+            )
+        store.set_base_leaves(kernels)
         self._follow(life.unmerged(self._registry))
 
     @property
@@ -139,12 +169,11 @@ class MergingModel(AdaptedModel):
         self._trained_whole(names)
         if dequantize:
             self._merge_into_floats(names, safe_merge)
-        elif self._registry.stacks:
+        elif wanted := [name for name in names if name not in self._registry.merged]:
             life.refuse_while_off(self._registry, "merge_and_unload")
+            self._refuse_covered(both := (*self._registry.merged, *wanted), both)
             store = self._store
-            store.set_base_leaves(self._kernels_with(names, store.base_leaves(), safe_merge))
-        elif not set(names) <= set(self._registry.merged):
-            self.merge_adapter(names, safe_merge)
+            store.set_base_leaves(self._kernels_with(wanted, store.base_leaves(), safe_merge))
         return self._unwrapped(names)
 
     def unload(self) -> Any:
@@ -186,9 +215,8 @@ class MergingModel(AdaptedModel):
         Raises:
           ConfigError: a kernel takes none, or (with `safe_merge`) would not be finite.
         """
-        states = self._numbers(adapter_names)
         refuse_abstract(base.values())
-        updates = adapter_arrays.updates_by_layer(self._registry, states, self._pairs(states))
+        updates = self._updates(adapter_names)
         kernels = adapter_arrays.merged_kernels(self._registry, base, updates)
         for path, kernel in kernels.items() if safe_merge else ():
             if not jnp.isfinite(kernel).all():
@@ -197,6 +225,43 @@ class MergingModel(AdaptedModel):
                     "that are not finite: an adapter is broken; nothing was merged"
                 )
         return kernels
+
+    def _refuse_covered(self, merging: Iterable[str], together: Iterable[str]) -> None:
+        """Nothing, if no kernel into which adapters are merged makes room for a trained one.
+
+        Raises:
+          ConfigError: one does: the delta would be lost with it.
+        """
+        registry, states = self._registry, self._fresh_states(dict.fromkeys(together))
+        whole = {path: name for name, state in states.items() for path in state.saved}
+        for name in merging:
+            for layer in (registry.layers[layer] for layer in states[name].layers):
+                if other := whole.get(layer.kernel_path):
+                    raise ConfigError(
+                        f"{layer.name!r}: adapter {other!r} trained its kernel whole and {name!r} "
+                        "adapts it; merging would add to a kernel that is not used. Such adapters "
+                        "run together, and cannot be merged together (PEFT has no such pair)"
+                    )
+
+    def _kernels_without(
+        self, adapter_names: Sequence[str], base: Mapping[Path, jax.Array]
+    ) -> dict[Path, jax.Array]:
+        """The kernels in `base` without the named adapters, which are merged in.
+
+        Raises:
+          ConfigError: a kernel takes no update.
+        """
+        minus = {
+            name: [replace(update, scaling=-update.scaling) for update in updates]
+            for name, updates in self._updates(adapter_names).items()
+            if self._registry.layers[name].kernel_path in base
+        }
+        return adapter_arrays.merged_kernels(self._registry, base, minus)
+
+    def _updates(self, adapter_names: Sequence[str]) -> dict[str, list[Update]]:
+        """What each layer gets from the named adapters, by its name."""
+        states = self._numbers_outside(adapter_names, "merge_adapter, merge_and_unload")
+        return adapter_arrays.updates_by_layer(self._registry, states, self._pairs(states))
 
     def _unwrapped(self, adapter_names: Sequence[str]) -> Any:
         """The base model, with what the named adapters trained whole in place."""

@@ -38,6 +38,7 @@ from randlora_jax.models.life import check_flag
 from randlora_jax.models.many import ManyAdapters
 from randlora_jax.models.memory import Memory, memory
 from randlora_jax.models.names import Rules
+from randlora_jax.models.quantised import is_beside_integers
 from randlora_jax.models.status import TunerLayerStatus, TunerModelStatus
 
 
@@ -90,9 +91,9 @@ class RandLoraModel(ManyAdapters):
         A stack has an entry for each of its matrices.
 
         Raises:
-          ConfigError: no such adapter, or the model is abstract.
+          ConfigError: no such adapter, or the model is abstract, or traced.
         """
-        states = self._numbers([self._registry.spec(adapter_name).name])
+        states = self._numbers_outside([self._registry.spec(adapter_name).name], "delta_weights")
         pairs = self._pairs(states)
         found: dict[str, np.ndarray] = {}
         updates = adapter_arrays.updates_by_layer(self._registry, states, pairs)
@@ -104,11 +105,14 @@ class RandLoraModel(ManyAdapters):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trained numbers, all numbers), bases excluded as they are in PEFT's count.
 
-        None are trained while the adapters are off.
+        None are trained while the adapters are off. Of a quantised array its integers count, and no
+        scales, likewise.
         """
         states, registry = self._states(), self._registry
-        trained = sum(states[name].size() for name in registry.training) * registry.enabled
-        sizes = {path: x.size for path, x in self._store.base_leaves().items()}
+        parts = (registry.trained_part(n, states[n]) for n in registry.training)
+        trained = sum(part.size() for part in parts) * registry.enabled
+        leaves = self._store.base_leaves()
+        sizes = {p: x.size for p, x in leaves.items() if not is_beside_integers(p, leaves)}
         for layer in registry.layers.values():
             sizes[layer.kernel_path] = math.prod(layer.shape)  # which may be packed
         base = sum(sizes.values())
@@ -150,7 +154,8 @@ class RandLoraModel(ManyAdapters):
         if registry.stacks:  # with room for more
             states = {stack.name: store.state(stack.name) for stack in registry.stacks}
         arrays = {name: (state.layers, state.saved) for name, state in states.items()}
-        moving = [arrays[name] for name in registry.training if registry.enabled]
+        parts = [registry.trained_part(n, states[n]) for n in registry.training]
+        moving = [(part.layers, part.saved) for part in parts if registry.enabled]
         return memory(dict(store.base_leaves()), dict(store.pairs()), arrays, moving)
 
     def explain(
@@ -192,7 +197,8 @@ class RandLoraModel(ManyAdapters):
 
         ``config`` holds the arguments of `RandLoraConfig`; ``bases`` names the shared pair;
         ``layers`` and ``trained_whole`` have the shapes of what is adapted, by path in the model;
-        ``merged`` tells whether the kernels hold the adapter.
+        ``scale`` is what `set_scale` set; ``trains`` tells whether its leaves are among what trains
+        and ``merged`` whether the kernels hold it.
         """
         return settings.settings_of(self._registry, self._states())
 
@@ -206,6 +212,7 @@ class RandLoraModel(ManyAdapters):
           ConfigError: they would mean something else here; it names the setting.
         """
         settings.refuse_others(self.randlora_settings(), saved)
+        settings.warn_of_idle(saved, self._states())
 
     # Files.
 
@@ -232,22 +239,25 @@ class RandLoraModel(ManyAdapters):
         combined = list(filter(self._registry.combination, self._registry.slots))
         if combined:
             warn(f"{listed(combined)} combine adapters: no file can hold them, and none is written")
-        held = self._numbers(self._registry.specs)
+        held = self._numbers_outside(self._registry.specs, "save_pretrained")
         self._pairs(held)  # they are what will be written
-        states = {name: state.on_host() for name, state in held.items()}
+        base = self._store.base_leaves()
+        whole = {n: files.with_carried(self._registry, base, n, s) for n, s in held.items()}
+        states = {name: state.on_host() for name, state in whole.items()}
         with alone_among_processes("save_pretrained") as first:
             if not first:
                 return
             folders = {name: saving_folder(directory, name) for name in states}
             adapted = {name for state in states.values() for name in state.layers}
-            registry = self._registry.renamed(renamed, self._store.base_leaves(), adapted)
+            registry = self._registry.renamed(renamed, base, adapted)
             adapters = {n: files.export(registry, n, s) for n, s in states.items()}
             files.warn_if_apart(adapters)
             files.warn_of_own_names(registry, states)
             for name, adapter in adapters.items():
                 write_adapter(folders[name], adapter)
                 card = folders[name] / hub.CARD_NAME
-                text = hub.model_card(adapter.config, len(adapter.layers), states[name].size())
+                trained = registry.trained_part(name, states[name]).size()
+                text = hub.model_card(adapter.config, len(adapter.layers), trained)
                 with suppress(FileExistsError):  # the user's own words stay
                     write_text(card, text, overwrite=False)
 
@@ -290,6 +300,8 @@ class RandLoraModel(ManyAdapters):
           directory: or the id of a hub repository, at `revision`; the adapter at its root, or in
             its `subfolder`.
           is_trainable: its numbers are trained on; else they are frozen like the base, as in PEFT.
+            Frozen in any case are weights that the file has and nothing in its configuration
+            trains: an adapted output head's own, and embeddings of a resized vocabulary.
           rngs: as for `add_adapter`: what adapter dropout draws from, in nnx.
           autocast_adapter_dtype: as for `add_adapter`; False rounds what the file holds.
           torch_generation: for a file without bases (``save_projection=False``), the draw of the
@@ -379,4 +391,5 @@ class RandLoraModel(ManyAdapters):
 
 
 def _torch_delta(update: Update) -> jax.Array:
-    return update.formed().swapaxes(-1, -2)
+    with jax.default_matmul_precision("highest"):
+        return update.formed().swapaxes(-1, -2)

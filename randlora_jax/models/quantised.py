@@ -1,6 +1,6 @@
 """Quantised arrays as qwix makes them: known by what they hold, read by the package they are of."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -63,10 +63,20 @@ def kernel_at(leaf: Path, arrays: Iterable[Path]) -> Path | None:
     return next((written[place] for place in places if place in written), None)
 
 
+def is_beside_integers(leaf: Path, leaves: Container[Path]) -> bool:
+    """Whether an array tells what the integers beside it stand for: their scales, their zero."""
+    return leaf[-1] != INTEGERS and (*leaf[:-1], INTEGERS) in leaves
+
+
 def array_of(integers: Path) -> Path:
     """The path of the quantised array that has its integers there; any other path itself."""
     place = next((place for place in PLACES if integers[-len(place) :] == place), ())
     return integers[: len(integers) - len(place)]
+
+
+def scale_of(integers: Path) -> Path | None:
+    """Where the scales are of the quantised array that has its integers there; else None."""
+    return (*integers[:-1], SCALE) if are_integers(integers) else None
 
 
 def are_integers(leaf: Path) -> bool:

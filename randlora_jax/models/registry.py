@@ -6,10 +6,11 @@ from functools import cached_property
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from randlora_jax.core.bases import BasisIdentity, BasisPair, Extents, used_extents
-from randlora_jax.core.mesh import Kept, on_host
+from randlora_jax.core.kept import Kept
+from randlora_jax.core.mesh import beside, on_host
 from randlora_jax.core.update import Update
 from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.interop import targets
@@ -25,14 +26,17 @@ from randlora_jax.models.slots import BASE, Slot, Stack, stacked
 
 @dataclass
 class AdapterState:
-    """The trained numbers of one adapter.
+    """The numbers of one adapter.
 
     layers: by `Layer.name`, (lambda (*stack, r, n), gamma (*stack, n, min)), float32.
-    saved: leaves of wholly trained modules and biases, by their path in the model.
+    saved: leaves of wholly trained modules and biases, by their path in the model; and what a file
+      carries of the base model, in other numbers than the model has (`AdapterRegistry.carried`).
+    own: in a stack, by the same paths: (capacity,) bool, which of its adapters trained the leaf.
     """
 
     layers: dict[str, tuple[jax.Array, jax.Array]]
     saved: dict[Path, jax.Array] = field(default_factory=dict)
+    own: dict[Path, jax.Array] = field(default_factory=dict)
 
     def on_host(self) -> "AdapterState":
         """In host memory, whole; called by every process that holds a part."""
@@ -42,7 +46,7 @@ class AdapterState:
         )
 
     def size(self) -> int:
-        """How many numbers it trains."""
+        """How many numbers it holds."""
         return sum(x.size for x in jax.tree.leaves((self.layers, list(self.saved.values()))))
 
 
@@ -117,6 +121,7 @@ class AdapterRegistry:
     configs: Mapping[str, RandLoraConfig] = field(default_factory=dict)
     specs: Mapping[str, AdapterSpec] = field(default_factory=dict)
     kept_pairs: KeptPairs = field(default_factory=dict)
+    numbers: Mapping[str, int] = field(default_factory=dict)  # of adapters kept one by one, as rows
     active: tuple[str, ...] = ()  # adapters that are applied
     enabled: bool = True  # else no adapter is applied, though some are active
     trained: frozenset[str] = frozenset()  # adapters that train when they are active
@@ -126,6 +131,9 @@ class AdapterRegistry:
     parts: int = 1  # how many adapters a slot may combine
     chosen: tuple[str, ...] = ()  # what rows take in a call that names none; () for the active one
     originals: Mapping[Path, Kept] = field(default_factory=dict)  # kernels before merging
+    # what the files of adapters hold of the base model and nobody trains: PEFT writes embeddings
+    # where the vocabulary was resized, and the own weight of an adapted head
+    carried: Mapping[str, frozenset[Path]] = field(default_factory=dict)
 
     def _value(self) -> tuple[Any, ...]:
         kept = {name: id(array) for name, array in self.originals.items()}
@@ -133,7 +141,8 @@ class AdapterRegistry:
         if self.stacks:
             return *found, self.options, self.optional, self.stacks, self.parts
         how = self.options, self.optional, self.active, self.enabled, self.training, self.merged
-        return *found, *how, self.configs, self.specs, set(self.kept_pairs), kept
+        numbers = {name: self.numbers.get(name) for name in self.specs}
+        return *found, *how, self.configs, self.specs, numbers, set(self.kept_pairs), kept
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AdapterRegistry) and self._value() == other._value()
@@ -183,6 +192,8 @@ class AdapterRegistry:
     ) -> "AdapterRegistry":
         """With other names of its layers and modules, where a rule of `names` gives any.
 
+        A rule of `names` with the very key of one that is here takes its place.
+
         Args:
           leaves: paths of the base model's.
           adapted: layers that adapters take: an error is about one of these, if it can be.
@@ -191,7 +202,8 @@ class AdapterRegistry:
           TargetError: a rule does not fit a stack.
           ConfigError: a rule matches no layer and no module.
         """
-        rules = Names({**names.rules, **self.names.rules}, frozenset(self.names.rules))
+        older = {rule: name for rule, name in self.names.rules.items() if rule not in names.rules}
+        rules = Names({**names.rules, **older}, frozenset(older))
         paths = [layer.path for layer in self.layers.values()]
         leaves = list(leaves)
         refuse_idle("names", names.rules, [*paths, *(leaf[:-1] for leaf in leaves)])
@@ -263,15 +275,28 @@ class AdapterRegistry:
 
     @property
     def slot_count(self) -> int:
-        """How many slots there are, the base model's among them."""
-        return self.row_stacks[-1].slots.stop if self.row_stacks else 1
+        """How many slots there are, or were: the base model's among them."""
+        return self.stacks[-1].slots.stop if self.stacks else 1 + len(self.numbers)
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Where each adapter lies among the slots of the stacks, kept or made in a call."""
+        made = {n: s.slots[i] for s in self.row_stacks for i, n in enumerate(s.members)}
+        return made | {name: slot.number for name, slot in self.slots.items()}
 
     def chosen_slots(self) -> int | list[int]:
-        """The slots of a call that names none: one for all rows, or one for each."""
-        applied = self.applied
+        """The slots of a call that names none: one for all rows, or one for each.
+
+        Where adapters are off nothing is in these.
+        """
         if self.chosen:
-            return [self.slot_of(name) if applied else 0 for name in self.chosen]
-        return self.slot_of(applied[0]) if self.stacks and applied else 0
+            return [self.slot_of(name) for name in self.chosen]
+        return self.active_slot
+
+    @property
+    def active_slot(self) -> int:
+        """The slot of the active adapter of a model with stacks; 0 for none."""
+        return self.slot_of(self.active[0]) if self.stacks and self.active else 0
 
     def scale(self, adapter_name: str) -> float:
         """How strong an adapter, or a combination, was set to be; 1 at first.
@@ -282,7 +307,7 @@ class AdapterRegistry:
         return (self.combination(adapter_name) or self.spec(adapter_name)).scale
 
     def slot_of(self, adapter_name: str) -> int:
-        """The slot of an adapter, or of a combination.
+        """The slot of an adapter, or of a combination, as rows name it.
 
         Raises:
           ConfigError: there is none of that name.
@@ -291,8 +316,7 @@ class AdapterRegistry:
             return 0
         if isinstance(adapter_name, str) and adapter_name in self.slots:
             return self.slots[adapter_name].number
-        name = self.spec(adapter_name).name
-        return next(s.slots[s.members.index(name)] for s in self.row_stacks if name in s.members)
+        return self.numbers[self.spec(adapter_name).name]
 
     @property
     def applied(self) -> tuple[str, ...]:
@@ -309,11 +333,15 @@ class AdapterRegistry:
         """
         return tuple(n for n in self.active if n in self.trained and n not in self.merged)
 
-    @property
-    def replicated(self) -> NamedSharding | None:
-        """Where to put what every device needs whole: on the mesh that holds the base kernels."""
-        meshes = {layer.sharding.mesh for layer in self.layers.values() if layer.sharding}
-        return NamedSharding(meshes.pop(), PartitionSpec()) if len(meshes) == 1 else None
+    def trained_part(self, adapter_name: str, state: AdapterState) -> AdapterState:
+        """What of an adapter's `state` an optimizer moves when it trains."""
+        carried = self.carried.get(adapter_name, ())
+        return replace(state, saved={p: x for p, x in state.saved.items() if p not in carried})
+
+    def replicated(self, base: Mapping[Path, Any]) -> NamedSharding | None:
+        """Where to put what every device needs whole: on the mesh that holds the `base` kernels."""
+        found = {beside(base.get(layer.kernel_path)) for layer in self.layers.values()} - {None}
+        return found.pop() if len(found) == 1 else None
 
     def owners(self) -> dict[str, Layer]:
         """The layer that holds the matrix of each canonical name.

@@ -25,9 +25,10 @@ def summary(
         config = registry.configs[name]
         marks = ["active"] * (name in registry.active) + ["merged"] * (name in registry.merged)
         marks += ["trained"] * (name in registry.training)
+        size = registry.trained_part(name, state).size()
         lines.append(
             f"  {name!r} ({', '.join(marks) or 'not active'}): r {config.r}, "
-            f"alpha {config.randlora_alpha}, {len(state.layers)} layers, {state.size():,} numbers"
+            f"alpha {config.randlora_alpha}, {len(state.layers)} layers, {size:,} numbers"
         )
     return "\n".join(lines if states else [*lines, "  no adapter"])
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from randlora_jax.interop.config import RandLoraConfig
-from randlora_jax.interop.errors import ConfigError, listed, shown
+from randlora_jax.interop.errors import ConfigError, listed, shown, warn
+from randlora_jax.models.adapter_arrays import is_fresh
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import dotted
 from randlora_jax.models.registry import AdapterRegistry, AdapterState
@@ -20,8 +21,9 @@ def settings_of(
     registry: AdapterRegistry, states: Mapping[str, AdapterState]
 ) -> dict[str, dict[str, Any]]:
     """By adapter: ``config`` as in its file, ``bases`` by their identity, ``layers`` by path, with
-    the ``shape`` and ``axes`` of their kernels, ``trained_whole`` by path, with shapes; and
-    whether it is ``merged`` into kernels, which may be saved beside its leaves.
+    the ``shape`` and ``axes`` of their kernels, ``trained_whole`` by path, with shapes; its
+    ``scale``; whether it ``trains``, and whether it is ``merged`` into kernels, which may be saved
+    beside its leaves.
     """
     return {
         name: {
@@ -31,6 +33,8 @@ def settings_of(
             "trained_whole": {
                 dotted(path): list(x.shape) for path, x in sorted(state.saved.items(), key=str)
             },
+            "scale": registry.specs[name].scale,
+            "trains": name in registry.active and name in registry.trained,
             "merged": name in registry.merged,
         }
         for name, state in states.items()
@@ -69,6 +73,22 @@ def refuse_others(ours: Mapping[str, Any], found: Any) -> None:
         _compare(name, ours[name], theirs)
 
 
+def warn_of_idle(found: Mapping[str, Any], states: Mapping[str, AdapterState]) -> None:
+    """Warn of adapters that what trained, kept beside the settings `found`, is without.
+
+    Args:
+      states: of this model's adapters; one that has numbers of its own lacks nothing.
+    """
+    idle = [name for name, theirs in found.items() if not theirs.get("trains", True)]
+    if fresh := [name for name in idle if is_fresh(states[name])]:
+        warn(
+            f"{listed(fresh)}: did not train when the checkpoint was saved, so that what trained "
+            "(nnx.state(model, AdapterParam), or split()'s trained leaves) is without it, and here "
+            "its lambda is zero. Unless all of the model's state is restored, load it from a "
+            "directory of its own (save_pretrained, load_adapter)"
+        )
+
+
 def _compare(name: str, ours: Mapping[str, Any], theirs: Any) -> None:
     parts = ("config", "bases", "layers", "trained_whole")
     whole = isinstance(theirs, Mapping) and all(part in theirs for part in parts)
@@ -90,6 +110,11 @@ def _compare(name: str, ours: Mapping[str, Any], theirs: Any) -> None:
             if all(isinstance(x, Mapping) for x in sides):
                 axes = [x["axes"] for x in sides]
                 _refuse(name, f"the axes of {path} (views)", *axes)
+    if (scale := theirs.get("scale", 1.0)) != ours["scale"]:
+        raise ConfigError(
+            f"adapter {name!r}: the checkpoint was saved while its scale was {scale}, and here it "
+            f"is {ours['scale']}: call set_scale({name!r}, {scale})"
+        )
     _refuse_merged(name, ours["merged"], theirs.get("merged", False))  # which earlier ones lack
 
 

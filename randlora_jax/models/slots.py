@@ -95,7 +95,7 @@ class Slot:
 
     Args:
       number: of the slot.
-      stamp: tells apart what was in a slot before.
+      stamp: tells what is in it, by name and settings, and so what is there no more.
       layers: names of those that it adapts.
       saved: paths of the leaves that it trained whole.
       parts: slots and weights that it combines; () for an adapter.
@@ -118,12 +118,16 @@ class SlotTable(NamedTuple):
       weights: (slots, K) float32, alpha / r times their strength.
       stamps: (slots,) int32, of what is in each; 0 for nothing.
       chosen: () or (rows,) int32, the slots of a call that names none.
+      active: () int32, the slot of the active adapter; 0 for none.
+      scales: (slots,) float32, the strengths that the user set.
     """
 
     parts: jax.Array
     weights: jax.Array
     stamps: jax.Array
     chosen: jax.Array
+    active: jax.Array
+    scales: jax.Array
 
 
 class AdapterRows(NamedTuple):
@@ -273,6 +277,16 @@ def adapted_or_base(chosen: Iterable[Chosen], own: Any, base: Any) -> Any:
         return jnp.where(jnp.expand_dims(present, range(1, own.ndim)), own, base)
 
     return jax.tree.map(either, own, base)
+
+
+def own_or_base(stacked: jax.Array, own: jax.Array, base: Any) -> jax.Array:
+    """(slots, ...) of a leaf trained whole; the base model's, as it is now, of those that did not.
+
+    Args:
+      own: (slots,) bool, which adapters trained it.
+    """
+    mine = jnp.expand_dims(own, range(1, stacked.ndim))
+    return jnp.where(mine, stacked, jnp.asarray(base, stacked.dtype))
 
 
 def in_slots(arrays: Sequence[jax.Array | None]) -> jax.Array:

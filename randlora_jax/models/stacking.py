@@ -1,6 +1,6 @@
 """The arrays of adapters that lie side by side, and what a table of slots says of them."""
 
-import secrets
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from randlora_jax.core.abstract import put
+from randlora_jax.core.bases import BasisPair
+from randlora_jax.core.mesh import beside
 from randlora_jax.core.update import at_least_float32
 from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.names import Path, dotted
 from randlora_jax.models.registry import AdapterRegistry, AdapterState
-from randlora_jax.models.slots import Slot, SlotTable, Stack, in_slots
+from randlora_jax.models.slots import BASE, Slot, SlotTable, Stack, in_slots
 from randlora_jax.models.store import ArrayStore
 
 _WHOLE = (
@@ -67,20 +69,22 @@ def _one(held: AdapterState, slot: Slot, stack: Stack) -> AdapterState:
     return AdapterState(layers, {p: x[i] for p, x in held.saved.items() if p in slot.saved})
 
 
-def in_slot(number: int, state: AdapterState) -> Slot:
+def in_slot(registry: AdapterRegistry, name: str, number: int, state: AdapterState) -> Slot:
     """What is to be known of an adapter in a slot."""
-    return Slot(number, new_stamp(), frozenset(state.layers), frozenset(state.saved))
+    spec, saved = registry.specs[name], sorted(map(dotted, state.saved))
+    stamp = _stamp(name, str(spec.identity), spec.scaling, sorted(state.layers), saved)
+    return Slot(number, stamp, frozenset(state.layers), frozenset(state.saved))
 
 
-def new_stamp() -> int:
-    """Like no other."""
-    return secrets.randbits(31) | 1
+def _stamp(*settings: Any) -> int:
+    """The same in every process: a restored table says what the one said that was saved."""
+    return zlib.crc32(repr(settings).encode()) >> 1 | 1
 
 
 def empty(
     registry: AdapterRegistry, base: Mapping[Path, Any], stack: Stack, like: Sequence[AdapterState]
 ) -> AdapterState:
-    """The arrays of a stack without adapters, with room for such as `like`.
+    """The arrays of a stack without adapters, on every device, with room for such as `like`.
 
     Raises:
       ConfigError: what is trained whole lies in a stack of layers.
@@ -91,6 +95,7 @@ def empty(
         for name, (lam, gamma) in state.layers.items()
     }
     saved = {path: base[path] for state in like for path in state.saved}
+    own = {path: jnp.zeros(stack.capacity, bool) for path in saved}
     for path in saved:
         layer = registry.layer_of(path)
         if layer is not None and layer.stack:
@@ -99,30 +104,22 @@ def empty(
                 "lie in one array: adapters that train it cannot run by row; open them one by one"
             )
     whole = {
-        path: jnp.broadcast_to(x, (stack.capacity, *x.shape)).astype(at_least_float32(x.dtype))
+        path: jnp.zeros((stack.capacity, *x.shape), at_least_float32(x.dtype))
         for path, x in saved.items()
     }
-    return put_on(registry, AdapterState(layers, whole))
-
-
-def put_on(registry: AdapterRegistry, state: AdapterState) -> AdapterState:
-    """The arrays of a stack on every device."""
-    return AdapterState(
-        put(state.layers, registry.replicated), put(state.saved, registry.replicated)
-    )
+    where = registry.replicated(base)
+    return AdapterState(*(put(held, where) for held in (layers, whole, own)))
 
 
 def _room(x: Any, capacity: int) -> jax.Array:
     return jnp.zeros((*x.shape[:-2], capacity, *x.shape[-2:]), jnp.float32)
 
 
-def written(
-    held: AdapterState, index: int, state: AdapterState, base: Mapping[Path, jax.Array]
-) -> AdapterState:
+def written(held: AdapterState, index: int, state: AdapterState) -> AdapterState:
     """What a stack holds once `state` is in place `index` of it.
 
-    Layers that the adapter does not take get lambda zero; leaves that it did not train, the base
-    model's.
+    Layers that the adapter does not take get lambda zero; leaves that it did not train are none of
+    its own.
     """
 
     def layer(name: str, stacked: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -134,10 +131,13 @@ def written(
 
     layers = {name: layer(name, stacked) for name, stacked in held.layers.items()}
     saved = {
-        path: _set(x, index, jnp.asarray(state.saved.get(path, base[path])), 0)
+        path: _set(x, index, jnp.asarray(state.saved.get(path, 0)), 0)
         for path, x in held.saved.items()
     }
-    return AdapterState(layers, saved)
+    own = {
+        path: _set(x, index, jnp.asarray(path in state.saved), 0) for path, x in held.own.items()
+    }
+    return AdapterState(layers, saved, own)
 
 
 def side_by_side(
@@ -218,23 +218,67 @@ def _free(registry: AdapterRegistry, stack: Stack) -> list[int]:
     return [number for number in stack.slots if number not in taken]
 
 
-def table(registry: AdapterRegistry) -> SlotTable:
-    """What the slots of a registry stand for, stacks kept or not."""
+def table(registry: AdapterRegistry, pairs: Mapping[str, BasisPair]) -> SlotTable:
+    """What the slots of a registry stand for, stacks kept or not; where its `pairs` lie."""
     count, width = registry.slot_count, registry.parts
     parts, weights = np.zeros((count, width), np.int32), np.zeros((count, width), np.float32)
-    stamps = np.zeros(count, np.int32)
+    stamps, scales = np.zeros(count, np.int32), np.ones(count, np.float32)
+    places = registry.places
     for name in (*registry.specs, *(n for n, slot in registry.slots.items() if slot.parts)):
         number, slot = registry.slot_of(name), registry.slots.get(name)
         together = slot.parts if slot and slot.parts else ((name, 1.0),)
         for i, (part, weight) in enumerate(together if registry.enabled else ()):
-            parts[number, i] = registry.slot_of(part)
+            parts[number, i] = places[part]
             weights[number, i] = weight * registry.specs[part].strength
         if slot and slot.parts:
             weights[number] *= slot.scale
         stamps[number] = slot.stamp if slot else 0
+        scales[number] = registry.scale(name)
     chosen = np.array(registry.chosen_slots(), np.int32)
-    arrays = jax.device_put((parts, weights, stamps, chosen), registry.replicated)
+    active = np.array(registry.active_slot, np.int32)
+    where = next((beside(pair.A) for pair in pairs.values()), None)
+    arrays = jax.device_put((parts, weights, stamps, chosen, active, scales), where)
     return SlotTable(*arrays)
+
+
+def is_readable(table: SlotTable) -> bool:
+    """Whether a table has numbers that can be looked at."""
+    return all(
+        isinstance(x, np.ndarray)
+        or (isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and not x.is_deleted())
+        for x in table
+    )
+
+
+def chosen_in(registry: AdapterRegistry, table: SlotTable) -> AdapterRegistry:
+    """A registry with what a table says of choices: which is active, what rows take, strengths.
+
+    Copies of a model share what is known of its adapters, and choose each for itself.
+    """
+    held = SlotTable(*jax.device_get(tuple(table)))
+    names = {0: BASE} | {slot.number: name for name, slot in registry.slots.items()}
+
+    def scale(known: float, slot: Slot) -> float:
+        told = held.scales[slot.number]
+        return known if np.float32(known) == told else float(told)
+
+    specs, slots = dict(registry.specs), dict(registry.slots)
+    for name, slot in registry.slots.items():
+        if slot.parts:
+            slots[name] = replace(slot, scale=scale(slot.scale, slot))
+        elif name in specs:
+            specs[name] = replace(specs[name], scale=scale(specs[name].scale, slot))
+    active = int(held.active)
+    return replace(
+        registry,
+        active=(names[active],) if active and active in names else (),
+        chosen=tuple(names.get(int(slot), BASE) for slot in held.chosen)
+        if held.chosen.ndim
+        else (),
+        enabled=bool(held.parts.any()) if held.stamps.any() else registry.enabled,
+        specs=specs,
+        slots=slots,
+    )
 
 
 def refuse_stale(
@@ -258,6 +302,26 @@ def refuse_stale(
                 "model.variables after the last change. stack_adapters() parts a copy from the "
                 "model that it was made of, before either changes"
             )
+
+
+def refuse_lost(registry: AdapterRegistry, table: SlotTable | None) -> None:
+    """Nothing, if a registry knows of all that a table has in its slots, or that is traced.
+
+    Raises:
+      ConfigError: it does not: another copy of the model deleted it, in its own arrays.
+    """
+    if table is None or isinstance(table.stamps, jax.core.Tracer):
+        return
+    known = {slot.number for slot in registry.slots.values()}
+    lost = [int(i) for i in np.flatnonzero(np.asarray(table.stamps)) if int(i) not in known]
+    if lost:
+        raise ConfigError(
+            f"slots {lost} of this copy of the model hold adapters that were deleted in another "
+            "one, with which it shares what is known of adapters (nnx.clone makes such copies): "
+            "what is known here would go as well. Go on with that model, or call stack_adapters(), "
+            "which lays out anew what is still known. Called on a copy before either changes, it "
+            "parts the two"
+        )
 
 
 def refuse_names_in_trace(table: SlotTable | None) -> None:
@@ -303,5 +367,5 @@ def with_combination(registry: AdapterRegistry, name: str, slot: Slot) -> Adapte
     free = [number for stack in registry.stacks for number in _free(registry, stack)]
     if not free:
         raise ConfigError(f"all slots are taken, and {name!r} needs one: {_MORE}")
-    mine = replace(slot, number=free[0], stamp=new_stamp())
+    mine = replace(slot, number=free[0], stamp=_stamp(name, slot.parts))
     return replace(registry, slots={**registry.slots, name: mine})

@@ -9,6 +9,8 @@ import pytest
 from flax import nnx
 from rebuilt import IDS, bound, check, drawn, known_as
 
+from randlora_jax import ConfigError, RandLoraConfig, get_peft_model
+
 
 class MaxTextDense(nnx.Module):
     def __init__(self, rngs, n_in, n_out):
@@ -91,7 +93,7 @@ class MaxTextDecoder(nnx.Module):
 
 
 class MaxTextConfig:
-    scan_layers, param_scan_axis = True, 1
+    scan_layers, param_scan_axis, logits_via_embedding = True, 1, False
 
     def __init__(self, decoder_block, mixture=False):
         self.decoder_block, self.mixture = decoder_block, mixture
@@ -179,3 +181,16 @@ def test_maxtext(kind, framework, tmp_path):
     else:
         module = MaxTextInLinen(MaxText, (), {"config": config})
         check(lambda: bound(module, IDS), (IDS,), names, tmp_path)
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
+def test_a_head_of_its_own_is_trained_whole(saved):
+    """Unless the embedding makes the logits, it shares no weight."""
+    settings = RandLoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[saved])
+    model = get_peft_model(MaxText(MaxTextConfig("qwen3"), nnx.Rngs(0)), settings)
+    (whole,) = [array for array in model.coverage() if array.taken == "trained whole"]
+    assert whole.shape == ((8, 9) if saved == "lm_head" else (9, 8))
+    tied = MaxTextConfig("qwen3")
+    tied.logits_via_embedding = True
+    with pytest.raises(ConfigError, match=r"'model\.embed_tokens', 'lm_head' share one weight"):
+        get_peft_model(MaxText(tied, nnx.Rngs(0)), settings)

@@ -153,7 +153,24 @@ def bart(kind):
     return kind(T.BartConfig(**sides, d_model=24, vocab_size=96, max_position_embeddings=64))
 
 
+def speech():
+    convolutions = {"conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 4)}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    config = T.Wav2Vec2Config(**WIDE, **convolutions, **positions, vocab_size=32)
+    return T.Wav2Vec2ForCTC(config)
+
+
+def hidden_patches():
+    size = {"image_size": 8, "patch_size": 4, "vocab_size": 32, "use_mask_token": True}
+    return T.BeitForMaskedImageModeling(T.BeitConfig(**WIDE, **size))
+
+
 UNTIED = {
+    "letters, of sound": (speech, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "a codebook, of patches": (
+        hidden_patches,
+        {"target_modules": ["query"], "modules_to_save": ["lm_head"]},
+    ),
     "a classifier's embeddings": (
         lambda: T.BertForSequenceClassification(T.BertConfig(**BERT)),
         {
@@ -237,3 +254,33 @@ def test_what_encoder_and_decoder_share_is_refused(kind, task, module, tmp_path,
     adapt(bart(kind), tmp_path, **settings)
     assert run("merge", tmp_path) == 1
     assert "shares its weight with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["query"], "bias": "all"},
+        {"target_modules": ["query", "decoder"], "bias": "randlora_only"},
+        {"target_modules": ["query"], "modules_to_save": ["decoder"]},
+    ],
+)
+@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+def test_a_bias_of_two_names_is_merged(kind, settings, tmp_path):
+    """The head's own, which its decoder uses: files of models have the first name alone."""
+    torch.manual_seed(0)
+    config = getattr(T, f"{kind}Config")(**BERT, tie_word_embeddings=False)
+    model = getattr(T, f"{kind}ForMaskedLM")(config)
+    expected = adapt(model, tmp_path, **settings).merge_and_unload()
+    assert run("merge", tmp_path) == 0
+    ids = torch.arange(2, 9)[None]
+    merged = type(model).from_pretrained(tmp_path / "merge").eval()
+    unadapted = type(model).from_pretrained(tmp_path / "base").eval()
+    with torch.no_grad():
+        found, right, before = (m(ids).logits for m in (merged, expected, unadapted))
+    assert (
+        (found - right).abs().max()
+        <= 1e-5 * right.abs().max()
+        < 1e-3 * (right - before).abs().max()
+    )
+    keys = [load_file(tmp_path / name / FILE).keys() for name in ("base", "merge")]
+    assert keys[0] == keys[1]

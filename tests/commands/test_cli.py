@@ -1,10 +1,12 @@
 """The randlora-jax command: what it imports, how it ends, and what `inspect` says."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 import tomllib
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from peft_nets import Net, jax_adapter, peft_net, rewrite
+from peft_nets import Net, change_config, jax_adapter, peft_net, rewrite
 from peft_side import save_adapter, save_base
 from randlora_jax.interop.peft_dir import write_adapter
 from randlora_jax.interop.torch_rng import Generation, generation_of
@@ -107,6 +109,7 @@ MISUSED = {
     ],
     "unknown picture": ["inspect", "{adapter}", "--base", "{base}", "--plot", "{tmp}/x.doc"],
     "picture there": ["inspect", "{adapter}", "--base", "{base}", "--plot", "{base}/config.json"],
+    "no rules": ["convert", "{adapter}", "{tmp}/x", "--to", "torch", "--names", "{tmp}/absent"],
     "no place": ["compact", "{adapter}", "{adapter}/adapter_config.json/x"],
 }
 
@@ -125,6 +128,30 @@ def test_misuse_ends_with_2(tmp_path, capsys, llama, how):
     assert "randlora-jax" in printed.err and not printed.out
     assert before == {p: p.stat().st_mtime_ns for p in [*adapter.iterdir(), *base.iterdir()]}
     assert not list(tmp_path.iterdir())
+
+
+def test_another_process_that_saves_is_no_fault_of_the_adapter(tmp_path, capsys, llama):
+    fcntl = pytest.importorskip("fcntl")
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert main(["compact", str(llama[1]), str(tmp_path)]) == 2
+    assert "another process is saving here" in capsys.readouterr().err
+    os.close(handle)
+    assert main(["compact", str(llama[1]), str(tmp_path)]) == 0
+
+
+def test_a_file_for_a_directory_is_told_from_what_is_absent(tmp_path, capsys):
+    peft_net(tmp_path)
+    assert main(["inspect", str(tmp_path / WEIGHTS)]) == 2
+    said = capsys.readouterr().err
+    assert f"expected a directory, found a file; give the folder it is in: {tmp_path}" in said
+
+
+def test_commands_run_where_pipes_cannot_be_set_not_to_block(tmp_path, capsys, monkeypatch):
+    """As in Windows under Python 3.11."""
+    peft_net(tmp_path)
+    monkeypatch.delattr(os, "set_blocking")
+    assert main(["inspect", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize("command", ["inspect", "compact"])
@@ -151,6 +178,17 @@ def test_warnings_are_lines_on_stderr(tmp_path, capsys):
     main(["inspect", str(tmp_path / "src")])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("randlora-jax: warning: ") and "a_new_field" in line
+
+
+@pytest.mark.parametrize("told", ["ignore", "error"])
+def test_filters_of_the_surroundings_leave_warnings_as_they_are(tmp_path, capsys, told):
+    """PYTHONWARNINGS sets such: a guess would be silent, or end in a traceback."""
+    peft_net(tmp_path)
+    change_config(tmp_path, a_new_field=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter(told)
+        status, report = ask(capsys, "inspect", tmp_path)
+    assert (status, len(report["warnings"])) == (0, 1)
 
 
 def test_progress_shows_bytes_after_two_seconds(capsys, monkeypatch):

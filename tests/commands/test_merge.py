@@ -259,6 +259,12 @@ def test_other_files_are_kept_and_other_weights_are_not(pair, tmp_path, capsys):
     stale = {"pytorch_model.bin", "model.onnx", "onnx/model.onnx", "q4.gguf", "adapter_config.json"}
     stale |= {"rust_model.ot", "64.tflite", "weights.npz", "model.bin", "ggml-model-q4_0.bin"}
     stale |= {"optimizer.pt", "rng_state.pth", "pytorch_model.old", "model.safetensors.part"}
+    stale |= {"original/consolidated.00.pth", "original/params.json", "metal/model.bin"}
+    stale |= {
+        "checkpoint-5/model.safetensors",
+        "checkpoint-5/optimizer.pt",
+        "mp/consolidated.0.pth",
+    }
     stale |= {"coreml/text/weights/weight.bin", "Model.mlpackage/Data/model.mil"}
     (tmp_path / "elsewhere").mkdir()
     (base / "linked").symlink_to(tmp_path / "elsewhere")

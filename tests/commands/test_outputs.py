@@ -190,7 +190,7 @@ def test_merge_writes_through_no_link(sources, tmp_path, capsys):
     before = contents(out)
     words = ["merge", str(sources / "adapter"), "--base", str(base), str(out), "--force"]
     status, report = ask(capsys, *words)
-    assert status == 1 and "1_Pooling is a link" in report["error"]
+    assert status == 2 and "1_Pooling is a link" in report["error"]
     assert contents(out) == before and contents(elsewhere) == {"config.json": b"elsewhere"}
     (out / "1_Pooling").unlink()
     assert main(words) == 0

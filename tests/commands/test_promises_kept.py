@@ -9,7 +9,7 @@ import torch
 import transformers
 from families import WIDTHS
 from peft_nets import CONFIG, WEIGHTS, change_config, jax_adapter, rewrite, without
-from peft_side import randomise, save_adapter, save_base
+from peft_side import load, randomise, save_adapter, save_base
 from randlora_jax.interop.peft_dir import write_adapter
 from safetensors.numpy import load_file, save_file
 
@@ -47,6 +47,11 @@ def refused(folder, command, capsys, *words) -> None:
     assert status == 1, said
     assert all(word in said for word in words), said
     assert not (folder / "out").exists()
+
+
+def change_model(folder, **changes) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 @pytest.fixture
@@ -128,6 +133,81 @@ def test_a_base_model_that_has_more_than_the_adapters_class(tmp_path, capsys):
     rewrite(tmp_path / "adapter", without("layer.0.output.dense.randlora_"))
     (tmp_path / "out").rename(tmp_path / "lora")
     refused(tmp_path, "inspect", capsys, "expected tensors of 'bert.encoder.layer.0.output.dense'")
+
+
+@pytest.mark.parametrize("command", WITH_BASE)
+def test_a_head_that_the_checkpoint_does_not_hold_either(tmp_path, command, capsys):
+    """PEFT trains a copy of a tied one, and refuses the file without it."""
+    base = save_base("opt", tmp_path / "base")
+    save_adapter("opt", base, tmp_path / "adapter", modules_to_save=["lm_head"])
+    rewrite(tmp_path / "adapter", without("lm_head"))
+    with pytest.raises(KeyError, match="lm_head"):
+        peft.PeftModel.from_pretrained(load("opt", base), tmp_path / "adapter")
+    refused(tmp_path, command, capsys, "expected tensors of 'lm_head'", "modules_to_save")
+
+
+KEPT = {
+    "layers": ({"target_modules": ["query", "dense"]}, "'bert.pooler.dense'"),
+    "biases": ({"target_modules": ["query"], "bias": "all"}, "'cls.seq_relationship.bias'"),
+    "a module": (
+        {"target_modules": ["query"], "modules_to_save": ["cls"]},
+        "'cls.seq_relationship.weight'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_what_a_checkpoint_keeps_and_its_class_does_not_read(tmp_path, kept, capsys):
+    """As bert-base-uncased: saved after pretraining, and said to be of the class for masked words.
+
+    PEFT adapts what that class has.
+    """
+    settings, named = KEPT[kept]
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**WIDTHS, intermediate_size=52, max_position_embeddings=40)
+    transformers.BertForPreTraining(config).save_pretrained(tmp_path / "base")
+    change_model(tmp_path / "base", architectures=["BertForMaskedLM"])
+    model = transformers.BertForMaskedLM.from_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(model, peft.RandLoraConfig(r=5, **settings))
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter")
+    status, said = ask(tmp_path, "inspect", capsys)
+    assert (status, said.count("randlora-jax: warning")) == (0, 1), said
+    assert named in said and "the adapter has nothing for it" in said
+    if kept != "a module":  # tied, and so not merged
+        assert ask(tmp_path, "merge", capsys)[0] == 0
+        expected = model.merge_and_unload().state_dict()
+        for key, x in load_file(tmp_path / "out/model.safetensors").items():
+            if key in expected:
+                right = expected[key].numpy()
+                assert np.abs(x - right).max() <= 1e-6 * np.abs(right).max(), key
+    rewrite(tmp_path / "adapter", without("layer.0.attention.self.query"))
+    status, said = ask(tmp_path, "inspect", capsys)
+    assert status == 1 and "layer.0.attention.self.query" in said, said
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+@pytest.mark.parametrize("extra", ["mtp.layers.0", "model.layers.2"])
+def test_layers_that_predict_more_tokens(tmp_path, extra, bias, capsys):
+    """As in files of Qwen3-Next; and of GLM-4, behind the last layer, with a tower of vision."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**WIDTHS, intermediate_size=52, attention_bias=True)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    change_model(tmp_path / "base", vision_config={"depth": 5})
+    file = tmp_path / "base/model.safetensors"
+    tensors = load_file(file)
+    layer = "model.layers.0."
+    more = {k.replace(layer, f"{extra}."): x for k, x in tensors.items() if k.startswith(layer)}
+    save_file(tensors | more, file, {"format": "pt"})
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    settings = {"r": 5, "target_modules": ["q_proj"], "bias": bias, "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(base, peft.RandLoraConfig(**settings))
+    model.save_pretrained(tmp_path / "adapter")
+    status, said = ask(tmp_path, "merge", capsys)
+    assert status == 0 and f"'{extra}.self_attn.q_proj" in said, said
+    rewrite(tmp_path / "adapter", without("layers.1.self_attn.q_proj.randlora_"))
+    (tmp_path / "out").rename(tmp_path / "merged")
+    refused(tmp_path, "merge", capsys, "expected ", "'model.layers.1.self_attn.q_proj")
 
 
 def test_a_checkpoint_without_the_prefix(tmp_path, capsys):

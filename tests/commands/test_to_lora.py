@@ -115,6 +115,24 @@ def test_ranks_by_energy(tmp_path, capsys):
     assert_same_logits(logits(full), logits(model), logits(load("llama", base)))
 
 
+TAKEN = {
+    "an expression": {"target_modules": r".*layers\.\d\.(self_attn\.[qv]_proj|mlp\.down_proj)"},
+    "one layer": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+    "all": {"target_modules": "all-linear"},
+}
+
+
+@pytest.mark.parametrize("taken", TAKEN)
+def test_targets_are_a_list(taken, tmp_path):
+    """Servers such as SGLang read no expression; in PEFT it takes the same layers."""
+    base = save_base("llama", tmp_path / "base")
+    model = save_adapter("llama", base, tmp_path / "adapter", **TAKEN[taken])
+    assert run(tmp_path, "--rank", "3") == 0
+    config = json.loads((tmp_path / "lora" / CONFIG_NAME).read_text())
+    assert isinstance(config["target_modules"], list) and config["layers_to_transform"] is None
+    assert deltas(open_lora("llama", tmp_path)).keys() == deltas(model).keys()
+
+
 @pytest.mark.parametrize("energy", ["0.9", "0.97"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_r_is_the_largest_rank(family, energy, tmp_path):
@@ -288,3 +306,8 @@ def test_misuse(tmp_path, capsys):
     assert run(tmp_path, "--rank", "2") == 0
     assert run(tmp_path, "--rank", "3") == 2
     assert "--force" in capsys.readouterr().err
+    source = str(tmp_path / "adapter")
+    command = ["to-lora", source, "--base", str(tmp_path / "base"), source, "--rank", "2"]
+    assert main([*command, "--force"]) == 2
+    assert "holds the adapter itself" in capsys.readouterr().err
+    assert main(["inspect", source]) == 0

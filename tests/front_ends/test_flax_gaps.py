@@ -20,6 +20,18 @@ SIZES = {
 GPT2 = {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
 GEMMA = SIZES | {"head_dim": 8}
 BERT = {key: x for key, x in SIZES.items() if key != "num_key_value_heads"}
+VISION = {"embedding_size": 8, "hidden_sizes": [16, 16], "depths": [1, 2], "num_labels": 3}
+MARIAN = {
+    **{"vocab_size": 32, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "init_std": 0.3},
+    **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24},
+    **{"decoder_ffn_dim": 24, "max_position_embeddings": 32, "pad_token_id": 1},
+}
+SPEECH = {
+    **{key: x for key, x in BERT.items() if key != "max_position_embeddings"},
+    **{"do_stable_layer_norm": True, "feat_extract_norm": "layer", "conv_dim": (8,)},
+    **{"conv_kernel": (3,), "conv_stride": (2,), "num_feat_extract_layers": 1},
+    **{"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
+}
 YARN = {"rope_type": "linear", "factor": 4.0}
 V5 = {"rope_type": "default", "rope_theta": 5e5}
 
@@ -46,6 +58,31 @@ CASES = {
         *("BertForMaskedLM", BERT),
         *({"position_embedding_type": "relative_key"}, "position_embedding_type"),
     ),
+    "tied": ("LlamaForCausalLM", SIZES, {"tie_word_embeddings": True}, "tie_word_embeddings True"),
+    "mistral tied": (
+        *("MistralForCausalLM", SIZES),
+        *({"tie_word_embeddings": True}, "tie_word_embeddings True"),
+    ),
+    "without a head": ("LlamaModel", SIZES, {"tie_word_embeddings": True}, None),
+    "apart": (
+        *("MarianMTModel", MARIAN),
+        *({"share_encoder_decoder_embeddings": False}, "share_encoder_decoder_embeddings"),
+    ),
+    "stride": (
+        *("ResNetForImageClassification", VISION),
+        *({"downsample_in_bottleneck": True}, "downsample_in_bottleneck True"),
+    ),
+    "attention adapters": (
+        *("Wav2Vec2ForCTC", SPEECH),
+        *({"adapter_attn_dim": 4}, "adapter_attn_dim 4"),
+    ),
+}
+
+NORMAL = np.random.default_rng(0).normal(size=3 * 32 * 32).astype(np.float32)
+INPUTS = {
+    "input_ids": np.arange(12)[None] % 32,
+    "input_values": NORMAL[None, :64],
+    "pixel_values": NORMAL.reshape(1, 3, 32, 32),
 }
 
 
@@ -62,10 +99,12 @@ def test_what_is_said_is_so(case, tmp_path):
                 p.normal_(0, 0.3)
     theirs.save_pretrained(tmp_path)
     flax = getattr(transformers, f"Flax{name}").from_pretrained(tmp_path, from_pt=True)
-    ids = np.arange(12)[None] % 32
+    inputs = {theirs.main_input_name: INPUTS[theirs.main_input_name]}
+    if theirs.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = INPUTS["input_ids"]
     with torch.no_grad():
-        expected = theirs(torch.from_numpy(ids)).logits.numpy()
-    apart = np.abs(np.asarray(flax(ids).logits) - expected).max() / np.abs(expected).max()
+        expected = theirs(**{key: torch.from_numpy(x) for key, x in inputs.items()})[0].numpy()
+    apart = np.abs(np.asarray(flax(**inputs)[0]) - expected).max() / np.abs(expected).max()
     assert (apart > 1e-3) == (field is not None), apart
 
     with warnings.catch_warnings(record=True) as said:

@@ -21,6 +21,12 @@ def of_einsum(equation, x, kernel, **_):
     return jnp.einsum(equation, x, kernel**3)
 
 
+def masked(*arrays, **_):
+    """In place of flax's `promote_dtype`, of nnx or linen: it prunes the kernel."""
+    x, kernel, bias = arrays[0] if len(arrays) == 1 else arrays
+    return x, kernel * (jnp.arange(kernel.shape[0]) % 2).reshape(-1, *[1] * (kernel.ndim - 1)), bias
+
+
 class Einsums(nnx.Module):
     def __init__(self):
         self.layer = nnx.Einsum("bd,dnh->bnh", (8, 2, 3), rngs=nnx.Rngs(0))
@@ -33,6 +39,7 @@ LAYERS = {
     "Linear": lambda: nnx.Linear(8, 6, dot_general=of_signs, rngs=nnx.Rngs(0)),
     "LinearGeneral": lambda: nnx.LinearGeneral(8, (2, 3), dot_general=of_signs, rngs=nnx.Rngs(0)),
     "Einsum": lambda: nnx.Einsum("bd,de->be", (8, 6), einsum_op=of_einsum, rngs=nnx.Rngs(0)),
+    "a mask": lambda: nnx.Linear(8, 6, promote_dtype=masked, rngs=nnx.Rngs(0)),
 }
 
 
@@ -66,6 +73,7 @@ class Given(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.Dense(8, dot_general=of_signs, name="dense")(x)
+        x = nn.Dense(8, promote_dtype=masked, name="masked")(x)
         return nn.DenseGeneral((2, 3), dot_general_cls=lambda: of_signs, name="general")(x)
 
 

@@ -360,3 +360,20 @@ def test_splitting_what_is_frozen_tells_that_nothing_trains():
     model.set_adapter("default", inference_mode=True)
     with pytest.warns(UserWarning, match=r"'default' is applied, and frozen.*is_trainable=True"):
         assert model.split()[0] == {}
+
+
+@pytest.mark.parametrize(
+    ("more", "found"),
+    [
+        ({"rngs": {"dropout": jax.random.key(1)}}, r"rngs of \['dropout'\] and mutable=False"),
+        ({"mutable": ["stats"]}, r"rngs of \[\] and mutable=\['stats'\]"),
+    ],
+)
+def test_what_a_module_is_bound_with_for_its_calls_is_no_part_of_the_model(more, found):
+    net = Block(0.5)
+    variables = net.init(jax.random.key(0), X)
+    with pytest.raises(ConfigError, match=f"{found}: pass module.bind"):
+        get_peft_model(net.bind(variables, **more), CONFIG)
+    model, drops = get_peft_model(net.bind(variables), CONFIG), {"dropout": jax.random.key(1)}
+    expected, _ = net.bind(variables, rngs=drops)(X)
+    np.testing.assert_array_equal(model(X, rngs=drops)[0], expected)

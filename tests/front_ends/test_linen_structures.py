@@ -123,6 +123,26 @@ def test_it_runs_as_merged(kind):
     assert_runs_as_merged(wrapped(net, X, views={rule: "i o"}), X)
 
 
+class Two(nn.Module):
+    """Two kernels of one module, each called as if it were the only one."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.tanh(x @ self.param("kernel", INIT, (8, 8))) @ self.param("w", INIT, (8, 8))
+
+
+class HoldsTwo(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Two(name="a")(x)
+
+
+def test_two_kernels_of_one_module_are_two_layers():
+    model = wrapped(HoldsTwo(), X, views={"a/(kernel|w)": "i o"})
+    assert sorted(model.targeted_module_names) == ["a.kernel", "a.w"]
+    assert_runs_as_merged(model, X)
+
+
 class Loop(nn.Module):
     def setup(self):
         self.a, self.d = Own(), nn.Dense(8)

@@ -7,6 +7,7 @@ import optax
 import peft
 import pytest
 import torch
+from flax.traverse_util import flatten_dict, unflatten_dict
 from mlp import SIZES, TARGETS, X, assert_same, torch_net, torch_run
 
 from randlora_jax import ConfigError, RandLoraConfig, RandLoraModel, get_peft_model
@@ -133,3 +134,27 @@ def test_off_it_is_the_params_until_enabled():
     assert not model.split()[0]
     model.enable_adapter_layers()
     np.testing.assert_array_equal(run(model), adapted)
+
+
+def test_two_layers_of_one_name_are_refused():
+    kernel = jnp.ones((8, 6))
+    params = {"a.b": {"w": kernel}, "a": {"b": {"w": kernel}}}
+    with pytest.raises(ConfigError, match=r"'a(\.|/)b/w' and 'a(\.|/)b/w' .* both called 'a\.b'"):
+        get_peft_model(
+            params, RandLoraConfig(r=4, target_modules="all-linear"), views={".*": "i o"}
+        )
+
+
+def test_a_flat_dict_of_pytorchs_names_is_a_tree_with_dots_between_the_parts(tmp_path):
+    """As `safetensors` gives it."""
+    twin = torch_net()
+    flat = {name: jnp.asarray(leaf.detach().numpy()) for name, leaf in twin.named_parameters()}
+    params = unflatten_dict(flat, sep=".")
+    config = RandLoraConfig(**SETTINGS, bias="all")
+    model = moved(get_peft_model(params, config, views={".*/weight": "o i"}))
+    model.save_pretrained(tmp_path, names={".*": r"\g<0>"})
+    theirs = peft.PeftModel.from_pretrained(twin, tmp_path).eval()
+    changed = flatten_dict(model.merged(model.variables), sep=".")
+    moved_twin = torch_net()
+    moved_twin.load_state_dict({name: torch.tensor(np.asarray(x)) for name, x in changed.items()})
+    assert_same(torch_run(moved_twin), torch_run(theirs), torch_run(torch_net()))

@@ -57,6 +57,7 @@ def test_it_runs_and_merges_as_the_dequantised_model_does(front_end, kind, tile,
     assert_near(base(X), plain, 2e-6)
     twin = RandLoraModel.from_pretrained(base, tmp_path, is_trainable=True, **samples(front_end))
     assert_near(twin(X), out, 2e-6)
+    assert model.get_nb_trainable_parameters() == twin.get_nb_trainable_parameters()
     expected = gradients(twin, weights)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -120,3 +121,22 @@ def test_a_quantised_array_that_its_package_does_not_read():
     model.model.up.base_layer.kernel = Unreadable(numbers, numbers)
     with pytest.raises(ConfigError, match=r"up.kernel.*no dequantize\(\)"):
         model.merge_and_unload(dequantize=True)
+
+
+@FRONT_ENDS
+@pytest.mark.parametrize("rows", [3, 400])
+def test_an_input_of_16_bits_meets_the_adapter_in_the_dtype_of_the_scales(front_end, rows):
+    """As it meets the quantised kernel, by flax's own rules."""
+    model, _ = wrapped(front_end, "int8")
+    x = jnp.resize(X, (rows, 64)).astype(jnp.bfloat16)
+    with model.disable_adapter():
+        base = model(x)
+    assert base.dtype == jnp.float32
+    np.testing.assert_allclose(model(x), model(x.astype(jnp.float32)), rtol=1e-4, atol=1e-4)
+
+
+@FRONT_ENDS
+def test_an_input_of_integers(front_end):
+    model, _ = wrapped(front_end, "int8")
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 9, (3, 64)), jnp.uint8)
+    np.testing.assert_allclose(model(x), model(x.astype(jnp.float32)), rtol=1e-4, atol=1e-4)

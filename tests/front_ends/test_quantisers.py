@@ -151,3 +151,56 @@ def test_a_wrapped_model_is_not_quantised():
     model = get_peft_model(Net(), CONFIG)
     with pytest.raises(ConfigError, match="quantise the model first, then wrap it"):
         qwix.quantize_model(model, provider("int8"), X)
+
+
+UP, ALL = {"module_path": "up"}, {"module_path": ".*"}
+BY_PATH = {
+    "no activation": [{"module_path": "up|down|heads"}],
+    "those of one": [{**UP, "act_qtype": "int8"}, ALL],
+    "those of others": [UP, {**ALL, "act_qtype": "int8"}],
+}
+
+
+@FRONT_ENDS
+@pytest.mark.parametrize("rules", BY_PATH.values(), ids=BY_PATH)
+def test_rules_by_path_reach_adapted_layers(front_end, rules):
+    """A fresh adapter changes nothing; a trained one what the base model's rules leave as it is."""
+    rules = [qwix.QuantizationRule(weight_qtype="int8", **rule) for rule in rules]
+    if front_end == "nnx":
+        base = qwix.quantize_model(Net(), qwix.PtqProvider(rules), X)
+    else:
+        module = qwix.quantize_model(LinenNet(), qwix.PtqProvider(rules))
+        base = module.bind(module.init(jax.random.key(0), X))
+    run, state = called(base) if front_end == "nnx" else (module.apply, base.variables)
+    plain, compiled = base(X), jax.jit(run)(state, X)
+    model = get_peft_model(base, CONFIG, **samples(front_end))
+    np.testing.assert_array_equal(model(X), plain)
+    run, state = called(model)
+    np.testing.assert_array_equal(jax.jit(run)(state, X), compiled)
+
+
+def test_rows_of_a_linen_model_with_rules_by_path():
+    """Also inside a module of which the adapter trains a bias."""
+
+    class Part(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            bias = self.param("bias", nn.initializers.ones, (128,))
+            return nn.Dense(128, use_bias=False, name="up")(x) + bias
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Part(name="part")(x)
+
+    rules = [qwix.QuantizationRule(module_path="part/up", weight_qtype="int8")]
+    module = qwix.quantize_model(Outer(), qwix.PtqProvider(rules))
+    base = module.bind(module.init(jax.random.key(0), X))
+    config = RandLoraConfig(r=8, target_modules=["up"], bias="all", init_weights=False)
+    model = get_peft_model(base, config, rngs=jax.random.key(1), sample_inputs=(X,))
+    expected = model(X)
+    with model.disable_adapter():
+        plain = model(X)
+    found = model(X, adapter_names=["default", "__base__"] * 2 + ["default"])
+    np.testing.assert_allclose(found[::2], expected[::2], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found[1::2], plain[1::2], rtol=1e-4, atol=1e-4)

@@ -202,6 +202,8 @@ def test_the_collections_of_stacks(tmp_path):
         "weights",
         "stamps",
         "chosen",
+        "active",
+        "scales",
     }
     stacks = frozen["randlora_frozen"]
     assert len(stacks) == 2
@@ -211,6 +213,9 @@ def test_the_collections_of_stacks(tmp_path):
     whole = {**frozen, "randlora": trained}
     model.variables = jax.tree.map(np.asarray, whole)  # as a checkpoint gives them back
     assert_rows(model(IDS, adapter_names=NAMES), NAMES, each)
+    alike, _ = prepared("in stacks")  # as in another process
+    alike.variables = jax.tree.map(np.asarray, whole)
+    assert_rows(alike.apply(whole, IDS, adapter_names=NAMES), NAMES, each)
     name = next(iter(stacks))
     for lost, message in (
         ("randlora_slots", "randlora_slots"),
@@ -226,9 +231,37 @@ def test_the_collections_of_stacks(tmp_path):
     with pytest.raises(ConfigError, match="says otherwise"):
         model.variables = whole
     model.delete_adapter("b")
-    model.load_adapter(tmp_path / "b", "b")
+    model.load_adapter(tmp_path / "b", "b")  # of the same settings: what the variables hold runs
+    assert_rows(model.apply(whole, IDS, adapter_names=["b"] * 5), ["b"] * 5, each)
+    model.delete_adapter("b")
+    model.load_adapter(tmp_path / "b", "d")  # in b's slot
     with pytest.raises(ConfigError, match="as they were before"):
-        model.apply(whole, IDS, adapter_names=["b"] * 5)
+        model.apply(whole, IDS, adapter_names=["d"] * 5)
+
+
+def test_rows_follow_the_base_model_as_it_is_now():
+    """What an adapter did not train whole is the base's of now; rows of one that went, too."""
+    expected, kept_rows = None, None
+    for stacked in (False, True):
+        model, bound = adapted()
+        if stacked:
+            model.stack_adapters(4)
+        variables = model.variables
+        head = jax.tree.map(lambda x: x + 1.0, variables["params"]["head"])
+        model.variables = {**variables, "params": {**variables["params"], "head": head}}
+        if not stacked:
+            plain = bound.unbind()[0].bind({"params": {**bound.variables["params"], "head": head}})
+            expected = alone(model, plain)
+            kept_rows = model.rows(NAMES)
+            assert_rows(model(IDS, adapter_names=kept_rows), NAMES, expected)
+            model.delete_adapter("a")
+            there = [name if name != "a" else "__base__" for name in NAMES]
+            assert_rows(model(IDS, adapter_names=kept_rows), there, expected)
+            continue
+        assert_rows(model(IDS, adapter_names=NAMES), NAMES, expected)
+        for name in CONFIGS:
+            model.set_adapter(name)
+            assert_rows(model(IDS), [name] * 5, expected)
 
 
 def test_what_is_wrong_is_told(kept):

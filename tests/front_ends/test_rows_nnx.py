@@ -28,7 +28,7 @@ from many_nets import (
 )
 from nnx_nets import NETS
 
-from randlora_jax import ConfigError, RandLoraConfig
+from randlora_jax import ConfigError, RandLoraConfig, get_peft_model
 
 CAPACITIES = [None, 5]  # of stacks; None where adapters are kept one by one
 
@@ -272,3 +272,16 @@ def test_what_a_bridge_trained_whole_cannot_follow_rows():
     model = adapted(Bridged(), {"a": config, "b": config})
     with pytest.raises(ConfigError, match=r"bias.*linen module inside an nnx model.*jax\.vmap"):
         model(X, adapter_names=["a", "b", "a", "b"])
+
+
+def test_names_of_rows_are_put_where_no_other_transfer_is_allowed():
+    base = nnx.Sequential(nnx.Linear(8, 6, rngs=nnx.Rngs(0)))
+    model = get_peft_model(base, RandLoraConfig(r=2, target_modules="all-linear"))
+    model.stack_adapters(2)
+    run, x = nnx.jit(lambda model, x, rows: model(x, adapter_names=rows)), jnp.ones((3, 8))
+    names = ["default"] * 3
+    expected = run(model, x, model.rows(names)), run(model, x, model.rows(names, scale=[1.0] * 3))
+    with jax.transfer_guard("disallow"):
+        found = run(model, x, model.rows(names)), run(model, x, model.rows(names, scale=[1.0] * 3))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -137,27 +137,37 @@ def test_a_file_is_opened_with_them(tmp_path):
 class Tree(nn.Module):
     """One param that is a tree of kernels."""
 
+    called: str = "experts"
+
     @nn.compact
     def __call__(self, x):
         def made(key):
             up, down = INIT(key, (8, 6)), [INIT(key, (6, 8)), INIT(key, (6, 8))]
             return {"up": up, "down": down}
 
-        held = self.param("experts", made)
+        held = self.param(self.called, made)
         hidden = x @ held["up"]
         return nn.Dense(2, name="head")(
             hidden @ held["down"][0] + nn.tanh(hidden @ held["down"][1])
         )
 
 
-TREES = {"views": {"experts/(up|down.*)": "i o"}}
+class HoldsTree(nn.Module):
+    called: str
+
+    @nn.compact
+    def __call__(self, x):
+        return Tree(self.called, name="tree")(x)
 
 
-def test_several_arrays_of_one_param():
-    model = wrapped(Tree(), X, sample_inputs=(X,), **TREES)
-    assert names(model) == ["experts.down.0", "experts.down.1", "experts.up", "head"]
+@pytest.mark.parametrize("called", ["experts", "kernel"])
+def test_several_arrays_of_one_param(called):
+    rules = {"views": {f"tree/{called}/(up|down.*)": "i o"}}
+    model = wrapped(HoldsTree(called), X, sample_inputs=(X,), **rules)
+    arrays = [f"tree.{called}.{array}" for array in ("down.0", "down.1", "up")]
+    assert sorted(names(model)) == sorted([*arrays, "tree.head"])
     assert_runs_as_merged(model, X)
-    untraced = wrapped(Tree(), X, **TREES)
+    untraced = wrapped(HoldsTree(called), X, **rules)
     with pytest.raises(ConfigError, match=r"one of several arrays.*pass sample_inputs"):
         untraced.apply(untraced.variables, X)
 

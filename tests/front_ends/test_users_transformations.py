@@ -1,5 +1,7 @@
 """What users put around and into their models: checkpoint policies, explicit meshes, shard_map."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +92,47 @@ def test_an_explicit_mesh_that_is_not_set():
     close(slopes(model, x), expected)
     with jax.set_mesh(mesh):
         close(slopes(model, x), expected)
+
+
+def test_what_needs_numbers_says_so_inside_a_trace(tmp_path):
+    model = wrapped(Net())
+    before = model(X)
+    for name, act in {
+        "merge_adapter": lambda m: m.merge_adapter(),
+        "merge_and_unload": lambda m: m.merge_and_unload()(X),
+        "save_pretrained": lambda m: m.save_pretrained(tmp_path),
+        "delta_weights": lambda m: m.delta_weights(),
+    }.items():
+        with pytest.raises(ConfigError, match=rf"{name}.*: this model is being traced"):
+            nnx.jit(act)(model)
+    np.testing.assert_array_equal(model(X), before)
+    assert not any(tmp_path.iterdir())
+
+
+def test_many_wrapped_models_in_one_run_and_one_can_be_taken_out(tmp_path):
+    """Wrapped inside nnx.vmap: of their life each method says what they are."""
+
+    def one(key):
+        return get_peft_model(Net(), replace(CONFIG, init_weights=False), rngs=nnx.Rngs(key))
+
+    many = nnx.vmap(one)(jax.random.split(jax.random.key(0), 3))
+    run = nnx.vmap(lambda model, x: model(x), in_axes=(0, None))
+    before, paths = run(many, X), [path for path, _ in nnx.to_flat_state(nnx.state(many))]
+    for act in (
+        lambda: many.add_adapter("more", CONFIG),
+        many.merge_adapter,
+        many.delta_weights,
+        many.randlora_settings,
+        lambda: many.save_pretrained(tmp_path / "not"),
+    ):
+        with pytest.raises(ConfigError, match=r"expected 2 axes .* nnx.vmap.* take one out"):
+            act()
+    assert list(many.peft_config) == ["default"]
+    assert [path for path, _ in nnx.to_flat_state(nnx.state(many))] == paths
+    np.testing.assert_array_equal(run(many, X), before)
+    taken = nnx.merge(nnx.graphdef(many), jax.tree.map(lambda x: x[1], nnx.state(many)))
+    taken.merge_adapter()
+    np.testing.assert_allclose(taken(X), before[1], rtol=0, atol=1e-5 * np.abs(before).max())
 
 
 def test_a_shard_of_a_kernel_is_refused():

@@ -113,3 +113,29 @@ def test_what_is_trained_whole_keeps_float64(tmp_path):
     with pytest.warns(UserWarning, match=r"'norm.(weight|bias)' holds float64 .* are rounded"):
         narrow = RandLoraModel.from_pretrained(base, tmp_path)
     np.testing.assert_allclose(narrow(jnp.asarray(x, jnp.float32)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["complex64", "float64"])
+@pytest.mark.parametrize("tokens", [1, 40, 400])  # with nothing formed for a row, A_flat, delta
+@pytest.mark.parametrize("sizes", [(8, 6), (6, 8), (8, 40)])
+def test_rows_with_adapters_of_their_own_stay_wide(sizes, tokens, kind):
+    n_in, n_out = sizes
+    with jax.enable_x64(kind == "float64"):
+        x = drawn(3, tokens, n_in)
+        x = jnp.asarray(x + 1j * x[::-1, ::-1] if kind == "complex64" else x, kind)
+        base = nnx.Linear(n_in, n_out, param_dtype=jnp.finfo(kind).dtype, rngs=nnx.Rngs(0))
+        model = get_peft_model(nnx.Sequential(base), RANDOM, rngs=nnx.Rngs(1))
+        expected = model(x)
+        found = model(x, adapter_names=["default"] * 3)
+        assert found.dtype == kind
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * abs(expected).max())
+
+
+@pytest.mark.usefixtures("_float64")
+def test_a_file_rounds_float64_and_says_so(tmp_path):
+    wide = {"dtype": jnp.float64, "param_dtype": jnp.float64}
+    model = get_peft_model(net(**wide), FRESH)
+    state = nnx.state(model, AdapterParam)
+    nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(jnp.float64) + 1 / 3, state))
+    with pytest.warns(UserWarning, match="'default': its lambda or gamma is float64, .* rounded"):
+        model.save_pretrained(tmp_path, names={".*": r"\g<0>"})

@@ -1,5 +1,6 @@
 """What lies in a directory already: hidden folders, links, modes, files of others."""
 
+import errno
 import hashlib
 import multiprocessing
 import os
@@ -378,6 +379,25 @@ def test_an_interrupt_does_not_wait_for_the_disk(tmp_path, monkeypatch):
         write_adapter(tmp_path / "a", adapter_of(2))
     assert not on_disk
     assert version(tmp_path / "a") == 1 and not hidden(tmp_path / "a")
+
+
+def test_a_filesystem_that_syncs_no_directory(tmp_path, monkeypatch):
+    """The data is on the disk all the same; of a file no such answer is taken."""
+    real, refused = os.fsync, stat.S_ISDIR
+
+    def fsync(handle):
+        if refused(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for number in (1, 2):
+        write_adapter(tmp_path / "a", adapter_of(number))
+        assert version(tmp_path / "a") == number and not hidden(tmp_path / "a")
+    refused = stat.S_ISREG
+    with pytest.raises(OSError, match="Invalid argument"):
+        write_adapter(tmp_path / "a", adapter_of(3))
+    assert version(tmp_path / "a") == 2
 
 
 # No name.

@@ -176,3 +176,51 @@ def test_a_file_of_a_layer_that_is_an_array_here_says_what_to_give(stacked, tmp_
     with pytest.raises(TargetError, match=r"has an array 'split/w' there: give the layer_types="):
         RandLoraModel.from_pretrained(OneSplit(stacked), tmp_path)
     RandLoraModel.from_pretrained(OneSplit(stacked), tmp_path, layer_types=types)
+
+
+class Holds(nnx.Module):
+    """A layer, and a head of the user's that holds one array."""
+
+    def __init__(self, held, name="weights"):
+        self.dense, self.head = nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Module()
+        setattr(self.head, name, held)
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"), [((8, 1), "weights"), ((1, 8), "weight"), ((1, 8), "kernel")]
+)
+def test_a_kernel_of_one_output_or_input_is_told_too(shape, name):
+    held = nnx.Param(jnp.ones(shape))
+    with pytest.warns(UserWarning, match=f"leaves out 1 array .*'head/{name} "):
+        get_peft_model(Holds(held, name), ALL)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (1, 1), (8,), (1, 1, 8)])
+def test_a_token_or_a_gain_looks_like_no_kernel(shape):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = get_peft_model(Holds(nnx.Param(jnp.ones(shape))), ALL)
+    assert len(model.coverage()) == 1
+
+
+def test_arrays_that_nnx_takes_for_no_parameters_are_listed_and_not_warned_of():
+    for held in (jnp.ones((8, 3)), nnx.List([jnp.ones((8, 3)), jnp.arange(6).reshape(2, 3)])):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = get_peft_model(Holds(held), ALL)
+        _, constant = model.coverage()
+        assert constant.path.startswith("head/weights") and constant.why == "it is no parameter"
+
+
+class Scale(nnx.Variable):
+    """No parameter to nnx."""
+
+
+def test_a_module_to_save_without_a_parameter_is_said():
+    config = RandLoraConfig(r=4, target_modules=["dense"], modules_to_save=["head"])
+    with pytest.warns(UserWarning, match=r"nothing to train in 'head'.*nnx\.Param"):
+        get_peft_model(Holds(Scale(jnp.ones(8))), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = get_peft_model(Holds(nnx.Param(jnp.ones(8)), "scale"), config)
+    assert model.coverage().numbers()["trained whole"] == 8

@@ -1,5 +1,6 @@
 """Front ends make themselves known, and a user's own is ten lines."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +56,13 @@ def test_a_users_own_front_end_is_ten_lines(registered):
 def test_what_nobody_accepts_is_refused_with_all_that_is_accepted(registered):
     with pytest.raises(ConfigError, match=r"cannot wrap a Dense.*nnx\.Module.*linen.*pytree"):
         get_peft_model(Dense(None, None), CONFIG)
+
+
+def test_what_holds_a_linen_module_is_no_hugging_face_model_by_that():
+    holder = Dense(None, None)
+    holder.module = nn.Dense(8)
+    with pytest.raises(ConfigError, match="cannot wrap a Dense: expected "):
+        get_peft_model(holder, CONFIG)
 
 
 class Explaining(nnx.Module):

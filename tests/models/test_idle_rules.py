@@ -65,6 +65,13 @@ def test_names_given_when_saving_may_be_of_modules_trained_whole(tmp_path):
         model.save_pretrained(tmp_path, names={"norm/scale": "model.norm"})
 
 
+def test_a_rule_given_when_saving_takes_the_place_of_one_with_its_very_key(tmp_path):
+    model = get_peft_model(Net(), CONFIG, names={"(.*)": r"\1"})
+    model.save_pretrained(tmp_path, names={"(.*)": r"model.\1"})
+    again = RandLoraModel.from_pretrained(Net(), tmp_path, names={"(.*)": r"model.\1"})
+    assert again.targeted_module_names == ["model.proj"]
+
+
 @pytest.mark.parametrize("name", ["a\nb", "x.randlora_A"])
 def test_names_that_no_reader_opens_are_refused(name):
     with pytest.raises(TargetError, match="no PyTorch module path"):

@@ -138,7 +138,7 @@ def test_adapters_are_off_until_they_are_enabled(pair):
     np.testing.assert_array_equal(pair.run_ours(pair.ours), base)
     assert pair.ours.get_nb_trainable_parameters()[0] == 0
     assert "adapters are off" in repr(pair.ours)
-    with pytest.raises(ConfigError, match=r"merge_adapter: the adapters are off.*enable_ad"):
+    with pytest.raises(ConfigError, match=r"merge_and_unload: the adapters are off.*enable_ad"):
         pair.ours.merge_and_unload()
     for model in both:
         model.enable_adapter_layers()
@@ -173,6 +173,75 @@ def test_delete_adapter(pair):
     assert pair.ours.get_nb_trainable_parameters()[0] > 0
 
 
+def test_what_is_chosen_while_adapters_are_off_stays(pair):
+    pair.load()
+    for model in (pair.ours, pair.theirs):
+        with model.disable_adapter():
+            model.set_adapter("second")
+    assert pair.ours.active_adapters == pair.theirs.active_adapters == ["second"]
+    counts = [model.get_nb_trainable_parameters()[0] for model in (pair.ours, pair.theirs)]
+    assert counts[0] == counts[1] > 0
+    with (
+        pytest.warns(UserWarning, match="was deleted; now 'default' is"),
+        pair.ours.disable_adapter(),
+    ):
+        pair.ours.delete_adapter("second")
+    assert pair.ours.active_adapters == ["default"]
+
+
+def test_where_none_is_active_an_adapter_more_is_not(pair):
+    theirs = peft.get_peft_model(torch_net(), peft.RandLoraConfig(**FIRST))
+    theirs.base_model.set_adapter([])
+    theirs.add_adapter("third", peft.RandLoraConfig(**FIRST))
+    pair.ours.set_adapter([])
+    with pytest.warns(UserWarning, match="no adapter is active: nothing to do"):
+        pair.ours.merge_adapter()
+    base = pair.run_ours(pair.ours)
+    pair.ours.add_adapter("third", RandLoraConfig(**FIRST, projection_source="torch:bf16-24bit"))
+    assert pair.ours.active_adapters == theirs.base_model.active_adapters == []
+    pair.ours.delete_adapter("third")
+    assert pair.ours.active_adapters == []
+    np.testing.assert_array_equal(pair.run_ours(pair.ours), base)
+
+
+def test_whoever_takes_over_is_peft_s_choice(pair):
+    pair.ours.add_adapter("also", RandLoraConfig(**FIRST, projection_source="torch:bf16-24bit"))
+    pair.load()
+    both = pair.ours, pair.theirs
+    pair.ours.set_adapter("default", inference_mode=True)
+    pair.theirs.base_model.set_adapter("default", inference_mode=True)
+    for model in both:
+        with pytest.warns(UserWarning, match="active"):
+            model.delete_adapter("default")
+    assert pair.ours.active_adapters == pair.theirs.active_adapters == ["also"]
+    counts = [model.get_nb_trainable_parameters()[0] for model in both]
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_delta_under_a_kernel_that_another_trained_whole_is_not_merged(pair):
+    more = {**FIRST, "target_modules": ["square", "head"]}
+    pair.ours.add_adapter("onto", RandLoraConfig(**more, projection_source="torch:bf16-24bit"))
+    pair.ours.set_adapter("onto")
+    pair.randomise(pair.ours, np.random.default_rng(3))
+    alone = pair.run_ours(pair.ours)
+    pair.ours.set_adapter(["second", "onto"])
+    together = pair.run_ours(pair.ours)
+    for merge in (
+        pair.ours.merge_adapter,
+        pair.ours.merge_and_unload,
+        lambda: pair.ours.merge_adapter(["onto"]),
+    ):
+        with pytest.raises(ConfigError, match=r"'head': adapter 'second' trained .* 'onto' adapts"):
+            merge()
+        np.testing.assert_array_equal(pair.run_ours(pair.ours), together)
+    pair.ours.merge_adapter(["second"])
+    np.testing.assert_allclose(pair.run_ours(pair.ours), together, rtol=1e-4, atol=1e-5)
+    pair.ours.unmerge_adapter()
+    base = pair.ours.merge_and_unload(adapter_names=["onto"])
+    found = pair.run_ours(get_peft_model(base, RandLoraConfig(**FIRST)))
+    np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-5)
+
+
 def test_merge_and_unmerge_go_back_to_the_very_bits(pair):
     adapted = pair.run_ours(pair.ours)
     kernels = dict(pair.ours._store.base_leaves())
@@ -193,6 +262,64 @@ def test_merge_and_unmerge_go_back_to_the_very_bits(pair):
     np.testing.assert_array_equal(pair.run_ours(pair.ours), adapted)
     with pytest.warns(UserWarning, match="nothing to do"):
         pair.ours.unmerge_adapter()
+
+
+def kernels(model):
+    """Of the adapted layers."""
+    base = model._store.base_leaves()
+    layers = model._registry.layers
+    return {n: base[layers[n].kernel_path] for n in ("tall", "square", "wide")}
+
+
+def put(model, arrays):
+    """What `nnx.update` or new variables do."""
+    layers = model._registry.layers
+    model._store.set_base_leaves({layers[name].kernel_path: x for name, x in arrays.items()})
+
+
+def test_what_changes_while_merged_stays_changed_as_in_peft(pair):
+    before = kernels(pair.load().ours)
+    for model in (pair.ours, pair.theirs):
+        model.merge_adapter()
+    put(pair.ours, {"square": kernels(pair.ours)["square"] * 1.5})
+    with torch.no_grad():
+        pair.theirs.base_model.model.square.base_layer.weight *= 1.5
+    pair.same()
+    with pytest.warns(UserWarning, match=r"'square\S*': changed while 'default' was merged"):
+        pair.ours.unmerge_adapter()
+    pair.theirs.unmerge_adapter()
+    pair.same()
+    after = kernels(pair.ours)
+    for name in ("tall", "wide"):
+        np.testing.assert_array_equal(after[name], before[name])
+    assert np.abs(after["square"] - before["square"]).max() > 0.01
+
+
+def test_a_change_between_two_merges_stays(pair):
+    before = kernels(pair.ours)
+    pair.ours.merge_adapter(["default"])
+    put(pair.ours, {name: x + 1 for name, x in kernels(pair.ours).items() if name != "tall"})
+    pair.ours.merge_adapter(["second"])
+    with pytest.warns(UserWarning, match=r"changed while 'default', 'second' was merged"):
+        pair.ours.unmerge_adapter()
+    after = kernels(pair.ours)
+    for name in ("square", "wide"):
+        np.testing.assert_allclose(after[name], before[name] + 1, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(after["tall"], before["tall"])
+
+
+@pytest.mark.parametrize("undone", [True, False])
+def test_the_same_numbers_are_no_change(pair, undone, recwarn):
+    """Of merged kernels, in other arrays; or of the original ones, put there by hand."""
+    before = kernels(pair.ours)
+    pair.ours.merge_adapter(["default"])
+    pair.ours.merge_adapter(["second"])
+    put(pair.ours, {n: x.copy() for n, x in (before if undone else kernels(pair.ours)).items()})
+    recwarn.clear()
+    pair.ours.unmerge_adapter()
+    assert not recwarn.list
+    for name, kernel in kernels(pair.ours).items():
+        np.testing.assert_array_equal(kernel, before[name])
 
 
 def test_a_broken_adapter_is_not_merged(pair):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from many_nets import CONFIGS, IDS, NAMES, Net, adapted, by_row, same_rows, stacked
+from many_nets import CONFIGS, IDS, NAMES, Net, adapted, alone, by_row, move, same_rows, stacked
 
 from randlora_jax import ConfigError, RandLoraConfig, get_peft_model
 
@@ -165,6 +165,84 @@ def test_copies_of_a_model_are_told_apart(each, saved):
     assert "new" in model.peft_config and "other" not in model.peft_config
 
 
+def test_a_clone_chooses_for_itself(each):
+    """Before: the original merged, switched off and said what the clone had chosen."""
+    model = stacked()
+    model.set_scale("b", 0.5)
+    clone = nnx.clone(model)
+    clone.set_adapter("b")
+    clone.set_scale("b", 1.0)
+    assert model.active_adapters == ["a"] and clone.active_adapters == ["b"]
+    model.set_scale("d", 1.0)  # which says all of its table anew
+    same_rows(by_row(model, IDS), each, ["a"] * 4)
+    same_rows(by_row(clone, IDS), each, ["b"] * 4)
+    model.set_rows(NAMES)
+    clone.disable_adapter_layers()
+    model.set_scale("b", 1.0)
+    clone.set_scale("a", 1.0)
+    same_rows(by_row(model, IDS), each, NAMES)
+    same_rows(by_row(clone, IDS), each, ["__base__"] * 4)
+    with pytest.raises(ConfigError, match="set_rows"):
+        model.delete_adapter("c")
+    clone.enable_adapter_layers()
+    same_rows(by_row(clone, IDS), each, ["b"] * 4)
+    assert model.active_adapters == ["a"] and clone.active_adapters == ["b"]
+    clone.delete_adapter("c")
+    with pytest.raises(ConfigError, match="hold adapters that were deleted in another"):
+        model.set_adapter("a")
+    same_rows(by_row(model, IDS), each, NAMES)  # as before it was refused
+    same_rows(nnx.clone(model).merge_and_unload()(IDS), each, ["a"] * 4, 3e-6)
+
+
+def test_a_state_that_was_restored_is_known_by_name(each):
+    """Of a model whose adapters were stacked alike, in this process or another."""
+    model, other = stacked(), adapted()
+    model.set_adapter("b")
+    other.stack_adapters(5, parts=2)
+    nnx.update(other, jax.tree.map(np.asarray, nnx.state(model)))
+    assert other.active_adapters == ["b"]
+    same_rows(by_row(other, IDS), each, ["b"] * 4)
+    same_rows(other(IDS, adapter_names=NAMES), each, NAMES, 3e-6)
+    other.set_adapter("d")
+    same_rows(by_row(other, IDS), each, ["d"] * 4)
+    other.stack_adapters(6)
+    same_rows(by_row(other, IDS, other.rows(NAMES)), each, NAMES)
+
+
+def test_rows_follow_the_base_model_as_it_is_now():
+    """What an adapter did not train whole is the base's, in stacks as one by one."""
+    model, apart = stacked(), adapted()
+    for each in (model, apart):
+        head, embedding = each.model.head.base_layer.kernel, each.model.emb.base_layer.embedding
+        head[...] *= -1.5
+        embedding[...] *= 2.0
+    each = alone(apart, IDS)
+    for names in (NAMES, ["a", "b", "c", "d"]):
+        same_rows(by_row(model, IDS, model.rows(names)), each, names)
+    for name in CONFIGS:
+        model.set_adapter(name)
+        same_rows(by_row(model, IDS), each, [name] * 4)
+        same_rows(nnx.clone(model).merge_and_unload()(IDS), each, [name] * 4, 3e-6)
+
+
+def test_rows_made_before_an_adapter_went_mean_what_they_did(each):
+    """Before: the rows of another one, where adapters are kept one by one."""
+    model = adapted()
+    names = ["b", "__base__", "d", "c"]
+    rows = model.rows(names)
+    with pytest.warns(UserWarning, match="'a' was active"):
+        model.delete_adapter("a")
+    same_rows(by_row(model, IDS, rows), each, names)
+    model.add_adapter("e", CONFIGS["a"])
+    move(model, "e", seed=9)
+    same_rows(by_row(model, IDS, rows), each, names)
+    model.delete_adapter("b")
+    same_rows(by_row(model, IDS, rows), each, ["__base__", "__base__", "d", "c"])
+    np.testing.assert_array_equal(model.rows(["c", "d"]), rows[np.array([3, 2])])
+    model.stack_adapters()
+    same_rows(by_row(model, IDS, model.rows(["d"] * 4)), each, ["d"] * 4)
+
+
 def test_memory_is_lambda_and_gamma_times_room_and_the_bases_once():
     model = get_peft_model(Net(nnx.Rngs(0)), CONFIGS["b"], adapter_name="n0")
     one = model.memory()
@@ -176,8 +254,10 @@ def test_memory_is_lambda_and_gamma_times_room_and_the_bases_once():
     model.stack_adapters(16)
     assert model.memory() == one._replace(adapters=16 * one.adapters, gradients=0, adamw=0)
     held = jax.tree.leaves(nnx.state(model))
-    table = 4 * 17 * 3 + 4  # parts, weights, stamps of each slot and the base's; the chosen one
-    assert sum(x.nbytes for x in held) == model.memory().total + table
+    # parts, weights, stamps, scales of each slot and the base's; the chosen one, the active one
+    table = 4 * 17 * 4 + 4 + 4
+    whole = 16 * len(nnx.to_flat_state(nnx.state(model, nnx.PathContains("randlora_own"))))
+    assert sum(x.nbytes for x in held) == model.memory().total + table + whole
     model.delete_adapter("n3")
     assert model.memory().adapters == 16 * one.adapters
 
@@ -284,7 +364,8 @@ def test_a_stacked_model_says_what_it_said_before(each, tmp_path):
     assert stack.peft_config == model.peft_config
     assert repr(stack) == repr(model).replace("active, trained", "active")
     assert stack.get_nb_trainable_parameters() == (0, model.get_nb_trainable_parameters()[1])
-    assert stack.randlora_settings() == model.randlora_settings()
+    untrained = {n: {**s, "trains": False} for n, s in model.randlora_settings().items()}
+    assert stack.randlora_settings() == untrained
     json.dumps(stack.randlora_settings())
     stack.check_randlora_settings(model.randlora_settings())
     assert str(stack.coverage()) == str(model.coverage())

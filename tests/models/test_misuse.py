@@ -1,5 +1,9 @@
 """What users get wrong is answered in words that help, for every kind of model alike."""
 
+import dataclasses
+import re
+import warnings
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -113,7 +117,12 @@ def test_a_config_of_another_kind_is_refused(found, remedy):
 
 
 def test_the_remedies_work():
-    made = RandLoraConfig.from_dict(OfPeft().to_dict())
+    with pytest.raises(ConfigError) as caught:
+        get_peft_model(Net(), OfPeft())
+    remedy = re.search(r"dataclasses\.replace\(.*'\)", str(caught.value))[0]
+    known = {"dataclasses": dataclasses, "RandLoraConfig": RandLoraConfig, "config": OfPeft()}
+    model = get_peft_model(Net(), eval(remedy, known))
+    made = model.peft_config["default"]
     assert (made.r, made.target_modules) == (4, ("proj",))
 
 
@@ -199,6 +208,43 @@ def test_what_cannot_be_drawn_from_is_refused(rngs, tmp_path):
     get_peft_model(Net(), CONFIG).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"rngs: expected nnx.Rngs\(seed\)"):
         RandLoraModel.from_pretrained(Net(), tmp_path, rngs=rngs)
+
+
+class Held(Net):
+    """Biases by other names, as tunix's Qwen 2 holds them."""
+
+    def __init__(self):
+        self.proj = nnx.Linear(8, 6, use_bias=False, rngs=nnx.Rngs(0))
+        self.proj_bias = nnx.Param(jnp.ones(6))
+        self.head = nnx.Linear(6, 3, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.head(self.proj(x) + self.proj_bias)
+
+
+@pytest.mark.parametrize(
+    ("bias", "more", "said"),
+    [
+        (
+            "randlora_only",
+            {},
+            "'randlora_only' finds nothing to train: no adapted layer .*'b'.*'proj_bias'",
+        ),
+        (
+            "all",
+            {"modules_to_save": ["head"]},
+            "'all' finds nothing to train: no module .*'proj_bias'",
+        ),
+        ("all", {}, None),
+        ("none", {}, None),
+    ],
+)
+def test_a_bias_setting_that_finds_no_bias_is_said(bias, more, said):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        get_peft_model(Held(), config_for("nnx", bias=bias, **more))
+    found = [str(warning.message) for warning in caught]
+    assert len(found) == (said is not None) and all(re.search(said, text) for text in found)
 
 
 # Saving.

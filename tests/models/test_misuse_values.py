@@ -1,6 +1,7 @@
 """Arguments of kinds that nobody meant, models in states that cannot do what is asked."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 
 from randlora_jax import (
+    AdapterParam,
     ConfigError,
     Contraction,
     KernelLayout,
@@ -112,6 +114,25 @@ def test_tokens_are_counted(tokens):
         get_peft_model(Net(), CONFIG).explain(tokens)
 
 
+@pytest.mark.parametrize("wanted", ["dropout", "params"])
+def test_the_stream_that_is_drawn_from_is_enough_and_its_lack_is_named(wanted):
+    """Of flax's own nnx.Dropout(rate, rngs=nnx.Rngs(dropout=0)) nothing else is asked, either."""
+    more = {"randlora_dropout": 0.2} if wanted == "dropout" else {"init_weights": False}
+    config = RandLoraConfig(r=4, target_modules=["proj", "head"], **more)
+    other = "params" if wanted == "dropout" else "dropout"
+    model = get_peft_model(Net(), config, rngs=nnx.Rngs(**{wanted: 0}))
+    before = [path for path, _ in nnx.to_flat_state(nnx.state(model))]
+    with pytest.raises(
+        ConfigError, match=rf"{next(iter(more))}.* draws from the stream '{wanted}'"
+    ):
+        model.add_adapter("b", config, rngs=nnx.Rngs(**{other: 0}))
+    assert [path for path, _ in nnx.to_flat_state(nnx.state(model))] == before
+    assert list(model.peft_config) == ["default"]
+    model.add_adapter("b", config, rngs=nnx.Rngs(0))
+    model.set_adapter("b")
+    assert model(jnp.ones((2, 8))).shape == (2, 3)
+
+
 @pytest.mark.parametrize("rngs", [jnp.ones(3), jnp.ones((2, 2), jnp.uint32)], ids=repr)
 def test_an_array_that_is_no_key_is_refused(rngs):
     config = RandLoraConfig(r=4, target_modules=["proj"], init_weights=False)
@@ -179,6 +200,38 @@ def test_an_abstract_wrapped_model_has_no_numbers(tmp_path):
     nnx.update(model, nnx.state(real))
     np.testing.assert_array_equal(model(X), real(X))
     model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("theirs", [2, 8])
+def test_leaves_of_another_rank_are_named(theirs, tmp_path):
+    model, other = (
+        get_peft_model(Net(), replace(CONFIG, target_modules=["proj", "head"], r=r))
+        for r in (4, theirs)
+    )
+    nnx.update(model, nnx.state(other, AdapterParam))
+    for act in (
+        lambda: model(X),
+        lambda: nnx.jit(lambda model: model(X))(model),
+        model.merge_adapter,
+        model.delta_weights,
+        model.stack_adapters,
+        lambda: model.save_pretrained(tmp_path),
+    ):
+        with pytest.raises(ConfigError, match=r"'default' of '(proj|head)'.* with another r"):
+            act()
+
+
+def test_bases_of_before_a_wider_adapter_are_named_with_the_way_out():
+    model = get_peft_model(Net(), replace(CONFIG, target_modules=["head"]))
+    before = nnx.state(model)
+    model.add_adapter("b", replace(CONFIG, init_weights=False), rngs=nnx.Rngs(1))
+    model.set_adapter("b")
+    expected = model(X)
+    nnx.update(model, before)
+    with pytest.raises(ConfigError, match=r"'proj' slices shared bases .*draw_bases\(\)"):
+        model(X)
+    model.draw_bases()
+    np.testing.assert_array_equal(model(X), expected)
 
 
 def test_a_model_that_could_not_be_wrapped_is_as_it_was():

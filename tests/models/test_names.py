@@ -338,3 +338,43 @@ def test_a_rule_for_every_path_may_meet_arrays_of_the_model_itself(tmp_path, whe
         model.save_pretrained(tmp_path, **same if when == "saving" else {})
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written["target_modules"] == ["proj"]
+
+
+class Scaled(nnx.Module):
+    """A head with two arrays that PyTorch both calls ``weight``, and two norms."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.up = nnx.Linear(12, 12, rngs=rngs)
+        self.pre, self.post = (nnx.LayerNorm(12, use_bias=False, rngs=rngs) for _ in range(2))
+        self.head = nnx.Linear(12, 3, use_bias=False, rngs=rngs)
+        self.head.scale = nnx.Param(jnp.ones(3))
+
+    def __call__(self, x):
+        return self.head(self.post(self.up(self.pre(x)))) * self.head.scale[...]
+
+
+SAME = {".*": r"\g<0>"}
+ONE_NORM = {"pre|post": "norm", **SAME}
+BOTH = {
+    "head": (SAME, r"'head.kernel' and 'head.scale' both are 'head.weight' in PyTorch"),
+    "norm": (ONE_NORM, r"'p\w+.scale' and 'p\w+.scale' both are 'norm.weight' in PyTorch"),
+}
+
+
+@pytest.mark.parametrize("saved", BOTH)
+def test_two_leaves_of_one_name_in_pytorch_do_not_overwrite_each_other(tmp_path, saved):
+    names, words = BOTH[saved]
+    config = RandLoraConfig(r=4, target_modules=["up"], modules_to_save=[saved])
+    with pytest.warns(UserWarning, match=rf"'default' can be trained.*{words}"):
+        model = get_peft_model(Scaled(), config, names=names)
+    with pytest.raises(TargetError, match=words):
+        model.save_pretrained(tmp_path)
+
+
+def test_two_leaves_do_not_both_get_what_a_file_holds_by_their_name(tmp_path):
+    config = RandLoraConfig(r=4, target_modules=["up"], modules_to_save=["pre"])
+    model = get_peft_model(Scaled(), config, names=SAME)
+    model.save_pretrained(tmp_path, names={"pre": "norm", **SAME})
+    with pytest.raises(TargetError, match=BOTH["norm"][1]):
+        RandLoraModel.from_pretrained(Scaled(), tmp_path, names=ONE_NORM)

@@ -5,12 +5,16 @@ import warnings
 
 import jax
 import numpy as np
+import peft
 import pytest
-from families import twins
+import torch
+import transformers
+from families import WIDTHS, twins
 from flax import nnx
-from peft_nets import CONFIG, change_config, rewrite, without
-from peft_side import save_adapter
+from peft_nets import CONFIG, PREFIX, WEIGHTS, change_config, rewrite, without
+from peft_side import load, save_adapter, save_both
 from randlora_jax.interop.peft_dir import read_adapter
+from safetensors.numpy import load_file
 
 from randlora_jax import (
     AdapterFileError,
@@ -101,6 +105,58 @@ def test_biases_that_a_file_never_had_are_said(bert, adapter):
     change_config(adapter, bias="randlora_only")
     with pytest.warns(UserWarning, match="bias='randlora_only' says"):
         RandLoraModel.from_pretrained(bert.flax, adapter)
+
+
+def test_a_bias_of_two_names(tmp_path):
+    """PEFT writes both names of BERT's bias over the vocabulary; both ways it is one."""
+    config = transformers.BertConfig(**WIDTHS, intermediate_size=52, max_position_embeddings=40)
+    torch.manual_seed(0)
+    model = transformers.BertForMaskedLM(config)
+    theirs = save_both(model, tmp_path, target_modules=["query"], bias="all")
+    carried = [key for key in load_file(tmp_path / "adapter" / WEIGHTS) if "predictions" in key]
+    assert PREFIX + "cls.predictions.decoder.bias" in carried
+    flax = transformers.FlaxBertForMaskedLM.from_pretrained(tmp_path / "base", from_pt=True)
+    ours = RandLoraModel.from_pretrained(flax, tmp_path / "adapter")
+    ours.save_pretrained(tmp_path / "ours")
+    base = transformers.BertForMaskedLM.from_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
+    ids = np.arange(3, 11)[None]
+    with torch.no_grad():
+        expected, back = (m(torch.tensor(ids)).logits.numpy() for m in (theirs, again))
+    np.testing.assert_allclose(back, expected, rtol=0, atol=0)
+    found = np.asarray(ours(ids).logits)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"), [("llama", ["q_proj", "lm_head"]), ("opt", ["q_proj"])]
+)
+def test_what_peft_carries_of_the_base_model_stays_the_base_models(family, targets, tmp_path):
+    """An adapted head's weight, both sides of tied embeddings: in PEFT, too, they are frozen."""
+    pair = twins(family, tmp_path / "base")
+    theirs = save_adapter(family, pair.path, tmp_path, target_modules=targets)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    carried = [k for k in load_file(tmp_path / "theirs" / WEIGHTS) if k.endswith("weight")]
+    assert len(carried) == (2 if family == "opt" else 1) and any(
+        "lm_head" in key for key in carried
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = RandLoraModel.from_pretrained(pair.flax, tmp_path / "theirs", is_trainable=True)
+    trained, _ = ours.split()
+    names = {path[-1].key for path, _ in jax.tree_util.tree_flatten_with_path(trained)[0]}
+    assert names == {"randlora_lambda", "randlora_gamma"}
+    expected = pair.torch_logits(theirs)
+    np.testing.assert_allclose(
+        pair.flax_logits(ours), expected, rtol=0, atol=2e-5 * np.abs(expected).max()
+    )
+    ours.merge_adapter()  # the adapted head's weight is written as it was
+    ours.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(load(family, pair.path), tmp_path / "ours").eval()
+    np.testing.assert_array_equal(pair.torch_logits(again), expected)
+    before, written = (load_file(tmp_path / who / WEIGHTS) for who in ("theirs", "ours"))
+    back = [key for key in carried if family == "llama" or "embed_tokens" in key]
+    assert back and all(np.array_equal(before[key], written[key]) for key in back)
 
 
 def test_a_model_without_such_a_head_needs_none(tmp_path):

@@ -164,6 +164,22 @@ def test_unmerging_keeps_the_rounding():
     np.testing.assert_array_equal(np.asarray(ours.model.lin1.kernel[...]), kernel)
 
 
+def test_merging_another_leaves_the_active_one_out(tmp_path):
+    theirs = peft.get_peft_model(torch_mlp(), peft.RandLoraConfig(**settings()))
+    theirs.add_adapter("b", peft.RandLoraConfig(**settings()))
+    randomised(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = RandLoraModel.from_pretrained(torch_mlp_in_nnx(), tmp_path)
+    ours.load_adapter(tmp_path / "b", "b")
+    theirs.base_model.set_adapter(["default", "b"])
+    both = run(theirs)
+    theirs.set_adapter("default")
+    for model in (theirs, ours):
+        model.merge_adapter(["b"])
+    assert apart(run(theirs), both), "PEFT applies the active adapter beside merged ones now"
+    np.testing.assert_allclose(our_run(ours), both, rtol=0, atol=1e-5 * np.abs(both).max())
+
+
 def test_disabling_leaves_biases_trained():
     plain = run(torch_mlp())
     theirs = randomised(

@@ -1,5 +1,7 @@
 """Weights that PyTorch's modules share, trained whole: refused where PEFT computes otherwise."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import peft
 import pytest
@@ -180,28 +182,36 @@ def test_without_a_head_nothing_is_shared(tmp_path):
     np.testing.assert_allclose(ours(IDS).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
 
 
+KNOWN = {
+    "tunix.models.llama3.model.Llama3": "model.embed_tokens",
+    "tunix.models.gemma3.model.Gemma3": "model.language_model.embed_tokens",  # it sees
+}
+
+
 @pytest.mark.parametrize("head", [True, False])
-def test_a_known_nnx_model_without_a_head_shares_its_embedding(head):
-    """Built as tunix's Llama 3 is: with tied embeddings it has no `lm_head`."""
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_known_nnx_model_without_a_head_shares_its_embedding(name, head):
+    """Built as tunix's are: with tied embeddings they have no `lm_head`."""
 
     class Embedder(nnx.Module):
         def __init__(self):
             self.input_embedding = nnx.Param(np.ones((31, 8), np.float32))
 
-    class Llama3(nnx.Module):
+    class Model(nnx.Module):
         def __init__(self):
+            self.config = SimpleNamespace(vision_config={})
             self.embedder = Embedder()
             self.proj = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
             if head:
                 self.lm_head = nnx.Linear(8, 31, rngs=nnx.Rngs(0))
 
-    Llama3.__module__, Llama3.__qualname__ = "tunix.models.llama3.model", "Llama3"
-    assert known_models.about(Llama3()).info.model_type == "llama"
-    for saved in ("embed_tokens", "lm_head"):
+    Model.__module__, _, Model.__qualname__ = name.rpartition(".")
+    assert known_models.about(Model()).info.model_type
+    for saved in ("embed_tokens", KNOWN[name], "lm_head"):
         config = RandLoraConfig(r=4, target_modules=["proj"], modules_to_save=[saved])
         if head:
-            model = get_peft_model(Llama3(), config)
+            model = get_peft_model(Model(), config)
             assert model.get_nb_trainable_parameters()[0] > 31 * 8
         else:
-            with pytest.raises(ConfigError, match=r"'model.embed_tokens', 'lm_head' share"):
-                get_peft_model(Llama3(), config)
+            with pytest.raises(ConfigError, match=f"'{KNOWN[name]}', 'lm_head' share"):
+                get_peft_model(Model(), config)

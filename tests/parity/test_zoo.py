@@ -12,6 +12,7 @@ from zoo_table import in_bfloat16, measure
 
 from randlora_jax import RandLoraConfig, TargetError, get_peft_model
 from randlora_jax.models.front_end import WrapRules, wrap
+from randlora_jax.models.selecting import select
 
 pytestmark = pytest.mark.torch
 
@@ -37,10 +38,9 @@ def old_clip(monkeypatch):
     mend_clip()
 
 
-def owners(model) -> dict[str, tuple[int, int]]:
+def matrices(registry) -> dict[str, tuple[int, int]]:
     """(in, out) of every layer we can adapt, by canonical name."""
-    found = wrap(model, WrapRules())._registry.owners()
-    return {name: layer.matrix for name, layer in found.items()}
+    return {name: layer.matrix for name, layer in registry.owners().items()}
 
 
 def test_all_of_transformers_flax_classes_are_known():
@@ -62,12 +62,16 @@ def test_layers_have_pytorchs_names_and_shapes(name):
         flax._params, flax._is_initialized = jax.eval_shape(init, flax.key), True
     with torch.device("meta"):
         twin = getattr(transformers, TWIN.get(name, name.removeprefix("Flax")))(config)
-    ours, theirs = owners(flax), torch_layers(twin)
+    registry = wrap(flax, WrapRules())._registry
+    ours, theirs = matrices(registry), torch_layers(twin)
     assert ours == {layer: theirs.get(layer) for layer in ours}
     missing = {layer for layer in theirs if layer not in ours}
     tied = {n for n, module in twin.named_modules() if module is twin.get_output_embeddings()}
     unused = {"bert.pooler"} if name.startswith("FlaxBigBird") else set()  # by these heads
     assert missing <= tied | unused, missing
+    if ours:
+        every = select(registry, RandLoraConfig(r=2, target_modules="all-linear"))
+        assert set(ours) - set(every) == tied & set(ours), "what all-linear leaves out in PEFT"
 
 
 def families(few: set[str]) -> list:
@@ -100,7 +104,9 @@ def pair(request, tmp_path):
 
 
 def test_family(pair, tmp_path):
-    assert set(pair.torch_layers()) - set(owners(pair.flax)) == set(pair.family.tied)
+    assert set(pair.torch_layers()) - set(wrap(pair.flax, WrapRules())._registry.owners()) == set(
+        pair.family.tied
+    )
     for name in pair.family.tied:
         with pytest.raises(TargetError, match=r"has no kernel of its own.*tied"):
             get_peft_model(pair.flax, RandLoraConfig(r=5, target_modules=[name]))

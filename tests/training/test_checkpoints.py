@@ -116,6 +116,34 @@ def test_kernels_that_hold_the_delta_and_such_that_do_not_are_not_mixed(kind):
     apart.check_randlora_settings(ours)
 
 
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_what_is_not_among_what_trains_is_told(kind, recwarn):
+    saved, model = wrapped(kind=kind), wrapped(kind=kind)
+    for each in (saved, model):
+        each.add_adapter("b", CONFIG)
+    with pytest.warns(UserWarning, match="'b': did not train when the checkpoint was saved"):
+        model.check_randlora_settings(json.loads(json.dumps(saved.randlora_settings())))
+    for each in (saved, model):
+        each.set_adapter(["default", "b"])
+    told = saved.randlora_settings()
+    recwarn.clear()
+    model.check_randlora_settings(told)
+    del told["b"]["trains"], told["b"]["scale"]  # settings of before these were kept
+    model.check_randlora_settings(told)
+    assert not recwarn
+
+
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_another_scale_is_refused(kind):
+    saved, model = wrapped(kind=kind), wrapped(kind=kind)
+    saved.set_scale("default", 0.5)
+    told = json.loads(json.dumps(saved.randlora_settings()))
+    with pytest.raises(ConfigError, match=r"its scale was 0.5, .* set_scale\('default', 0.5\)"):
+        model.check_randlora_settings(told)
+    model.set_scale("default", 0.5)
+    model.check_randlora_settings(told)
+
+
 def test_all_of_a_merged_model_goes_into_one_that_is_merged(tmp_path):
     config = replace(CONFIG, init_weights=False)
     saved, model = (get_peft_model(Net(nnx.Rngs(0)), config, rngs=nnx.Rngs(i)) for i in (1, 2))
@@ -129,7 +157,8 @@ def test_all_of_a_merged_model_goes_into_one_that_is_merged(tmp_path):
         nnx.update(model, checkpointer.restore(tmp_path / "all", nnx.state(model)))
     np.testing.assert_array_equal(model(X), saved(X))
     np.testing.assert_allclose(model(X), expected, atol=1e-5)
-    model.unmerge_adapter()
+    with pytest.warns(UserWarning, match="changed while 'default' was merged"):
+        model.unmerge_adapter()
     np.testing.assert_allclose(model(X), expected, atol=1e-5)
 
 

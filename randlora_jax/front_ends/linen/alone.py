@@ -1,6 +1,6 @@
 """A linen layer as a function of its kernel and its input, and of all else that it reads."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -9,7 +9,9 @@ import jax
 from flax.core.scope import LazyRng
 
 from randlora_jax.core.hoisting import Hoisted
+from randlora_jax.core.layer_call import Run, comparable
 from randlora_jax.front_ends.call_input import CallInput, with_input
+from randlora_jax.front_ends.linen.interceptors import met_already, others_entered
 from randlora_jax.front_ends.params import with_leaves
 from randlora_jax.models.names import Path
 from randlora_jax.models.quantised import quantiser_around
@@ -28,6 +30,12 @@ class RunAlone:
       values: of its params without the kernel, its other collections and rngs, and the call's
         other arguments.
       quantiser: the class around it that quantises, which tells apart layers that are alike.
+      path: of the module in its model, where what it computes may depend on that: a quantiser has
+        rules by path. Else () for all, so that layers which are alike but for it are equal.
+      intercepted: methods are, by others: a trace that was made without has met nobody inside.
+
+    Raises:
+      MetInside: they would be intercepted inside of it.
     """
 
     module: nn.Module
@@ -35,18 +43,44 @@ class RunAlone:
     place: int | str
     values: Hoisted
     quantiser: type | None
+    path: Path
+    intercepted: bool
 
     def __call__(self, kernel: jax.Array, x: jax.Array, *read: jax.Array) -> jax.Array:
         """What the module returns."""
         params, others, rngs, args, kwargs = self.values.with_arrays([*read])
         args, kwargs = with_input((args, kwargs), self.place, x)
         variables = {**others, "params": with_leaves(params, {self.leaf: kernel})}
-        return cast(jax.Array, self.module.apply(variables, *args, rngs=rngs, **kwargs))
+        method = method_at(self.path, "__call__", alone=True)
+        out = self.module.apply(variables, *args, rngs=rngs, method=method, **kwargs)
+        return cast(jax.Array, out)
+
+
+def method_at(
+    path: Path, name: str, *, parent: Any = None, alone: bool = False
+) -> Callable[..., Any]:
+    """A method of a module that is applied by itself, in the middle of its own call.
+
+    Args:
+      path: where the module is in its model.
+      name: of the method.
+      parent: of the module in its model, for what looks around from within.
+      alone: interceptors of others shall meet nothing inside of it.
+    """
+
+    def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        module.scope.path = path
+        if parent is not None:
+            object.__setattr__(module, "parent", parent)  # frozen, and bound already
+        with met_already(alone=alone):
+            return getattr(module, name)(*args, **kwargs)
+
+    return method
 
 
 def alone(
     module: nn.Module, params: Mapping[str, Any], leaf: Path, taken: CallInput
-) -> tuple[RunAlone, list[jax.Array]]:
+) -> tuple[Run, list[jax.Array]]:
     """A bound layer by itself, and every array that it reads besides its kernel and its input.
 
     Args:
@@ -56,11 +90,11 @@ def alone(
     others = {name: held for name, held in module.variables.items() if name != "params"}
     rest = with_leaves(params, {leaf: _KERNEL})
     values, read = Hoisted.of((rest, others, rngs_of(module), *taken.rest))
-    # without its name, so that layers that are alike but for it are equal
     bare = module.clone(parent=None, name=None)
-    return RunAlone(
-        bare, leaf, taken.place, values, quantiser_around(map(type, around(module)))
-    ), read
+    quantiser = quantiser_around(map(type, around(module)))
+    path = module.path if quantiser else ()
+    run = RunAlone(bare, leaf, taken.place, values, quantiser, path, others_entered())
+    return comparable(run), read
 
 
 def around(module: nn.Module) -> Iterator[nn.Module]:

@@ -18,7 +18,7 @@ from randlora_jax.models import adapter_arrays, stacking
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.registry import AdapterState
-from randlora_jax.models.slots import RowChoice, Stack, slots_in_rows
+from randlora_jax.models.slots import RowChoice, Stack, own_or_base, slots_in_rows
 
 BESIDE = "randlora"  # its name among the params of a module
 
@@ -110,9 +110,15 @@ def _in_stacks(
     return {
         stack.name: stacking.side_by_side(stack, states, base)
         if stack.members
-        else states[stack.name]
+        else _with_base(states[stack.name], base)
         for stack in stacks
     }
+
+
+def _with_base(held: AdapterState, base: Mapping[Path, jax.Array]) -> AdapterState:
+    """A stack with the base model's leaves, as they are now, where adapters trained none."""
+    saved = {path: own_or_base(x, held.own[path], base[path]) for path, x in held.saved.items()}
+    return replace(held, saved=saved)
 
 
 def _whole_for_all(

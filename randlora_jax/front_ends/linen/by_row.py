@@ -19,7 +19,7 @@ from randlora_jax.core.applying_rows import BY_VMAP, SPLIT
 from randlora_jax.core.hoisting import Hoisted
 from randlora_jax.core.mesh import splits_rows
 from randlora_jax.front_ends.call_input import Arguments
-from randlora_jax.front_ends.linen.alone import rngs_of
+from randlora_jax.front_ends.linen.alone import method_at, rngs_of
 from randlora_jax.front_ends.linen.beside import BESIDE, SHARES, TOLD, WHOLE
 from randlora_jax.front_ends.params import flat, unboxed, with_leaves
 from randlora_jax.interop.errors import ConfigError
@@ -122,14 +122,13 @@ def run_trained_whole(
     chosen = choice.of_batches(x.shape[0], _place(module))
     others = {name: held for name, held in module.variables.items() if name != "params"}
     rngs, mutable = rngs_of(module), module.scope.mutable or []
-    bare = module.clone(parent=None, name=None)
+    bare = module.clone(parent=None)
+    here = method_at(module.path, method, parent=module.parent)
 
     def run(x: jax.Array, mine: Mapping[str, Chosen] | None) -> Any:
         variables = {**others, "params": with_trained_whole(params, mine)}
         args, kwargs = rest.with_arrays([x])
-        out, after = bare.apply(
-            variables, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
-        )
+        out, after = bare.apply(variables, *args, rngs=rngs, method=here, mutable=mutable, **kwargs)
         _refuse_changes(module, variables, after)
         return out
 

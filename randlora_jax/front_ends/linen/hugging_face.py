@@ -25,6 +25,8 @@ from randlora_jax.models.slots import RowChoice
 
 # Methods that make params of the base model, or cast them.
 _OF_BASE_PARAMS = ("init_weights", "to_bf16", "to_fp16", "to_fp32")
+# What their last layer makes are no logits of the tokens that come in, so "all-linear" takes it.
+_WITHOUT_OUTPUT_EMBEDDING = ("FlaxWav2Vec2ForCTC", "FlaxBeitForMaskedImageModeling")
 
 
 class HuggingFaceStore(CollectionStore):
@@ -67,7 +69,9 @@ class HuggingFaceStore(CollectionStore):
 @register_front_end(
     "a Hugging Face Flax model",
     accepts=lambda model, rules: (
-        not isinstance(model, nn.Module) and isinstance(getattr(model, "module", None), nn.Module)
+        not isinstance(model, nn.Module)
+        and isinstance(getattr(model, "module", None), nn.Module)
+        and hasattr(model, "params_shape_tree")  # of transformers' classes alone
     ),
 )
 class HuggingFaceRandLora(InterceptedRandLora):
@@ -166,7 +170,7 @@ class HuggingFaceRandLora(InterceptedRandLora):
 
 def _warn_of_another_model(model: Any) -> None:
     """Warn where the Flax class does not compute what the model's configuration asks for."""
-    if gaps := not_computed(model.config):
+    if gaps := not_computed(model.config, type(model).__name__):
         warn_of_another_model(
             model,
             "; ".join(gaps),
@@ -251,7 +255,7 @@ def _info(model: Any, paths: Iterable[Path]) -> BaseModelInfo:
             "base_model_class": name.removeprefix("Flax"),
             "parent_library": type(model).__module__.replace("modeling_flax_", "modeling_"),
         },
-        has_output_head=True,
+        has_output_head=name not in _WITHOUT_OUTPUT_EMBEDDING,
         has_torch_paths=True,
         tied=tied_modules(name, model.config, paths),
     )

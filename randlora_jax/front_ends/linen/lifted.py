@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 
 from randlora_jax.core.hoisting import Hoisted, is_traced
+from randlora_jax.front_ends.linen.interceptors import met_already
 
 Params = Mapping[str, Any]
 
@@ -76,5 +77,6 @@ def run_with(
     read = (module.variables, passed)
     if is_traced(read):
         lifted = nn.remat(lifted)
-    arrays = lifted(module, *passed)
+    with met_already():  # `body` is no method of the module's
+        arrays = lifted(module, *passed)
     return aside[-1].with_arrays(arrays)

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax.core import unfreeze
+from flax.core.scope import is_filter_empty
 from flax.errors import ScopeParamShapeError
 
 from randlora_jax.front_ends.call_token import TokenOfCalls
@@ -29,7 +30,7 @@ from randlora_jax.front_ends.linen.running import LinenRunner
 from randlora_jax.front_ends.linen.tracing import Trace
 from randlora_jax.front_ends.linen.types import TYPES, unquantised
 from randlora_jax.front_ends.shown_signature import shows_call_of
-from randlora_jax.interop.errors import ConfigError
+from randlora_jax.interop.errors import ConfigError, shown
 from randlora_jax.models import known_models
 from randlora_jax.models.adapter_arrays import Leaves
 from randlora_jax.models.finding import find_layers
@@ -146,6 +147,21 @@ class InterceptedRandLora(FunctionalRandLora):
         refuse_unreached(expected(awaited, registry.optional))
 
 
+def _refuse_run(bound: nn.Module) -> None:
+    """Nothing, if a module is bound to its variables alone.
+
+    Raises:
+      ConfigError: it is bound to what belongs to a run, too, which a call here is given anew.
+    """
+    rngs, mutable = bound.scope.rngs, bound.scope.mutable
+    if rngs or not is_filter_empty(mutable):
+        raise ConfigError(
+            f"the linen module {type(bound).__name__} is bound with rngs of {shown(sorted(rngs))} "
+            f"and mutable={shown(mutable)}: pass module.bind(variables) without them, and give "
+            "them to each call, model.apply(model.variables, ..., rngs=..., mutable=...)"
+        )
+
+
 class LinenStore(CollectionStore):
     """The collections of a linen module, which are bound to it again in the end."""
 
@@ -183,6 +199,7 @@ class LinenRandLora(InterceptedRandLora):
                 f"the linen module {type(model).__name__} carries no variables: pass "
                 "module.bind(variables)"
             )
+        _refuse_run(model)
         module, variables = model.unbind()
         store = LinenStore(module, unfreeze(variables))
         known = known_models.about(module)

@@ -16,15 +16,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from randlora_jax.core.applying import Contribution, adapted, dropout
+from randlora_jax.core.applying import Contribution, adapted
 from randlora_jax.core.applying_rows import SPLIT, adapted_rows
 from randlora_jax.core.bases import BasisPair
 from randlora_jax.core.contraction import Contraction
 from randlora_jax.core.kernel import Kernel
-from randlora_jax.core.layer_call import RunningLayer, comparable
 from randlora_jax.core.mesh import splits_rows
 from randlora_jax.core.ways import Way, possible_ways, require_a_way
-from randlora_jax.front_ends.call_input import Arguments, CallInput, input_of, multiplies_in
+from randlora_jax.front_ends.call_input import Arguments, CallInput, input_of, running_layer
 from randlora_jax.front_ends.linen.alone import alone, around
 from randlora_jax.front_ends.linen.beside import (
     BESIDE,
@@ -40,6 +39,8 @@ from randlora_jax.front_ends.linen.by_row import (
     trained_whole,
     trained_whole_at,
 )
+from randlora_jax.front_ends.linen.dropout import Drawing
+from randlora_jax.front_ends.linen.interceptors import MetInside, Ours, entered_since, within
 from randlora_jax.front_ends.linen.lifted import (
     HandsOutModules,
     is_lifted,
@@ -61,7 +62,7 @@ from randlora_jax.interop.errors import ConfigError, listed
 from randlora_jax.models.layer import Layer, LayerRun, LayerType
 from randlora_jax.models.layer_types import LayerTypes
 from randlora_jax.models.names import Path, slashed
-from randlora_jax.models.quantised import quantises, refuse_rounding
+from randlora_jax.models.quantised import quantises, refuse_rounding, scale_of
 from randlora_jax.models.registry import AdapterRegistry
 from randlora_jax.models.slots import RowChoice, slots_apart
 
@@ -137,7 +138,7 @@ class _Met:
         if changes_state(self.module):
             return "it may change its collections in this call"
         taken = input_of(partial(self.method, self.module), *self.arguments)
-        return taken or "it was called without an array of floating numbers"
+        return taken or "it was called without an array of numbers"
 
 
 @dataclass
@@ -151,6 +152,7 @@ class LinenRunner:
       seen: takes down how each layer ran, by name.
       kinds: takes down the classes of modules that ran; None where nobody asks.
       choice: what the call takes of stacked adapters; None where it applies the active ones.
+      drawing: draws what adapters drop.
     """
 
     registry: AdapterRegistry
@@ -159,12 +161,13 @@ class LinenRunner:
     seen: dict[str, LayerRun]
     kinds: set[type] | None = None
     choice: RowChoice | None = None
+    drawing: Drawing = field(default_factory=Drawing)
     _maps: int = field(default=0, init=False)  # our own nn.map_variables that are running
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Within, linen modules that are called run with their adapters."""
-        with nn.intercept_methods(self._intercept):
+        with nn.intercept_methods(Ours(self._intercept)):
             yield
 
     @contextmanager
@@ -188,11 +191,24 @@ class LinenRunner:
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
+        self.drawing.meet(context.module)
         if self.kinds is not None:
             self.kinds |= kinds_of(context.module)
         met = self._met(context, (args, kwargs))
         if met is None:
             return call(*args, **kwargs)
+        inner = entered_since()
+        if not inner:
+            return self._joined(met, call)
+
+        def joined(*args: Any, **kwargs: Any) -> Any:
+            return self._joined(replace(met, arguments=(args, kwargs)), context.orig_method)
+
+        return within(inner, joined, context)(*args, **kwargs)
+
+    def _joined(self, met: _Met, call: Callable[..., Any]) -> Any:
+        """What a method returns with adapters; `call` is the method as it is."""
+        args, kwargs = met.arguments
         if self._by_row and met.kernels_trained_whole:
             return run_trained_whole(
                 met.module, met.name, met.arguments, self._by_row, self._choosing
@@ -230,7 +246,10 @@ class LinenRunner:
         """What the method returns, with the adapters joined in."""
         taken = met.input_alone(by_row=self._by_row is not None)
         if isinstance(taken, CallInput):
-            return self._run_alone(met, taken)
+            try:
+                return self._run_alone(met, taken)
+            except MetInside:
+                taken = "methods inside it are intercepted (nn.intercept_methods)"
         if self._by_row:
             raise refusal(met.module, taken)
         return self._run_in_kernels(met, taken)
@@ -272,23 +291,24 @@ class LinenRunner:
         ((name, (layer, path)),) = met.layers.items()
         module = met.module
         params = {key: value for key, value in met.own.items() if key != BESIDE}
-        kernel, call = self._kernel(met, layer, unboxed(flat(params)[path]))
+        arrays, place = flat(params), scale_of(path)
+        kernel, call = self._kernel(met, layer, unboxed(arrays[path]))
+        scale = unboxed(arrays[place]) if place else None
         beside, size = met.own[BESIDE], taken.x.shape[0] if taken.x.ndim > 1 else 1
         chosen = self._by_row.of_batches(size, name) if self._by_row else {}
         own = trained_whole(met.own, chosen)
         if self._by_row and own and splits_rows(taken.x):
             raise refusal(module, SPLIT)
-        run, read = alone(module, with_leaves(params, own), path, taken)
-        dtype = multiplies_in(module, kernel.promoted(taken.x))
-        self.seen[name] = LayerRun(call, dtype)
-        running = RunningLayer(name, comparable(run), read, kernel, call, dtype)
+        function = alone(module, with_leaves(params, own), path, taken)
+        running = running_layer(module, name, (kernel, call), scale, taken.x, function)
+        self.seen[name] = LayerRun(call, running.dtype)
         if self._by_row:
             updates = [
                 chosen[stack].along(taken.x).row_updates(*arrays, self.pairs[stack], layer.matrix)
-                for stack, arrays in self._stacked(module, kernel, beside[SHARES][name])
+                for stack, arrays in self._stacked(kernel, beside[SHARES][name])
             ]
             ids = set(map(id, own.values()))
-            by_row = [id(x) in ids for x in read]
+            by_row = [id(x) in ids for x in running.read]
             token_axes = self.registry.options.token_axes
             return adapted_rows(running, taken.x, updates, by_row, token_axes)
         shares = self._contributions(module, layer, kernel, beside[SHARES][name])
@@ -334,10 +354,10 @@ class LinenRunner:
     def _contributions(
         self, module: nn.Module, layer: Layer, kernel: Kernel, beside: Shares
     ) -> list[Contribution]:
-        """What adapters add to a layer. Dropout is on exactly where there is a rng to draw with."""
+        """What adapters add to a layer."""
         found = []
         if self.choice:
-            for name, (lam, gamma) in self._stacked(module, kernel, beside):
+            for name, (lam, gamma) in self._stacked(kernel, beside):
                 pair = self.pairs[name]
                 updates = self.choice.chosen[name].updates(lam, gamma, pair, layer.matrix)
                 found += [Contribution(update) for update in updates]
@@ -346,13 +366,11 @@ class LinenRunner:
             spec = self.registry.specs[name]
             lam, gamma = map(kernel.layout.stack_first, arrays)
             update = spec.update(lam, gamma, self.pairs, layer.matrix)
-            drops = spec.dropout > 0 and module.has_rng("dropout")
-            drop = dropout(spec.dropout, module.make_rng("dropout")) if drops else None
-            found.append(Contribution(update, drop))
+            found.append(Contribution(update, self.drawing.of(module, layer, spec.dropout)))
         return found
 
     def _stacked(
-        self, module: nn.Module, kernel: Kernel, beside: Shares
+        self, kernel: Kernel, beside: Shares
     ) -> Iterator[tuple[str, tuple[jax.Array, jax.Array]]]:
         """Lambda and gamma of all adapters of each stack, (*stack axes, slots, ...).
 
@@ -362,7 +380,7 @@ class LinenRunner:
         stacks = {stack.name: stack for stack in self.registry.row_stacks}
         for name, arrays in beside.items():
             for member in stacks[name].members:
-                if self.registry.specs[member].dropout > 0 and module.has_rng("dropout"):
+                if self.registry.specs[member].dropout > 0 and self.drawing.is_on:
                     raise ConfigError(
                         f"adapter {member!r} has dropout, which a dropout rng turns on, and "
                         "adapter_names are for inference, as in PEFT: call without that rng"

@@ -11,17 +11,17 @@ from flax import nnx
 from randlora_jax.core.applying import Contribution, adapted
 from randlora_jax.core.applying_rows import BY_VMAP, SPLIT, adapted_rows
 from randlora_jax.core.hoisting import Hoisted
-from randlora_jax.core.layer_call import RunningLayer
 from randlora_jax.core.mesh import splits_rows
 from randlora_jax.front_ends.call_input import (
     Arguments,
     CallInput,
     input_of,
-    multiplies_in,
+    running_layer,
     with_input,
 )
 from randlora_jax.front_ends.nnx.call import CallContext, reached
 from randlora_jax.front_ends.nnx.changes import called
+from randlora_jax.front_ends.nnx.held import scale_at
 from randlora_jax.front_ends.nnx.leaves import AdapterLeaves
 from randlora_jax.front_ends.nnx.running import as_function, with_jax_arrays
 from randlora_jax.interop.errors import ConfigError, listed
@@ -61,11 +61,10 @@ def run_by_row(
     if layer.leaf in own:
         return _row_after_row(wrapper, layer, stacks, state, own, taken, context)
     state |= {path: state[path].replace(x) for path, x in own.items()}
-    run, read = as_function(graph, state, layer.leaf, taken, wrapper.randlora_settings.quantiser)
+    function = as_function(graph, state, layer.leaf, taken, wrapper.randlora_settings.quantiser)
     ids = set(map(id, own.values()))
-    running = RunningLayer(
-        layer.name, run, read, kernel, call, multiplies_in(base, kernel.promoted(taken.x))
-    )
+    held, scale = (kernel, call), scale_at(layer.leaf, state)
+    running = running_layer(base, layer.name, held, scale, taken.x, function)
     updates = [
         rows.of_batch(stack.name, size, layer.name)
         .along(taken.x)
@@ -75,7 +74,7 @@ def run_by_row(
         for stack in stacks
     ]
     token_axes = wrapper.randlora_settings.options.token_axes
-    return adapted_rows(running, taken.x, updates, [id(x) in ids for x in read], token_axes)
+    return adapted_rows(running, taken.x, updates, [id(x) in ids for x in running.read], token_axes)
 
 
 def _row_after_row(
@@ -99,10 +98,9 @@ def _row_after_row(
 
     def row(x: jax.Array, own: Mapping[Path, jax.Array], chosen: Sequence[Chosen]) -> jax.Array:
         mine = {**state, **{path: state[path].replace(leaf) for path, leaf in own.items()}}
-        kernel, call = wrapper._running_kernel(layer, mine)
-        run, read = as_function(graph, mine, layer.leaf, taken, wrapper.randlora_settings.quantiser)
-        dtype = multiplies_in(wrapper.base_layer, kernel.promoted(x))
-        running = RunningLayer(layer.name, run, read, kernel, call, dtype)
+        kernel = wrapper._running_kernel(layer, mine)
+        function = as_function(graph, mine, layer.leaf, taken, wrapper.randlora_settings.quantiser)
+        running = running_layer(wrapper.base_layer, layer.name, kernel, None, x, function)
         shares = [
             Contribution(update)
             for stack, one in zip(stacks, chosen, strict=True)

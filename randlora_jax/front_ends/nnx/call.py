@@ -135,9 +135,16 @@ def reached(model: ModelToken, applied: Applied) -> CallContext:
     """The open context of `model`, for layers of it that run now.
 
     Raises:
-      ConfigError: the model is not being called.
+      ConfigError: the model is not being called, or lacks the bases that they slice.
     """
     found = open_for(model, applied)
+    if found is None and any(context.model == model for context in _open.get()):
+        raise ConfigError(
+            f"layer {applied[0][0].name!r} slices shared bases that the model which is being "
+            "called does not hold, or not as large: a state of before an adapter was added has "
+            "replaced them (nnx.update), and model.draw_bases() draws them anew; or the layer is "
+            "another RandLoraModel's, which must be called"
+        )
     if found is None:
         raise ConfigError(
             f"layer {applied[0][0].name!r} was called outside its RandLoraModel, which holds the "

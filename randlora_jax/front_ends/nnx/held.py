@@ -14,9 +14,11 @@ import numpy as np
 from flax import nnx
 
 from randlora_jax.models.names import Path
-from randlora_jax.models.quantised import arrays_in, integers_in, is_quantised
+from randlora_jax.models.quantised import arrays_in, integers_in, is_quantised, scale_of
 
-_CONTAINERS = (nnx.List, nnx.Dict)
+# Asked of types: a wrapper around a whole model that is one says that it is of its class.
+_LISTS = (nnx.List, list, tuple)
+_CONTAINERS = (*_LISTS, nnx.Dict, dict)
 
 
 def raw(held: Any) -> Any:
@@ -26,12 +28,26 @@ def raw(held: Any) -> Any:
 
 def is_container(value: Any) -> bool:
     """Whether what `value` holds belongs to the module around it."""
-    return isinstance(value, (*_CONTAINERS, list, tuple, dict))
+    return issubclass(type(value), _CONTAINERS)
 
 
 def held_by(holder: Any) -> Iterator[tuple[Path, Any]]:
     """The Variables and quantised arrays that a module, or a container in it, holds itself."""
-    if isinstance(holder, nnx.List | list | tuple):
+    for path, value in _values_in(holder):
+        if isinstance(value, nnx.Variable) or _is_quantised(value):
+            yield path, value
+
+
+def constants_of(module: Any) -> Iterator[tuple[Path, Any]]:
+    """The arrays of floats that a module holds as they are, in no Variable."""
+    for path, value in _values_in(module):
+        if isinstance(value, jax.Array | np.ndarray) and jnp.issubdtype(value.dtype, jnp.floating):
+            yield path, value
+
+
+def _values_in(holder: Any) -> Iterator[tuple[Path, Any]]:
+    """What a module, or a container, holds itself."""
+    if issubclass(type(holder), _LISTS):
         items: Any = enumerate(holder)
     elif isinstance(holder, dict):
         items = holder.items()
@@ -39,9 +55,9 @@ def held_by(holder: Any) -> Iterator[tuple[Path, Any]]:
         items = vars(holder).items()
     for name, value in items:
         if is_container(value):
-            for leaf, held in held_by(value) if name != "_pytree__nodes" else ():
+            for leaf, held in _values_in(value) if name != "_pytree__nodes" else ():
                 yield (name, *leaf), held
-        elif isinstance(value, nnx.Variable) or _is_quantised(value):
+        else:
             yield (name,), value
 
 
@@ -94,3 +110,9 @@ def array_at(leaf: Path, state: Mapping[Path, Any]) -> jax.Array:
     place = place_of(leaf, state)
     array: jax.Array = arrays_of(state[place])[leaf[len(place) :]]
     return array
+
+
+def scale_at(leaf: Path, state: Mapping[Path, Any]) -> jax.Array | None:
+    """The scales of a quantised array whose integers are at `leaf` of a module's state; or None."""
+    place = scale_of(leaf)
+    return array_at(place, state) if place else None

@@ -1,11 +1,10 @@
 """The wrapper that stands in the place of a module and runs it with its adapters."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-import jax
 from flax import nnx
 from jax import lax
 
@@ -13,9 +12,8 @@ from randlora_jax.core.abstract import moved
 from randlora_jax.core.applying import Contribution, adapted
 from randlora_jax.core.applying_rows import BY_VMAP
 from randlora_jax.core.kernel_layout import KernelLayout
-from randlora_jax.core.layer_call import RunningLayer
 from randlora_jax.core.ways import possible_ways, require_a_way
-from randlora_jax.front_ends.call_input import input_of, multiplies_in
+from randlora_jax.front_ends.call_input import input_of, running_layer
 from randlora_jax.front_ends.nnx.by_row import run_by_row
 from randlora_jax.front_ends.nnx.call import (
     CallContext,
@@ -24,8 +22,8 @@ from randlora_jax.front_ends.nnx.call import (
     some_rows_differ,
 )
 from randlora_jax.front_ends.nnx.changes import renew
-from randlora_jax.front_ends.nnx.held import raw
-from randlora_jax.front_ends.nnx.leaves import AdapterLeaves
+from randlora_jax.front_ends.nnx.held import raw, scale_at
+from randlora_jax.front_ends.nnx.leaves import AdapterLeaves, is_own
 from randlora_jax.front_ends.nnx.running import (
     AdaptedKernel,
     as_function,
@@ -37,6 +35,7 @@ from randlora_jax.front_ends.nnx.variables import AdapterParam, FrozenAdapterPar
 from randlora_jax.front_ends.nnx_types import in_call
 from randlora_jax.front_ends.shown_signature import KeepsShown, shows_call_of
 from randlora_jax.interop.errors import ConfigError
+from randlora_jax.models.filled import refuse_misfit
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.registry import AdapterSpec
@@ -57,6 +56,16 @@ class RandLoraLayer(AdapterLeaves, metaclass=WrapperMeta):
       base_layer: the module it replaces.
     """
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The module's: code that asks ``isinstance(layer, nnx.Linear)`` goes on as without it."""
+        base = vars(self).get("base_layer")  # none while it is made
+        return type(self) if base is None else base.__class__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As by default, which pickle refuses where ``__class__`` is another type's."""
+        return object.__new__, (type(self),), self.__getstate__()
+
     @shows_call_of(lambda self: self.base_layer)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the base layer returns, with the active adapters joined in."""
@@ -66,7 +75,7 @@ class RandLoraLayer(AdapterLeaves, metaclass=WrapperMeta):
         return self._run("__getitem__", (key,), {})
 
     def __getattr__(self, name: str) -> Any:
-        if name == "base_layer" or name.startswith("_"):
+        if is_own(name) or "base_layer" not in vars(self):  # the latter while it is made
             raise AttributeError(name)
         if self._call_by_row():
             return self._of_rows(name)
@@ -138,9 +147,11 @@ class RandLoraLayer(AdapterLeaves, metaclass=WrapperMeta):
         put: dict[str, nnx.Variable[Any]] = {}
         for path, held in flat.items():
             key = slashed(path)
-            for name, mine in chosen.items():
-                if leaf := whole.get(name, {}).get(key):
-                    put[key] = held.replace(mine.leaves(raw(leaf), raw(put.get(key, held))))
+            for stack in self.randlora_settings.stacks if chosen else ():
+                now = raw(put.get(key, held))
+                leaf = self._stacked_whole(stack, key, now)
+                if leaf is not None:
+                    put[key] = held.replace(chosen[stack.name].leaves(leaf, now))
             if key in leaves:
                 dtype = raw(held).dtype
                 cast_now = functools.partial(lax.convert_element_type, new_dtype=dtype)
@@ -193,9 +204,9 @@ class RandLoraLayer(AdapterLeaves, metaclass=WrapperMeta):
         if taken is None:
             kernels = self._kernels(state, context)
             return run_in_kernels(base, method, (args, kwargs), kernels)
-        run, read = as_function(graph, state, layer.leaf, taken, self.randlora_settings.quantiser)
-        dtype = multiplies_in(self.base_layer, kernel.promoted(taken.x))
-        running = RunningLayer(layer.name, run, read, kernel, call, dtype)
+        function = as_function(graph, state, layer.leaf, taken, self.randlora_settings.quantiser)
+        held, scale = (kernel, call), scale_at(layer.leaf, state)
+        running = running_layer(base, layer.name, held, scale, taken.x, function)
         shares = self._shares(layer, specs, kernel.layout, context)
         return adapted(running, taken.x, shares, self.randlora_settings.options)
 
@@ -244,11 +255,12 @@ class RandLoraLayer(AdapterLeaves, metaclass=WrapperMeta):
             for array in arrays:
                 refuse_abstract(f"adapter {spec.name} of {layer.name}", array)
             lam, gamma = map(layout.stack_first, arrays)
+            refuse_misfit(layer, spec.name, spec.identity.r, lam, gamma)
             update = spec.update(lam, gamma, context.pairs, layer.matrix)
             found.append(Contribution(update, self._drop(spec.name)))
         return found
 
-    def _drop(self, adapter_name: str) -> Callable[[jax.Array], jax.Array] | None:
+    def _drop(self, adapter_name: str) -> nnx.Dropout | None:
         """The dropout of an adapter here; None where it is off, or there is none.
 
         Raises:
@@ -263,7 +275,7 @@ class RandLoraLayer(AdapterLeaves, metaclass=WrapperMeta):
                 "and was opened frozen and without rngs, so that nothing can be drawn: open it "
                 "with rngs=nnx.Rngs(seed), or call model.eval()"
             )
-        return cast(Callable[[jax.Array], jax.Array], drop)
+        return drop
 
     def _shares_of_stack(
         self, layer: Layer, stack: Stack, layout: KernelLayout, context: CallContext

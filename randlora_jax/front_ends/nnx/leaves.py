@@ -16,17 +16,23 @@ from randlora_jax.core.ways import ExecutionOptions
 from randlora_jax.front_ends.nnx.call import ModelToken, OpenCalls
 from randlora_jax.front_ends.nnx.held import array_at, in_jax, raw
 from randlora_jax.front_ends.nnx.running import refuse_abstract
-from randlora_jax.front_ends.nnx.variables import AdapterParam, retyped
+from randlora_jax.front_ends.nnx.variables import (
+    AdapterParam,
+    AdapterSlots,
+    CarriedParam,
+    retyped,
+)
 from randlora_jax.interop.errors import ConfigError, warn
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, slashed
 from randlora_jax.models.registry import AdapterRegistry, AdapterSpec
-from randlora_jax.models.slots import Stack, in_slots, slots_apart
+from randlora_jax.models.slots import Stack, in_slots, own_or_base, slots_apart
 
 Leaves = dict[str, nnx.Variable[jax.Array]]
 
-# Of a wrapper itself, besides what is called randlora_*.
+# Of a wrapper itself: what it is made of, and what Python and flax keep in every module.
 _OWN = ("base_layer", "trained_leaves")
+OWN_PREFIXES = ("randlora_", "__", "_pytree_", "_nnx_")
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,11 @@ def _chosen_by_another(adapter_name: str, is_trained: bool) -> str:
     )
 
 
+def is_own(name: str) -> bool:
+    """Whether a wrapper looks for an attribute in itself, and never in its module."""
+    return name in _OWN or name.startswith(OWN_PREFIXES)
+
+
 class AdapterLeaves(nnx.Module):
     """A module and what adapters have in it.
 
@@ -86,6 +97,8 @@ class AdapterLeaves(nnx.Module):
         self.randlora_gamma: dict[str, Leaves] = nnx.data({})
         self.trained_leaves: dict[str, Leaves] = nnx.data({})
         self.randlora_dropout: dict[str, nnx.Dropout] = nnx.data({})
+        # by stack, of its trained leaves: which of its adapters trained them
+        self.randlora_own: dict[str, dict[str, AdapterSlots]] = nnx.data({})
         self.randlora_settings = settings
         self.randlora_calls: OpenCalls = nnx.data(OpenCalls())
 
@@ -94,12 +107,18 @@ class AdapterLeaves(nnx.Module):
 
         A leaf that the active adapters train whole runs in its stead, so that is set.
         """
-        if name in _OWN or name.startswith(("randlora_", "_")):
+        if is_own(name):
             super().__setattr__(name, value)
         elif name in (trained := self._trained()):
             trained[name].set_raw_value(in_jax(raw(value)))
         else:
             setattr(self.base_layer, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if is_own(name):
+            super().__delattr__(name)
+        else:
+            delattr(self.base_layer, name)
 
     def _held(self) -> tuple[dict[str, Any], ...]:
         """Everything that is kept by adapter name."""
@@ -108,6 +127,7 @@ class AdapterLeaves(nnx.Module):
             self.randlora_gamma,
             self.trained_leaves,
             self.randlora_dropout,
+            self.randlora_own,
         )
 
     def _follow(self, registry: AdapterRegistry) -> None:
@@ -134,7 +154,8 @@ class AdapterLeaves(nnx.Module):
         for name in (spec.name for spec in self.randlora_settings.specs):
             for leaf in self._leaves_of(name):
                 is_trained = isinstance(leaf, AdapterParam)
-                if is_trained != (name in self.randlora_settings.trained):
+                follows = not isinstance(leaf, CarriedParam)
+                if follows and is_trained != (name in self.randlora_settings.trained):
                     return _chosen_by_another(name, is_trained)
         return None
 
@@ -225,7 +246,9 @@ class AdapterLeaves(nnx.Module):
         if all(leaf is None for leaf in leaves):
             return None
         arrays = [base if leaf is None else leaf.get_raw_value() for leaf in leaves]
-        return jnp.stack(arrays) if stack.members else arrays[0]
+        if stack.members:
+            return jnp.stack(arrays)
+        return own_or_base(arrays[0], self.randlora_own[stack.name][key].get_raw_value(), base)
 
     def _whole_by_row(self) -> set[str]:
         """Leaves here that adapters of some stack trained whole."""

@@ -1,16 +1,18 @@
 """The front end for ``flax.nnx`` modules."""
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from flax import nnx
 
 from randlora_jax.core.frozen import never_trained
-from randlora_jax.front_ends.call_input import multiplies_in
+from randlora_jax.front_ends.call_input import dtype_of
 from randlora_jax.front_ends.nnx.base_loras import freeze_loras
 from randlora_jax.front_ends.nnx.call import CallContext, ModelToken, opened
 from randlora_jax.front_ends.nnx.layer import WrapperMeta
+from randlora_jax.front_ends.nnx.leaves import OWN_PREFIXES
 from randlora_jax.front_ends.nnx.modules import modules_of
 from randlora_jax.front_ends.nnx.nested import depth_of
 from randlora_jax.front_ends.nnx.parts import Part, attribute
@@ -20,7 +22,7 @@ from randlora_jax.front_ends.nnx.variables import AdapterSlots, SharedBasis
 from randlora_jax.front_ends.nnx.wrappable import make_wrappable, refuse_absent_kernels, refuse_part
 from randlora_jax.front_ends.nnx_types import TYPES
 from randlora_jax.front_ends.shown_signature import shows_call_of
-from randlora_jax.models import known_models
+from randlora_jax.models import known_models, stacking
 from randlora_jax.models.adapter_arrays import Leaves
 from randlora_jax.models.finding import find_layers
 from randlora_jax.models.front_end import WrapRules, register_front_end, warn_of_another_model
@@ -30,6 +32,8 @@ from randlora_jax.models.model import RandLoraModel
 from randlora_jax.models.quantised import refuse_rounding
 from randlora_jax.models.reaching import refuse_unreached
 from randlora_jax.models.registry import AdapterRegistry
+from randlora_jax.models.slots import SlotTable
+from randlora_jax.models.store import ArrayStore
 
 _TRAINED = (
     "with an optimizer for nnx.Param it is being trained. For the adapter alone: wrt=AdapterParam "
@@ -41,15 +45,43 @@ _TRAINED = (
 )
 
 
+def _is_own(name: str) -> bool:
+    """Whether the wrapper looks for an attribute in itself, and never in its model."""
+    own = ("model", "_token", "_expected", "_noted")
+    return name in own or name.startswith(OWN_PREFIXES)
+
+
 class NotedSlots:
     """What a model with stacked adapters knows: changed in place, and compared by identity.
 
     A model in a state in which it was before is not traced again, but flax then gives it the static
     parts of the one that was. Of which adapters are in which slots that would be an old list.
+
+    Copies of a model share it (``nnx.clone``), and each chooses for itself what is active: that is
+    in its table of slots.
     """
 
     def __init__(self, registry: AdapterRegistry) -> None:
+        self.registry = registry  # with the choices of the copy that was asked last
+        self._asked: Callable[[], Any] = lambda: None  # what its table has
+
+    def of(self, table: SlotTable | None) -> AdapterRegistry:
+        """As the copy that has this table chose."""
+        if table and self._asked() is not table.chosen and stacking.is_readable(table):
+            self.note(stacking.chosen_in(self.registry, table), table)
+        return self.registry
+
+    def note(self, registry: AdapterRegistry, table: SlotTable | None) -> None:
+        """What is known from here on, of the copy that has this table."""
         self.registry = registry
+        seen = table if table and stacking.is_readable(table) else None
+        self._asked = weakref.ref(seen.chosen) if seen else lambda: None
+
+    def __getstate__(self) -> AdapterRegistry:
+        return self.registry
+
+    def __setstate__(self, registry: AdapterRegistry) -> None:
+        self.__init__(registry)  # type: ignore[misc]
 
 
 @register_front_end(
@@ -97,15 +129,21 @@ class NnxRandLora(RandLoraModel, nnx.Module, metaclass=WrapperMeta):
 
     @property
     def _registry(self) -> AdapterRegistry:
-        return self._noted if isinstance(self._noted, AdapterRegistry) else self._noted.registry
+        known = self._noted
+        return known if isinstance(known, AdapterRegistry) else known.of(self._store.slots())
 
     @_registry.setter
     def _registry(self, registry: AdapterRegistry) -> None:
         known = self._noted
         if isinstance(known, NotedSlots) and known.registry.stacks is registry.stacks:
-            known.registry = registry
+            known.note(registry, self._store.slots())
         else:
             self._noted = NotedSlots(registry) if registry.stacks else registry
+
+    def _follow(self, registry: AdapterRegistry, store: ArrayStore | None = None) -> None:
+        super()._follow(registry, store)
+        if isinstance(self._noted, NotedSlots):
+            self._noted.note(registry, self._store.slots())  # those that say so
 
     @property
     def _base_name(self) -> str:
@@ -114,12 +152,9 @@ class NnxRandLora(RandLoraModel, nnx.Module, metaclass=WrapperMeta):
     def _runs(self, layers: Sequence[Layer], base: Leaves) -> dict[str, LayerRun]:
         modules = self._store.modules()
         found = super()._runs(layers, base)
-        return {
-            layer.name: found[layer.name]._replace(
-                dtype=multiplies_in(modules[layer.owner], found[layer.name].dtype)
-            )
-            for layer in layers
-        }
+        stated = {layer.name: dtype_of(modules[layer.owner]) for layer in layers}
+        told = {name: dtype for name, dtype in stated.items() if dtype is not None}
+        return found | {name: found[name]._replace(dtype=dtype) for name, dtype in told.items()}
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trained numbers, all numbers), as every `RandLoraModel` counts them.
@@ -143,13 +178,12 @@ class NnxRandLora(RandLoraModel, nnx.Module, metaclass=WrapperMeta):
         return out
 
     def __getattr__(self, name: str) -> Any:
-        if name == "model" or name.startswith("_"):
+        if _is_own(name) or "model" not in vars(self):  # the latter while it is made
             raise AttributeError(name)
         return attribute(self.model, name, self._opened)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        own = name == "model" or name.startswith(("randlora_", "_")) or hasattr(type(self), name)
-        if own:
+        if _is_own(name) or hasattr(type(self), name):
             super().__setattr__(name, value)
         else:  # in the model, which runs with it
             setattr(self.model, name, value)

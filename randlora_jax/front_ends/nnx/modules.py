@@ -9,7 +9,7 @@ from flax import nnx
 
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.front_ends.nnx.bridges import bridge_of
-from randlora_jax.front_ends.nnx.held import held_by, is_container, raw
+from randlora_jax.front_ends.nnx.held import constants_of, held_by, is_container, raw
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
 from randlora_jax.front_ends.nnx.variables import SharedBasis
 from randlora_jax.interop.errors import ConfigError
@@ -82,6 +82,7 @@ def modules_of(
                 known,
                 next((what for kind, what in _OTHER.items() if isinstance(module, kind)), None),
                 _refusals(path, held[path], owners, normed),
+                constants=dict(constants_of(module)),
             )
         )
     return found

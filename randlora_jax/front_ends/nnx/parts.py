@@ -57,6 +57,9 @@ class Part:
     def __len__(self) -> int:
         return len(self._part[0])
 
+    def __bool__(self) -> bool:
+        return bool(self._part[0])
+
     def __repr__(self) -> str:
         return f"part of a wrapped model: {self._part[0]!r}"
 

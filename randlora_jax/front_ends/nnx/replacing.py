@@ -30,7 +30,7 @@ def replace_held(root: nnx.Module, new: Mapping[int, Any]) -> None:
             swapped = _swapped(value, new)
             if swapped is value:
                 continue
-            if isinstance(module, nnx.List):
+            if issubclass(type(module), nnx.List):  # no wrapper around one
                 module[int(name)] = swapped  # flax 0.12.2 has no attributes for its items
             else:
                 setattr(module, name, swapped)

@@ -24,17 +24,20 @@ from randlora_jax.front_ends.nnx.held import (
     plain,
     quantised_in,
 )
+from randlora_jax.front_ends.nnx.items import RandLoraItems, has_items
 from randlora_jax.front_ends.nnx.layer import RandLoraLayer
-from randlora_jax.front_ends.nnx.leaves import Leaves, Settings
+from randlora_jax.front_ends.nnx.leaves import Settings
 from randlora_jax.front_ends.nnx.nested import wrappers_of_wrapped
 from randlora_jax.front_ends.nnx.replacing import replace_held, with_value
 from randlora_jax.front_ends.nnx.variables import (
     AdapterSlots,
+    CarriedParam,
     FrozenAdapterParam,
     SharedBasis,
 )
 from randlora_jax.interop.errors import ConfigError
-from randlora_jax.models import reaching
+from randlora_jax.models import drawing, reaching
+from randlora_jax.models.filled import refuse_mapped
 from randlora_jax.models.layer import Layer
 from randlora_jax.models.names import Path, dotted, slashed
 from randlora_jax.models.quantised import dequantised, quantiser_around, unquantised_class
@@ -169,7 +172,8 @@ class NnxStore(ArrayStore):
         for _, module in nnx.iter_modules(self.root.model):
             if bridge := bridge_of(module):
                 bridge.unquantise(module)
-            module.__class__ = unquantised_class(type(module))
+            if (kind := unquantised_class(type(module))) is not type(module):
+                module.__class__ = kind
 
     def install(
         self, registry: AdapterRegistry, spec: AdapterSpec, state: AdapterState, rngs: Any
@@ -180,6 +184,8 @@ class NnxStore(ArrayStore):
             raise ConfigError(
                 f"randlora_dropout={spec.dropout} draws at random: pass rngs=nnx.Rngs(seed)"
             )
+        if spec.dropout and rngs is not None:
+            drawing.refuse_without(rngs, "dropout", f"randlora_dropout={spec.dropout}")
         rngs = nnx.Rngs(rngs) if isinstance(rngs, jax.Array) else rngs
         layers = [registry.layers[name] for name in state.layers]
         for path in state.saved:
@@ -192,20 +198,29 @@ class NnxStore(ArrayStore):
         owners = {path: self._owner(path) for path in state.saved}
         self._wrap({*(layer.owner for layer in layers), *owners.values()}, registry)
         wrappers = self._wrappers()
+        drops = {
+            layer.owner: dropout(spec.dropout, rngs, wrappers[layer.owner].randlora_settings.layers)
+            for layer in layers
+            if spec.dropout
+        }
+        for owner, drop in drops.items():
+            drop.deterministic = not trained  # until model.train(), as in PEFT
+            wrappers[owner].randlora_dropout[spec.name] = drop
         for layer in layers:
             wrapper, key = wrappers[layer.owner], slashed(layer.leaf)
             for held, value in zip(wrapper._held()[:2], state.layers[layer.name], strict=True):
                 one = moved(slots_in_rows, value) if registry.slots_held(spec.name) else value
                 along = moved(layer.layout.along_stack, one)
                 _put(held.setdefault(spec.name, {}), key, along)
-            if spec.dropout:
-                drop = dropout(spec.dropout, rngs, wrapper.randlora_settings.layers)
-                drop.deterministic = not trained  # until model.train(), as in PEFT
-                wrapper.randlora_dropout[spec.name] = drop
+        carried = registry.carried.get(spec.name, ())  # a stack carries nothing
         for path, value in state.saved.items():
             owner = owners[path]
             leaves = wrappers[owner].trained_leaves.setdefault(spec.name, {})
-            _put(leaves, slashed(path[len(owner) :]), value)
+            key = slashed(path[len(owner) :])
+            _put(leaves, key, value, CarriedParam if path in carried else FrozenAdapterParam)
+            if path in state.own:
+                told = wrappers[owner].randlora_own.setdefault(spec.name, {})
+                _put(told, key, state.own[path], AdapterSlots)
 
     def _owner(self, path: Path) -> Path:
         """The module that holds the leaf at `path`, itself or in a container."""
@@ -257,6 +272,7 @@ class NnxStore(ArrayStore):
             for layer in wrapper.randlora_settings.layers:
                 if (key := slashed(layer.leaf)) in lams:
                     both = lams[key].get_raw_value(), gammas[key].get_raw_value()
+                    refuse_mapped(layer, both)
                     lam, gamma = (moved(layer.layout.stack_first, x) for x in both)
                     if slots:
                         lam, gamma = (
@@ -266,6 +282,8 @@ class NnxStore(ArrayStore):
             whole = wrapper.trained_leaves.get(adapter_name, {})
             for leaf, value in whole.items():
                 state.saved[self._paths[slashed((*path, leaf))]] = value.get_raw_value()
+            for leaf, told in wrapper.randlora_own.get(adapter_name, {}).items():
+                state.own[self._paths[slashed((*path, leaf))]] = told.get_raw_value()
         return state
 
     def set_pairs(self, pairs: Mapping[str, BasisPair]) -> None:
@@ -323,18 +341,30 @@ class NnxStore(ArrayStore):
         return self.root.model
 
 
-def _put(leaves: Leaves, key: str, value: Any) -> None:
+def _put(
+    leaves: dict[str, Any],
+    key: str,
+    value: Any,
+    kind: type[nnx.Variable[Any]] = FrozenAdapterParam,
+) -> None:
     """A leaf that is not trained: in the Variable that is there, for those who hold on to it."""
     if key in leaves:
         leaves[key].set_raw_value(value)
     else:
-        leaves[key] = FrozenAdapterParam(value)
+        leaves[key] = kind(value)
 
 
 def _wrapper_of(module: nnx.Module) -> type[RandLoraLayer]:
-    bridge = bridge_of(module)
-    return bridge.wrapper if bridge else RandLoraLayer
+    if bridge := bridge_of(module):
+        return bridge.wrapper
+    return RandLoraItems if has_items(module) else RandLoraLayer
 
 
 # What a wrapper holds besides the module in whose place it stands.
-_OURS = {"randlora_lambda", "randlora_gamma", "trained_leaves", "randlora_dropout"}
+_OURS = {
+    "randlora_lambda",
+    "randlora_gamma",
+    "trained_leaves",
+    "randlora_dropout",
+    "randlora_own",
+}

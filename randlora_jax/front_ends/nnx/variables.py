@@ -18,6 +18,10 @@ class FrozenAdapterParam(nnx.Param[jax.Array]):
     """
 
 
+class CarriedParam(FrozenAdapterParam):
+    """What an adapter's file carries of the base model: frozen while the adapter trains, too."""
+
+
 class FrozenLoRAParam(nnx.Param[jax.Array]):
     """A LoRA that the base model came with: frozen, as all of the base."""
 
@@ -31,12 +35,14 @@ class AdapterSlots(nnx.Variable[jax.Array]):
 
 
 def retyped(leaf: nnx.Variable[jax.Array], *, trained: bool) -> nnx.Variable[jax.Array]:
-    """`leaf` as what is trained, or as what is not.
+    """`leaf` as what is trained, or as what is not; what is carried never is.
 
     The same Variable: ``nnx.cached_partial``, as trainers use it, goes on with those it was given,
     and would train another one's value no more. In a trace a new one, which flax carries out of
     there, as it does no change of type.
     """
+    if isinstance(leaf, CarriedParam):
+        return leaf
     kind = AdapterParam if trained else FrozenAdapterParam
     value = leaf.get_raw_value()
     if type(leaf) is not kind and is_traced(value):

@@ -64,6 +64,9 @@ _LLADA: Rules = {
     r"(ff_out|ln_f|wte)": r"model.transformer.\1",
 }
 
+# Input and output embedding of models that see.
+_SEEING = "model.language_model.embed_tokens", "lm_head"
+
 _SHARDED: Table = {
     f"bonsai.models.{package}.modeling.ShardedLinear": _DENSE for package in ("llada", "qwen3_vl")
 }
@@ -73,15 +76,15 @@ ENTRIES: Entries = {
         _QWEN_3, info=twin("Qwen3ForCausalLM", "qwen3")
     ),
     "bonsai.models.gemma3.modeling.Gemma3Model": KnownModel(
-        _GEMMA_3, info=twin("Gemma3ForConditionalGeneration", "gemma3")
+        _GEMMA_3, info=twin("Gemma3ForConditionalGeneration", "gemma3", tied=_SEEING)
     ),
     "bonsai.models.qwen3_vl.modeling.Qwen3VLForConditionalGeneration": KnownModel(
         layer_types=_SHARDED,
-        info=twin("Qwen3VLForConditionalGeneration", "qwen3_vl", same_paths=True),
+        info=twin("Qwen3VLForConditionalGeneration", "qwen3_vl", same_paths=True, tied=_SEEING),
     ),
     "bonsai.models.llada.modeling.LLaDAModel": KnownModel(_LLADA, layer_types=_SHARDED),
     "bonsai.models.mamba2.modeling.Mamba2ForCausalLM": KnownModel(
-        _MAMBA_2, info=twin("Mamba2ForCausalLM", "mamba2")
+        _MAMBA_2, info=twin("Mamba2ForCausalLM", "mamba2", tied=("backbone.embeddings", "lm_head"))
     ),
     "bonsai.models.umt5.modeling.UMT5Model": KnownModel(
         info=twin("UMT5ForConditionalGeneration", "umt5", same_paths=True)
@@ -99,6 +102,11 @@ ENTRIES: Entries = {
         info=twin("VJEPA2ForVideoClassification", "vjepa2", head=False, same_paths=True)
     ),
     "bonsai.models.whisper.modeling.Whisper": KnownModel(
-        _WHISPER, info=twin("WhisperForConditionalGeneration", "whisper")
+        _WHISPER,
+        info=twin(
+            "WhisperForConditionalGeneration",
+            "whisper",
+            tied=("model.decoder.embed_tokens", "proj_out"),
+        ),
     ),
 }

@@ -36,6 +36,7 @@ def twin(
     *,
     head: bool = True,
     same_paths: bool = False,
+    tied: tuple[str, str] = ("model.embed_tokens", "lm_head"),
 ) -> BaseModelInfo:
     """Of the class `torch_class` in ``transformers.models.<package>``.
 
@@ -43,6 +44,7 @@ def twin(
       model_type: PEFT's word for the family, where it is not the package's name.
       head: it has an output embedding, which "all-linear" leaves out.
       same_paths: where no rule names a module, its path is the twin's.
+      tied: the twin's input and output embedding, which share a weight where the model has but one.
     """
     return BaseModelInfo(
         model_type=model_type or package,
@@ -52,4 +54,5 @@ def twin(
         },
         has_output_head=head,
         has_torch_paths=same_paths,
+        tied=(tied,) if head else (),
     )

@@ -8,6 +8,7 @@ by the root of a head's width, and Llama's heads in another order, so that an ad
 would mean another thing on the other. Those keep the names of MaxText.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from randlora_jax.models.known.entry import Entries, KnownModel, twin
@@ -69,7 +70,8 @@ def _transformer(model: Any) -> KnownModel:
     layouts = _layouts(config)
     if kind not in _QWEN:
         return KnownModel(layouts=layouts)
-    return KnownModel(_names(config.scan_layers), layouts, info=_QWEN[kind])
+    info = _QWEN[kind] if config.logits_via_embedding else replace(_QWEN[kind], tied=())
+    return KnownModel(_names(config.scan_layers), layouts, info=info)
 
 
 ENTRIES: Entries = {

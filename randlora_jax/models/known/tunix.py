@@ -129,7 +129,9 @@ def _gemma(model: Any) -> KnownModel:
 def _gemma3(model: Any) -> KnownModel:
     if model.config.vision_config is None:
         return _known("gemma3", _names(), twin("Gemma3ForCausalLM", "gemma3", "gemma3_text"))
-    return _known("gemma3", _SEEING, twin("Gemma3ForConditionalGeneration", "gemma3"))
+    tied = ("model.language_model.embed_tokens", "lm_head")
+    info = twin("Gemma3ForConditionalGeneration", "gemma3", tied=tied)
+    return _known("gemma3", _SEEING, info)
 
 
 ENTRIES: Entries = {
