@@ -39,12 +39,15 @@ class Kept:
     Args:
       x: the array.
       instead: what takes its place.
+
+    Attributes:
+      known: digests of both; of two that have the same, either does for the other.
     """
 
     def __init__(self, x: jax.Array, instead: jax.Array) -> None:
         self._numbers = np.asarray(x) if x.is_fully_addressable else Parts(x)
         self._array: Callable[[], jax.Array | None] = weakref.ref(x)
-        self._known = _digest(x), _digest(instead)
+        self.known = _digest(x), _digest(instead)
 
     @property
     def nbytes(self) -> int:
@@ -58,14 +61,14 @@ class Kept:
         """
         if not isinstance(now, jax.Array) or isinstance(now, jax.core.Tracer) or now.is_deleted():
             return False
-        return _digest(now) not in self._known
+        return _digest(now) not in self.known
 
     def then(self, now: Any, instead: jax.Array) -> "Kept":
         """The same where `instead` takes the place of `now`, which lies there."""
         if self.changed(now):
             return self
         other = copy.copy(self)
-        other._array, other._known = self._array, (self._known[0], _digest(instead))
+        other._array, other.known = self._array, (self.known[0], _digest(instead))
         return other
 
     def put_back(self, like: jax.Array) -> jax.Array:
@@ -78,7 +81,7 @@ class Kept:
         return jax.device_put(whole, on_mesh(like))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_numbers": self._numbers, "_known": self._known}
+        return {"_numbers": self._numbers, "known": self.known}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _array=lambda: None)

@@ -107,7 +107,7 @@ class AdapterRegistry:
     """All a wrapped model knows that is not an array on a device; replaced, never changed.
 
     Compared by value, so that neither a model in a state in which it was before nor one that is
-    like it is traced again; arrays in host memory by identity. What would train if it were active
+    like it is traced again; arrays in host memory by digests. What would train if it were active
     makes no difference, nor which adapters are in stacks: that is data.
     """
 
@@ -136,7 +136,7 @@ class AdapterRegistry:
     carried: Mapping[str, frozenset[Path]] = field(default_factory=dict)
 
     def _value(self) -> tuple[Any, ...]:
-        kept = {name: id(array) for name, array in self.originals.items()}
+        kept = {path: original.known for path, original in self.originals.items()}
         found = self.layers, self.modules, self.left, self.names, self.info
         if self.stacks:
             return *found, self.options, self.optional, self.stacks, self.parts

@@ -240,6 +240,31 @@ def test_to_and_fro_needs_no_new_program():
     assert len(traces) == 3 and model._registry.training == ("two",)
 
 
+def test_merging_the_same_again_needs_no_new_program():
+    traces = []
+
+    @nnx.jit
+    def run(model, x):
+        traces.append(model)  # while tracing alone
+        return model(x)
+
+    model = get_peft_model(Keyword(), CONFIG, rngs=nnx.Rngs(1))
+    apart = np.asarray(run(model, X))
+    for _ in range(3):
+        model.merge_adapter()
+        merged = run(model, X)
+        model.unmerge_adapter()
+        np.testing.assert_array_equal(run(model, X), apart)
+    assert len(traces) == 2
+    before = jax.tree.map(jnp.copy, nnx.state(model, AdapterParam))
+    nnx.update(model, jax.tree.map(lambda x: 2 * x, before))
+    model.merge_adapter()  # other numbers
+    assert np.abs(run(model, X) - merged).max() > 0.01
+    model.unmerge_adapter()
+    nnx.update(model, before)
+    np.testing.assert_array_equal(run(model, X), apart)
+
+
 class Tempered(nnx.Module):
     def __init__(self, held):
         self.up, self.held = nnx.Linear(8, 6, rngs=nnx.Rngs(0)), held
