@@ -38,14 +38,18 @@ KERNELS = {
 
 
 WITHIN = {"stacked, cut along the stack", "within heads"}  # delta is left to the partitioner
-CASES = {"auto": (AxisType.Auto, jnp.bfloat16), "explicit": (AxisType.Explicit, jnp.float32)}
+CASES = {
+    "auto": ((AxisType.Auto, AxisType.Auto), jnp.bfloat16),
+    "explicit": ((AxisType.Explicit, AxisType.Explicit), jnp.float32),
+    "of both kinds": ((AxisType.Explicit, AxisType.Auto), jnp.float32),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_takes_updates_where_it_lies(name, case):
-    (axes, shape, spec), (axis_type, dtype) = KERNELS[name], CASES[case]
-    mesh = jax.make_mesh((4, 2), ("data", "model"), (axis_type,) * 2)
+    (axes, shape, spec), (axis_types, dtype) = KERNELS[name], CASES[case]
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types)
     layout, sharding = KernelLayout(axes), NamedSharding(mesh, spec)
     stack, *matrix = layout.sizes(shape)
     _, n, smallest = used_extents(tuple(matrix), R)

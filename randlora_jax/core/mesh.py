@@ -194,8 +194,19 @@ class Placement:
 
 def placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     """`x`, to lie as `sharding` says, in a trace or outside."""
-    put = jax.sharding.reshard if _explicit(sharding.mesh) else jax.lax.with_sharding_constraint
-    return put(x, sharding)
+    mesh = sharding.mesh
+    if not _explicit(mesh):
+        return jax.lax.with_sharding_constraint(x, sharding)
+    if AxisType.Auto not in mesh.axis_types:
+        return jax.sharding.reshard(x, sharding)
+    # a mesh with axes of both kinds: for each kind JAX has another function
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    entries = _entries(sharding.spec, x.ndim)
+    explicit, automatic = (
+        NamedSharding(mesh, P(*(tuple(a for a in axes if kinds[a] == kind) for axes in entries)))
+        for kind in (AxisType.Explicit, AxisType.Auto)
+    )
+    return jax.lax.with_sharding_constraint(jax.sharding.reshard(x, explicit), automatic)
 
 
 def splits_rows(x: jax.Array) -> bool:
