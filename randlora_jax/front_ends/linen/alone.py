@@ -12,11 +12,16 @@ from randlora_jax.core.hoisting import Hoisted
 from randlora_jax.core.layer_call import Run, comparable
 from randlora_jax.front_ends.call_input import CallInput, with_input
 from randlora_jax.front_ends.linen.interceptors import met_already, others_entered
-from randlora_jax.front_ends.params import with_leaves
+from randlora_jax.front_ends.linen.types import may_change
+from randlora_jax.front_ends.params import flat, with_leaves
 from randlora_jax.models.names import Path
 from randlora_jax.models.quantised import quantiser_around
 
 _KERNEL = "kernel"  # stands in its place
+
+
+class ChangesState(Exception):
+    """A layer that runs alone changes its collections."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,11 @@ class RunAlone:
       path: of the module in its model, where what it computes may depend on that: a quantiser has
         rules by path. Else () for all, so that layers which are alike but for it are equal.
       intercepted: methods are, by others: a trace that was made without has met nobody inside.
+      mutable: collections that it may change in this call; False for none.
 
     Raises:
       MetInside: they would be intercepted inside of it.
+      ChangesState: it changes some.
     """
 
     module: nn.Module
@@ -45,6 +52,7 @@ class RunAlone:
     quantiser: type | None
     path: Path
     intercepted: bool
+    mutable: bool | tuple[str, ...]
 
     def __call__(self, kernel: jax.Array, x: jax.Array, *read: jax.Array) -> jax.Array:
         """What the module returns."""
@@ -52,7 +60,15 @@ class RunAlone:
         args, kwargs = with_input((args, kwargs), self.place, x)
         variables = {**others, "params": with_leaves(params, {self.leaf: kernel})}
         method = method_at(self.path, "__call__", alone=True)
-        out = self.module.apply(variables, *args, rngs=rngs, method=method, **kwargs)
+        mutable = self.mutable
+        out = self.module.apply(
+            variables, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
+        )
+        if mutable is not False:
+            out, after = cast(tuple[Any, Mapping[str, Any]], out)
+            was = flat(variables)
+            if any(leaf is not was.get(path) for path, leaf in flat(after).items()):
+                raise ChangesState("it changes its collections in this call")
         return cast(jax.Array, out)
 
 
@@ -93,8 +109,8 @@ def alone(
     bare = module.clone(parent=None, name=None)
     quantiser = quantiser_around(map(type, around(module)))
     path = module.path if quantiser else ()
-    run = RunAlone(bare, leaf, taken.place, values, quantiser, path, others_entered())
-    return comparable(run), read
+    how = quantiser, path, others_entered(), may_change(module)
+    return comparable(RunAlone(bare, leaf, taken.place, values, *how)), read
 
 
 def around(module: nn.Module) -> Iterator[nn.Module]:

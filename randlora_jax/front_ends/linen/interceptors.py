@@ -103,7 +103,7 @@ def _past_first(interceptor: Call, alone: bool) -> Call:
     def later(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], context: Context) -> Any:
         nonlocal begun
         if begun and alone:
-            raise MetInside
+            raise MetInside("methods inside it are intercepted (nn.intercept_methods)")
         if begun:
             return interceptor(call, args, kwargs, context)
         begun = context.method_name != "setup"

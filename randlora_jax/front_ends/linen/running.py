@@ -24,7 +24,7 @@ from randlora_jax.core.kernel import Kernel
 from randlora_jax.core.mesh import splits_rows
 from randlora_jax.core.ways import Way, possible_ways, require_a_way
 from randlora_jax.front_ends.call_input import Arguments, CallInput, input_of, running_layer
-from randlora_jax.front_ends.linen.alone import alone, around
+from randlora_jax.front_ends.linen.alone import ChangesState, alone, around
 from randlora_jax.front_ends.linen.beside import (
     BESIDE,
     SHARES,
@@ -246,10 +246,13 @@ class LinenRunner:
         """What the method returns, with the adapters joined in."""
         taken = met.input_alone(by_row=self._by_row is not None)
         if isinstance(taken, CallInput):
+            draws = met.module.scope.rng_counters
+            before = dict(draws)
             try:
                 return self._run_alone(met, taken)
-            except MetInside:
-                taken = "methods inside it are intercepted (nn.intercept_methods)"
+            except (MetInside, ChangesState) as why:
+                taken = str(why)
+                draws.update(before)
         if self._by_row:
             raise refusal(met.module, taken)
         return self._run_in_kernels(met, taken)

@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 from flax import nnx
-from flax.core.scope import is_filter_empty
+from flax.core.scope import DenyList, is_filter_empty
 
 from randlora_jax.core.kernel_layout import KernelLayout
 from randlora_jax.front_ends import nnx_types
@@ -74,14 +74,27 @@ _UNCHANGED = ("params", "intermediates", "perturbations")
 
 
 def changes_state(module: nn.Module) -> bool:
-    """Whether a layer may change its collections in this call."""
-    if is_filter_empty(module.scope.mutable):
+    """Whether a layer of flax's may change its collections in this call; others tell by running."""
+    if is_filter_empty(module.scope.mutable) or not _is_of_flax(module):
         return False
-    known = [kind for kind in type(module).__mro__ if look_up(TYPES, kind)]
-    if not any(type(module).__call__ is kind.__call__ for kind in known):
-        return True
     held = [name for name, collection in module.variables.items() if collection]
     return any(module.is_mutable_collection(name) for name in held if name not in _UNCHANGED)
+
+
+def may_change(module: nn.Module) -> bool | tuple[str, ...]:
+    """Collections that a layer may change in this call, as linen's ``mutable``; False for none."""
+    mutable = module.scope.mutable
+    if is_filter_empty(mutable) or _is_of_flax(module):
+        return False
+    if isinstance(mutable, bool | DenyList):
+        return True
+    return (mutable,) if isinstance(mutable, str) else tuple(mutable)
+
+
+def _is_of_flax(module: nn.Module) -> bool:
+    """Whether its call is that of one of flax's own layers."""
+    known = [kind for kind in type(module).__mro__ if look_up(TYPES, kind)]
+    return any(type(module).__call__ is kind.__call__ for kind in known)
 
 
 def unquantised(module: nn.Module) -> nn.Module:
