@@ -61,7 +61,8 @@ def randomised(model):
 
 
 def same(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    """But for roundings, of which some processors make more."""
+    np.testing.assert_allclose(found, expected, rtol=0, atol=3e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("kind", KINDS)
