@@ -164,7 +164,7 @@ def test_a_layer_that_keeps_a_state_cannot_have_adapter_dropout():
     config = RandLoraConfig(r=4, target_modules=["layer"], randlora_dropout=0.5)
     model = wrapped(Twice(), X, config=config, **STATED)
     run = {"rngs": {"dropout": jax.random.key(9)}, "mutable": ["batch_stats", "stats"]}
-    with pytest.raises(ConfigError, match=r"'layer' cannot run.*may change its collections"):
+    with pytest.raises(ConfigError, match=r"'layer' cannot run.*it changes its collections"):
         model.apply(model.variables, X, **run)
 
 

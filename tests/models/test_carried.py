@@ -18,6 +18,8 @@ from safetensors.numpy import load_file
 from randlora_jax import AdapterParam, RandLoraConfig, RandLoraModel, get_peft_model
 from randlora_jax.commands.main import main
 
+pytestmark = pytest.mark.torch
+
 CASES = {
     "an adapted head": ({"target_modules": ["q_proj", "lm_head"]}, {}),
     "embeddings": ({"target_modules": ["q_proj"]}, {"save_embedding_layers": True}),
