@@ -222,14 +222,20 @@ def test_a_lora_of_the_base_model_stays_frozen():
     assert type(merged.layers[0].lora.lora_a) is nnx.LoRAParam
 
 
-def test_to_and_fro_needs_no_new_program():
+def counted():
+    """A jitted call of a model; and a list that has one more whenever it is traced."""
     traces = []
 
     @nnx.jit
     def run(model, x):
-        traces.append(model)  # while tracing alone
+        traces.append(model)
         return model(x)
 
+    return run, traces
+
+
+def test_to_and_fro_needs_no_new_program():
+    run, traces = counted()
     model = get_peft_model(Keyword(), CONFIG, rngs=nnx.Rngs(1))
     model.add_adapter("two", CONFIG, rngs=nnx.Rngs(3))
     for name in ("default", "two") * 3:
@@ -241,13 +247,7 @@ def test_to_and_fro_needs_no_new_program():
 
 
 def test_merging_the_same_again_needs_no_new_program():
-    traces = []
-
-    @nnx.jit
-    def run(model, x):
-        traces.append(model)  # while tracing alone
-        return model(x)
-
+    run, traces = counted()
     model = get_peft_model(Keyword(), CONFIG, rngs=nnx.Rngs(1))
     apart = np.asarray(run(model, X))
     for _ in range(3):
