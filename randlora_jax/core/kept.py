@@ -95,6 +95,8 @@ def _digest(x: jax.Array) -> int:
 
 @jax.jit
 def _of_bits(x: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(x):
+        x = jnp.stack((x.real, x.imag))
     bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32)
     place = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(bits.shape):

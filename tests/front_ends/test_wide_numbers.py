@@ -52,6 +52,17 @@ def test_a_wide_input_of_a_float32_layer_stays_wide():
     np.testing.assert_array_equal(get_peft_model(net(), FRESH)(x), plain(x))
 
 
+def test_a_complex_kernel_is_merged_and_goes_back_to_the_bit():
+    model = get_peft_model(net(jnp.complex64, param_dtype=jnp.complex64), RANDOM, rngs=nnx.Rngs(1))
+    x, kernel = jnp.asarray(drawn(3, 8), jnp.float32), model.layers[0].kernel[...]
+    expected = model(x)
+    model.merge_adapter()
+    assert np.abs(model.layers[0].kernel[...] - kernel).max() > 0.1
+    np.testing.assert_allclose(model(x), expected, rtol=1e-5, atol=1e-5)
+    model.unmerge_adapter()
+    np.testing.assert_array_equal(model.layers[0].kernel[...], kernel)
+
+
 @rows
 def test_complex_inputs_keep_their_imaginary_part(rows):
     x = jnp.asarray(drawn(rows, 8) + 1j * drawn(rows, 8)[::-1], jnp.complex64)
